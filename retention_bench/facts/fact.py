@@ -1,0 +1,174 @@
+"""`Fact`, one (subject, relation, object) triple, and `FactSet`, an ordered set of them kept as JSONL."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One (subject, relation, object) triple in CounterFact's form.
+
+    Attributes:
+        id: Unique within a `FactSet`.
+        subject: The subject s, as it stands in the prompt.
+        relation: A name for the relation r; the disjoint split works on it.
+        prompt: The prompt p = (s, r); contains `{}` once, where the subject goes, and ends right before the object.
+        target_true: The original object o^c, without leading space.
+        target_new: The counterfactual object o*, without leading space; None for a fact that is not to be edited.
+        paraphrases: Other prompts for the same triple, subject filled in.
+        neighborhood: Prompts about other subjects whose object is also `target_true`.
+    """
+
+    id: str
+    subject: str
+    relation: str
+    prompt: str
+    target_true: str
+    target_new: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighborhood: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("id", "subject", "relation", "prompt", "target_true"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
+        if self.prompt.count("{}") != 1:
+            raise ValueError(f"prompt must contain '{{}}' exactly once, got {self.prompt!r}")
+        if self.target_new is not None and (not isinstance(self.target_new, str) or not self.target_new.strip()):
+            raise ValueError(f"target_new must be null or a text that is not empty, got {self.target_new!r}")
+        for name in ("paraphrases", "neighborhood"):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError(f"{name} must be a list of texts that are not empty, got {texts!r}")
+            object.__setattr__(self, name, tuple(texts))
+        # The one space between prompt and object belongs to the object's first token, so it is never stored.
+        for name in ("target_true", "target_new"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value.strip() if value else value)
+        object.__setattr__(self, "prompt", self.prompt.rstrip())
+
+    @property
+    def question(self) -> str:
+        """The prompt with the subject filled in; a model answers it with " " + object."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def target(self) -> str:
+        """The object a model should answer with: `target_new` where the fact is edited, else `target_true`."""
+        return self.target_true if self.target_new is None else self.target_new
+
+    def to_json(self) -> dict[str, Any]:
+        """The fact as a dict of plain JSON values."""
+        return dataclasses.asdict(self) | {
+            "paraphrases": list(self.paraphrases),
+            "neighborhood": list(self.neighborhood),
+        }
+
+    @classmethod
+    def from_json(cls, row: Any) -> Fact:
+        """Read a fact from a parsed JSON row.
+
+        Raises:
+            ValueError: The row is not an object, lacks a field, has one too many, or a field has no proper value.
+        """
+        if not isinstance(row, dict):
+            raise ValueError(f"a fact must be a JSON object, got {type(row).__name__}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in row:
+            if name not in fields:
+                raise ValueError(str(unknown_name("field", name, fields)))
+        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in row]
+        if missing:
+            raise ValueError(f"missing field {missing[0]!r}; a fact needs {', '.join(fields)}")
+        return cls(**row)
+
+
+@dataclasses.dataclass(frozen=True)
+class FactSet:
+    """An ordered set of facts with unique ids.
+
+    A fact with a `target_new` is an edited one, a fact without is intrinsic, so one file holds both roles.
+    """
+
+    facts: tuple[Fact, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", tuple(self.facts))
+        seen: set[str] = set()
+        for fact in self.facts:
+            if fact.id in seen:
+                raise ValueError(f"fact id {fact.id!r} occurs twice")
+            seen.add(fact.id)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self.facts)
+
+    @property
+    def edited(self) -> FactSet:
+        """The facts with a counterfactual object."""
+        return FactSet(tuple(f for f in self.facts if f.target_new is not None))
+
+    @property
+    def intrinsic(self) -> FactSet:
+        """The facts without a counterfactual object."""
+        return FactSet(tuple(f for f in self.facts if f.target_new is None))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the facts' canonical JSONL, the same whatever file they came from."""
+        return hashlib.sha256(self._jsonl().encode()).hexdigest()
+
+    def _jsonl(self) -> str:
+        return "".join(json.dumps(f.to_json(), ensure_ascii=False, sort_keys=True) + "\n" for f in self.facts)
+
+    def write(self, path: Path) -> None:
+        """Write the facts as JSONL: to a temporary name first, then renamed, so no reader sees half a file."""
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial.write_text(self._jsonl(), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path | str) -> FactSet:
+        """Read facts from JSONL, a fact a line; empty lines are passed over.
+
+        Raises:
+            UsageError: The file does not exist.
+            RetentionBenchError: A row is malformed (file and line are named) or there are no facts.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UsageError(f"No facts file at {path}. Give the path of a JSONL file with a fact a line.")
+        facts: list[Fact] = []
+        seen: dict[str, int] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                fact = Fact.from_json(json.loads(line))
+                if fact.id in seen:
+                    raise ValueError(f"id {fact.id!r} was used before, on line {seen[fact.id]}")
+            except ValueError as error:  # json.JSONDecodeError is one
+                raise RetentionBenchError(f"{path}, line {number}: not a fact: {error}.") from error
+            seen[fact.id] = number
+            facts.append(fact)
+        if not facts:
+            raise RetentionBenchError(f"{path} holds no facts. A facts file has a JSON object a line.")
+        return cls(tuple(facts))
+
+    @classmethod
+    def of(cls, facts: Iterable[Fact]) -> FactSet:
+        """Collect facts into a set."""
+        return cls(tuple(facts))
