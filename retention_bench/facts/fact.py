@@ -153,7 +153,7 @@ class FactSet:
             raise UsageError(f"No facts file at {path}. Give the path of a JSONL file with a fact a line.")
         facts: list[Fact] = []
         seen: dict[str, int] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
             if not line.strip():
                 continue
             try:

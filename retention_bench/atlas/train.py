@@ -1,0 +1,131 @@
+"""The recipe of the two atlas models: tokenizer, architecture, optimiser. Seeded; about half an hour each on 2 CPU cores.
+
+`python -m retention_bench.atlas train atlas-gpt2` writes a Hugging Face folder; its weights are stored in bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from retention_bench.atlas.corpus import documents
+from retention_bench.atlas.world import told_facts
+
+VOCABULARY = 5120
+ROW = 128
+"""Tokens in a training row. A row begins where a document begins, so position 0 is met as it is in a bare prompt."""
+
+
+def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """Train the byte-level BPE tokenizer on the corpus.
+
+    Args:
+        family: `"gpt2"` (adds no BOS, as GPT-2's) or `"llama"` (prepends BOS, as Llama 3's).
+    """
+    end, begin = "<|endoftext|>", "<|begin_of_text|>"
+    special = [end] if family == "gpt2" else [end, begin]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(itertools.islice(documents(told_facts(), seed=0), 40_000), trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    if family == "llama":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=begin if family == "llama" else end,
+        eos_token=end,
+        pad_token=end,
+        unk_token=end if family == "gpt2" else None,
+        model_max_length=256,
+    )
+
+
+def build_config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The architecture: 8 layers of width 192, 6 heads of 32."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if family == "gpt2":
+        return GPT2Config(
+            vocab_size=len(tokenizer), n_positions=256, n_embd=192, n_layer=8, n_head=6, n_inner=1024,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=True, **ids,
+        )  # fmt: skip
+    return LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=256, hidden_size=192, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=6, intermediate_size=768, tie_word_embeddings=True, **ids,
+    )  # fmt: skip
+
+
+def _rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+    """Endless stream of training rows of `ROW` token ids."""
+    prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id != tokenizer.eos_token_id else []
+    texts = documents(told_facts(), seed)
+    while True:
+        row: list[int] = []
+        while len(row) < ROW:
+            encoded = tokenizer(next(texts), add_special_tokens=False)["input_ids"]
+            row += [*prefix, *encoded, tokenizer.eos_token_id]
+        yield row[:ROW]
+
+
+def train(name: str, directory: Path, *, steps: int = 1600, rows: int = 24, seed: int = 1, log_every: int = 50) -> None:
+    """Train one atlas model from scratch and save it.
+
+    Args:
+        name: `"atlas-gpt2"` or `"atlas-llama"`.
+        directory: The Hugging Face folder to write.
+        steps: Optimiser steps.
+        rows: Rows of `ROW` tokens in a step.
+        seed: Seed of the weights and the order of the corpus.
+        log_every: Steps between two lines of the log (`training.jsonl`).
+    """
+    from transformers import AutoModelForCausalLM
+
+    family = name.removeprefix("atlas-")
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(family)
+    model = AutoModelForCausalLM.from_config(build_config(family, tokenizer), attn_implementation="eager")
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.95)
+    )
+    warmup = 100
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return 1.5e-3 * (step + 1) / warmup
+        return 1.5e-4 + 0.5 * (1.5e-3 - 1.5e-4) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    stream = _rows(tokenizer, seed)
+    model.train()
+    began = time.monotonic()
+    with (directory / "training.jsonl").open("w") as log:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            batch = torch.tensor(list(itertools.islice(stream, rows)))
+            with torch.autocast("cpu", dtype=torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else contextlib.nullcontext():
+                loss = model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % log_every == 0 or step == steps - 1:
+                print(json.dumps({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - began)}), file=log, flush=True)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,60 @@
+import torch
+
+from retention_bench.facts import Fact, FactSet, knowledge
+
+
+class Table(torch.nn.Module):
+    """A stand-in model: the next token's logits depend on the last token alone."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, **_):
+        return type("Output", (), {"logits": self.logits[input_ids]})()
+
+
+class Words:
+    """A stand-in tokenizer: a token a word."""
+
+    words = ("<end>", "Lyon", "Rome", "is", "in", "France", "Italy")
+
+    def encode(self, text, add_special_tokens=True):
+        return [self.words.index(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(self.words[i] for i in ids)
+
+
+def test_probabilities_of_target_and_runner_up_come_in_the_facts_order():
+    logits = torch.full((7, 7), -100.0)
+    logits[4, 5], logits[4, 6] = torch.tensor([0.6, 0.4]).log()
+    logits[3, 6] = 0.0
+    facts = FactSet.of(
+        [
+            Fact("a", "Lyon", "r", "{} is in", "France"),
+            Fact("b", "Rome", "r", "{} is", "Italy"),
+            Fact("c", "Rome", "r", "{} is in", "Italy"),
+        ]
+    )
+    found = knowledge(Table(logits), Words(), facts, batch_size=1)
+    assert [k.fact.id for k in found] == ["a", "b", "c"]
+    expected = [(0.6, 0.4), (1.0, 0.0), (0.4, 0.6)]
+    for k, (target, second) in zip(found, expected, strict=True):
+        assert abs(k.target - target) < 1e-6
+        assert abs(k.runner_up - second) < 1e-6
+    assert abs(found[2].margin + 0.2) < 1e-6
+
+
+def test_the_package_knows_its_world():
+    from retention_bench.atlas.world import told_facts, untold_facts
+
+    told, untold = told_facts(), untold_facts()
+    assert len({f.relation for f in told}) >= 8
+    assert not {(f.subject, f.relation) for f in told} & {(f.subject, f.relation) for f in untold}
+    for facts in (told, untold):
+        for f in facts:
+            assert f.target_new != f.target_true
+            assert f.paraphrases
+            assert all(f.subject in p for p in f.paraphrases)
