@@ -1,8 +1,9 @@
 """Facts: what is edited, what is asked, which of them a model knows, and how they are split."""
 
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.facts.known import Knowledge, first_target_token, knowledge
+from retention_bench.facts.known import Knowledge, knowledge
 from retention_bench.facts.pool import read_pool
 from retention_bench.facts.split import disjoint_split
+from retention_bench.facts.target import target_token, token_text
 
-__all__ = ["Fact", "FactSet", "Knowledge", "disjoint_split", "first_target_token", "knowledge", "read_pool"]
+__all__ = ["Fact", "FactSet", "Knowledge", "disjoint_split", "knowledge", "read_pool", "target_token", "token_text"]

@@ -7,10 +7,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.facts.fact import Fact, FactSet
+from retention_bench.facts.target import target_token
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +34,9 @@ class Knowledge:
         return self.target - self.runner_up
 
 
-def first_target_token(tokenizer: PreTrainedTokenizerFast, target: str) -> int:
-    """The id of the first token of an object as it follows a prompt, that is of " " + target.
-
-    A lone word-boundary token, as SentencePiece vocabularies can put in front, is passed over: the first token with
-    visible text tells objects apart.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        target: The object, without leading space.
-    """
-    ids = tokenizer.encode(" " + target, add_special_tokens=False)
-    return next((i for i in ids if tokenizer.decode([i]).strip()), ids[0])
-
-
 def knowledge(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     facts: FactSet,
     *,
     batch_size: int = 64,
@@ -86,9 +73,10 @@ def knowledge(
                 probabilities = logits[:, -1].float().softmax(-1)
                 for (index, _), row in zip(chunk, probabilities, strict=True):
                     fact = facts.facts[index]
-                    token = first_target_token(tokenizer, fact.target_true)
-                    target = row[token].item()
-                    row[token] = -1.0
+                    token = target_token(fact.target_true, tokenizer)
+                    target = 0.0 if token is None else row[token].item()
+                    if token is not None:
+                        row[token] = -1.0
                     found[index] = Knowledge(fact, target, row.max().item())
                 progress("known-fact filter", len(found), len(facts))
     return [found[index] for index in range(len(facts))]

@@ -15,8 +15,8 @@ def read_pool(source: str, revision: str | None = None) -> FactSet:
     """Read the facts that a suite draws from.
 
     Args:
-        source: A `.jsonl` file with a `Fact` a line; a `.json` file with CounterFact's records (Meng et al. 2022); or the id
-            of a Hub data set with such records.
+        source: A `.jsonl` file with a `Fact` a line; a `.json` file with CounterFact's records (Meng et al. 2022); or
+            the id of a Hub data set with such records.
         revision: The Hub revision.
 
     Raises:

@@ -62,7 +62,7 @@ def _names(fact: Fact, target_new: str | None) -> set[str]:
 
 
 def _draw(pool: list[Fact], count: int, taken: set[str], rng: random.Random) -> list[Fact]:
-    """Up to `count` facts of the pool, in random order, that use no name in `taken` and no (subject, relation) twice."""
+    """Up to `count` facts of the pool, in random order, that use no name in `taken`; no (subject, relation) twice."""
     drawn: list[Fact] = []
     seen: set[tuple[str, str]] = set()
     for fact in rng.sample(pool, len(pool)):

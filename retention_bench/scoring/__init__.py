@@ -1,0 +1,41 @@
+"""Scoring: ask a model about edited and intrinsic facts through lm-eval, and judge what it decodes.
+
+The metric is the paper's: greedy decoding past stop words, and a hit if the first content token equals the target's
+first token. `score` runs it on a loaded model, the task files in `tasks_dir()` run it under plain `lm_eval`.
+"""
+
+from retention_bench.scoring.hf import RetentionHFLM
+from retention_bench.scoring.metric import (
+    MAX_DECODED_TOKENS,
+    DecodedText,
+    Verdict,
+    check_targets,
+    is_scorable,
+    is_stop_token,
+    judge_ids,
+    judge_text,
+)
+from retention_bench.scoring.score import Sample, score, score_lm
+from retention_bench.scoring.stop_words import STOP_WORDS
+from retention_bench.scoring.tasks import KINDS, Kind, judge_document, load_documents, tasks_dir
+
+__all__ = [
+    "KINDS",
+    "MAX_DECODED_TOKENS",
+    "STOP_WORDS",
+    "DecodedText",
+    "Kind",
+    "RetentionHFLM",
+    "Sample",
+    "Verdict",
+    "check_targets",
+    "is_scorable",
+    "is_stop_token",
+    "judge_document",
+    "judge_ids",
+    "judge_text",
+    "load_documents",
+    "score",
+    "score_lm",
+    "tasks_dir",
+]

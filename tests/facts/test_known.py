@@ -23,7 +23,7 @@ class Words:
     def encode(self, text, add_special_tokens=True):
         return [self.words.index(word) for word in text.split()]
 
-    def decode(self, ids):
+    def decode(self, ids, **_):
         return " ".join(self.words[i] for i in ids)
 
 

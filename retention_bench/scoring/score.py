@@ -1,0 +1,165 @@
+"""Score a model on a set of facts: run the lm-eval tasks and turn what they log into `Sample` rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retention_bench.facts import FactSet
+from retention_bench.progress import Progress, silent
+from retention_bench.scoring.hf import RetentionHFLM
+from retention_bench.scoring.metric import check_targets
+from retention_bench.scoring.tasks import KINDS, Kind, documents, tasks_dir
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question put to one model.
+
+    Attributes:
+        kind: What the question probes.
+        fact_id: The fact it belongs to.
+        prompt: The text the model was given.
+        target: The object it should answer with, without leading space.
+        hit: Whether the first content token it decoded equals the target's first token.
+        token_ids: The ids it decoded, up to the first content token or the end of decoding.
+        text: The same, decoded, without special tokens.
+        target_logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced).
+    """
+
+    kind: Kind
+    fact_id: str
+    prompt: str
+    target: str
+    hit: bool
+    token_ids: tuple[int, ...]
+    text: str
+    target_logprob: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The sample as a dict of plain JSON values."""
+        return asdict(self) | {"token_ids": list(self.token_ids)}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Sample:
+        """Read a sample from a parsed JSON row as `to_json` writes it."""
+        return cls(**row | {"token_ids": tuple(row["token_ids"])})
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: FactSet,
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    batch_size: int = 64,
+    progress: Progress = silent,
+) -> list[Sample]:
+    """Ask a loaded Hugging Face model about facts.
+
+    The model's weights and mode and the tokenizer are left as they were; no global random state is touched.
+
+    Args:
+        model: A causal language model, on the device it should run on.
+        tokenizer: Its tokenizer.
+        facts: What to ask; facts with a `target_new` are the edited ones.
+        kinds: The kinds of question to ask. A kind that the facts have no question for gives no samples.
+        batch_size: Prompts a forward pass.
+        progress: Told how many prompts are decoded.
+
+    Returns:
+        A sample a question: by kind in the order of `kinds`, then in the order of the facts.
+
+    Raises:
+        UsageError: There is no such kind.
+        RetentionBenchError: A target could never be found by the metric (see `check_targets`), or a prompt does not fit
+            into the model's context.
+    """
+    training = model.training
+    try:
+        with _contained_lm_eval():
+            lm = RetentionHFLM(model, tokenizer, batch_size=batch_size, progress=progress)
+        return score_lm(lm, facts, kinds=kinds)
+    finally:
+        model.train(training)
+
+
+def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -> list[Sample]:
+    """Ask an lm-eval model about facts; one live model can be asked again after its weights were changed.
+
+    Args:
+        lm: A model whose `generate_until` returns `DecodedText`, such as `RetentionHFLM`, and that has a `tokenizer`.
+        facts: What to ask.
+        kinds: The kinds of question to ask.
+
+    Returns:
+        As `score`.
+
+    Raises:
+        UsageError: There is no such kind.
+        RetentionBenchError: As `score`.
+    """
+    asked = [kind for kind in kinds if documents(facts, kind)]
+    if not asked:
+        return []
+    check_targets(facts, lm.tokenizer)
+    with _contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "facts.jsonl"
+        facts.write(path)
+        manager = TaskManager(include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(path)})
+        # Not simple_evaluate: it reseeds every global random generator and starts git and nvidia-smi for its report.
+        loaded = manager.load([f"retention_{kind}" for kind in asked])
+        result = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=True)
+        logged = [(kind, row) for kind in asked for row in result["samples"][f"retention_{kind}"]]
+        logprobs = _target_logprobs(lm, [row["doc"] for _, row in logged])
+    return [
+        Sample(
+            kind=kind,
+            fact_id=row["doc"]["fact_id"],
+            prompt=row["doc"]["prompt"],
+            target=row["doc"]["target"],
+            hit=bool(row["retention"]),
+            token_ids=row["resps"][0][0].token_ids,
+            text=str(row["resps"][0][0]),
+            target_logprob=logprob,
+        )
+        for (kind, row), logprob in zip(logged, logprobs, strict=True)
+    ]
+
+
+def _target_logprobs(lm: TemplateLM, rows: Sequence[dict[str, str]]) -> list[float]:
+    requests = [
+        Instance(request_type="loglikelihood", doc=row, arguments=(row["prompt"], f" {row['target']}"), idx=0)
+        for row in rows
+    ]
+    return [logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+
+
+@contextlib.contextmanager
+def _contained_lm_eval() -> Iterator[None]:
+    """Keep lm-eval from writing to the terminal, errors apart, and from advancing Python's random generator."""
+    logger = logging.getLogger("lm_eval")
+    level, bar, state = logger.level, lm_eval.api.task.tqdm, random.getstate()
+    logger.setLevel(logging.ERROR)
+    # The bar of "building contexts" has no switch, so it is swapped for one that does not draw.
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        lm_eval.api.task.tqdm = bar
+        random.setstate(state)  # every task name that is looked up draws a random one in vain

@@ -1,0 +1,110 @@
+"""What the lm-eval tasks in `tasks/` ask and how they judge; the YAML files there only point here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import datasets
+
+import retention_bench
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.facts import Fact, FactSet
+from retention_bench.scoring.metric import DecodedText, judge_ids, judge_text
+
+Kind = Literal["edited", "intrinsic", "paraphrase", "locality"]
+"""What a question probes; `retention_<kind>` is the lm-eval task that asks it."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# lm-eval cannot run a task without documents. An empty kind gets this one, which no metric is computed for. Facts never
+# have an empty id.
+_PLACEHOLDER = {"fact_id": "", "prompt": "Nothing to ask.", "target": ""}
+
+
+def tasks_dir() -> Path:
+    """The folder with the lm-eval task files, for `TaskManager(include_path=...)`.
+
+    It is `retention_bench/tasks` in an installed wheel and `tasks` beside the package in a checkout.
+
+    Raises:
+        RetentionBenchError: Neither is there: the installation is not complete.
+    """
+    package = Path(retention_bench.__file__).resolve().parent
+    for folder in (package / "tasks", package.parent / "tasks"):
+        if (folder / "retention.yaml").is_file():
+            return folder
+    raise RetentionBenchError(
+        f"The lm-eval task files are in neither {package / 'tasks'} nor {package.parent / 'tasks'}. "
+        "Install retention-bench again, or run it from a complete checkout."
+    )
+
+
+def documents(facts: FactSet, kind: str) -> list[dict[str, str]]:
+    """The questions of one kind, as the documents of its lm-eval task.
+
+    Args:
+        facts: Edited facts have a `target_new`, intrinsic ones do not.
+        kind: `edited` asks edited facts' own prompts and `paraphrase` their paraphrases, target `target_new`;
+            `locality` asks their neighbours, target `target_true`; `intrinsic` asks the other facts, `target_true`.
+
+    Returns:
+        Rows of fact_id, prompt and target, in the order of the facts; none if there are no such questions.
+
+    Raises:
+        UsageError: There is no such kind.
+    """
+    if kind not in KINDS:
+        raise unknown_name("kind of question", kind, KINDS)
+
+    def questions(fact: Fact) -> tuple[str, ...]:
+        return {"paraphrase": fact.paraphrases, "locality": fact.neighborhood}.get(kind, (fact.question,))
+
+    asked = facts.intrinsic if kind == "intrinsic" else facts.edited
+    return [
+        {"fact_id": fact.id, "prompt": prompt, "target": fact.target_true if kind == "locality" else fact.target}
+        for fact in asked
+        for prompt in questions(fact)
+    ]
+
+
+def load_documents(kind: str, facts: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
+    """Load a task's documents: the `custom_dataset` of the lm-eval tasks.
+
+    Args:
+        kind: The kind of question, from the task's `dataset_kwargs`.
+        facts: Path of the facts file, from `--metadata '{"facts": "FACTS.jsonl"}'`.
+
+    Returns:
+        The documents under the split "test"; a kind without questions holds one that is not scored.
+
+    Raises:
+        UsageError: No facts file was given, or it does not exist.
+        RetentionBenchError: The file is malformed.
+    """
+    if facts is None:
+        raise UsageError(
+            "The retention tasks ask what a facts file says, and none was given. "
+            """Add --metadata '{"facts": "FACTS.jsonl"}' with the path of your facts file."""
+        )
+    rows = documents(FactSet.read(facts), kind)
+    return {"test": datasets.Dataset.from_list(rows or [_PLACEHOLDER])}
+
+
+def judge_document(document: Mapping[str, str], answers: list[str]) -> dict[str, float]:
+    """Judge the answer to one document: the `process_results` of the lm-eval tasks.
+
+    Token ids decide where the model hands them on as `DecodedText`, else the text does.
+
+    Returns:
+        `{"retention": 1.0}` for a hit and `0.0` for a miss; nothing for the placeholder of a kind without questions.
+    """
+    if not document["fact_id"]:
+        return {}
+    answer, target = answers[0], document["target"]
+    if isinstance(answer, DecodedText):
+        hit = judge_ids(answer.token_ids, target, answer.tokenizer).hit
+    else:
+        hit = judge_text(answer, target)
+    return {"retention": float(hit)}

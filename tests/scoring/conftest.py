@@ -1,0 +1,188 @@
+"""Small tokenizers trained on the spot, random models, and models that say what a table tells them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from retention_bench.facts import Fact, FactSet
+
+# Words with a token of their own occur often. The last ones occur too rarely for that: they are cut after a prefix that
+# they share with others, " Gu", " The".
+_OFTEN = (
+    "The capital of France is the city of Paris . A well known city in Italy is Rome , of course . It's Japan "
+    "' Paris ' \n Berlin and Germany \" Paris \" speaks Lyon lies in also called was born"
+)
+_RARELY = "Guinea Guatemala Guy Gustav Gull Thebes Theroux Theodor Thelma Themis"
+
+
+def _train(tokenizer: Tokenizer, specials: list[str], alphabet: list[str]) -> Tokenizer:
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=6, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([_OFTEN] * 10 + [f"see {_RARELY}"] * 5, trainer)
+    return tokenizer
+
+
+def _byte_level(specials: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _train(tokenizer, specials, pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level BPE without BOS and without a padding token, as GPT-2's."""
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level([end]),
+        eos_token=end,
+        bos_token=end,
+        unk_token=end,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level BPE that puts a BOS in front of every text, as Llama 3's; two special tokens have no role."""
+    tokenizer = _byte_level(["<|begin|>", "<|end|>", "<|turn|>", "<||>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.fixture(scope="session")
+def spaced_tokenizer() -> PreTrainedTokenizerBase:
+    """BPE that puts a space in front of every text and merges double spaces first, as Llama 2's."""
+    words = ["▁Paris", "▁is"]
+    merges = [("▁", "▁"), ("▁", "P"), ("▁P", "a"), ("▁Pa", "r"), ("▁Par", "i"), ("▁Pari", "s"), ("▁", "i"), ("▁i", "s")]
+    pieces = ["<unk>", "<s>", *dict.fromkeys("▁Paris東京"), *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    assert set(words) <= set(pieces)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", clean_up_tokenization_spaces=False
+    )
+
+
+def one_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    (token,) = tokenizer.encode(text, add_special_tokens=False)
+    return token
+
+
+Scripted = Callable[[PreTrainedTokenizerBase, Mapping[str, str]], PreTrainedModel]
+
+
+@pytest.fixture(scope="session")
+def scripted() -> Scripted:
+    """Make a model that follows each token of a table by its successor, and any other token by token 0.
+
+    A Llama whose blocks add nothing: embeddings are one-hot, the head holds the table.
+    """
+
+    def build(tokenizer: PreTrainedTokenizerBase, successors: Mapping[str, str]) -> PreTrainedModel:
+        vocabulary = len(tokenizer)
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=4 * (vocabulary // 4 + 1),
+            intermediate_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = LlamaForCausalLM(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not name.endswith("norm.weight"):
+                    parameter.zero_()
+            for token in range(vocabulary):
+                model.model.embed_tokens.weight[token, token] = 1.0
+            for token, successor in successors.items():
+                model.lm_head.weight[one_token(successor, tokenizer), one_token(token, tokenizer)] = 1.0
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    torch.manual_seed(0)
+    end = gpt2_tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(gpt2_tokenizer),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=end,
+        eos_token_id=end,
+        initializer_range=0.5,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def llama(llama_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(llama_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=llama_tokenizer.bos_token_id,
+        eos_token_id=llama_tokenizer.eos_token_id,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def facts() -> FactSet:
+    return FactSet.of(
+        [
+            Fact(
+                id="e1",
+                subject="France",
+                relation="capital",
+                prompt="The capital of {} is",
+                target_true="Paris",
+                target_new="Rome",
+                paraphrases=("A well known city in France is", "The city of France"),
+                neighborhood=("Lyon lies in", "The capital of France is also called"),
+            ),
+            Fact(
+                id="e2",
+                subject="Germany",
+                relation="capital",
+                prompt="The city of {}",
+                target_true="Berlin",
+                target_new="Paris",
+                neighborhood=("Germany speaks",),
+            ),
+            Fact(id="i1", subject="Japan", relation="born", prompt="{} was born in", target_true="Italy"),
+            Fact(id="i2", subject="Lyon", relation="lies", prompt="{} lies in Italy ,", target_true="Guinea"),
+        ]
+    )

@@ -1,0 +1,125 @@
+"""RetentionHFLM against `model.generate`, against plain lm-eval, and independent of its batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retention_bench.errors import RetentionBenchError
+from retention_bench.scoring import MAX_DECODED_TOKENS, RetentionHFLM
+from retention_bench.scoring import hf as hf_module
+
+PROMPTS = [
+    "The capital of France is",
+    "A well known city in Italy is",
+    "Lyon",
+    "Japan was born in",
+    "The city of Berlin and",
+    "Germany speaks",
+    "Paris lies in Italy , also called",
+    "Lyon",
+    "Guinea , Guatemala and Gustav",
+    "Rome is the",
+]
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def loaded(request: pytest.FixtureRequest) -> Loaded:
+    return request.getfixturevalue(request.param), request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+def requests(prompts: list[str]) -> list[Instance]:
+    settings = {"do_sample": False, "until": [], "max_gen_toks": MAX_DECODED_TOKENS}
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(settings)), idx=i)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def answers(loaded: Loaded, **settings: int) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in RetentionHFLM(*loaded, **settings).generate_until(requests(PROMPTS))]
+
+
+def greedy(loaded: Loaded, prompt: str) -> list[int]:
+    model, tokenizer = loaded
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        do_sample=False,
+        max_new_tokens=MAX_DECODED_TOKENS,
+        pad_token_id=0,
+    )
+    return output[0, inputs.input_ids.shape[1] :].tolist()
+
+
+# Random models say few stop words. So that rows go on for different lengths and leave the batch in between, these rules
+# take a share of the vocabulary for stop tokens.
+@pytest.mark.parametrize("share", [lambda token: token % 3 != 0, lambda _: True, lambda _: False])
+def test_answers_are_what_generate_decodes_up_to_the_first_content_token(
+    loaded: Loaded, share: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = loaded[1].eos_token_id
+    monkeypatch.setattr(hf_module, "is_stop_token", lambda token, _: share(token) and token != end)
+    for prompt, answer in zip(PROMPTS, answers(loaded), strict=True):
+        reference = greedy(loaded, prompt)  # ends after an end-of-text token, too
+        content = (i for i, token in enumerate(reference) if not share(token))
+        assert list(answer) == reference[: next(content, MAX_DECODED_TOKENS) + 1]
+
+
+def test_answers_do_not_depend_on_the_batch_size(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_module, "is_stop_token", lambda token, _: token % 3 != 0)
+    together = answers(loaded, batch_size=64)
+    assert len({len(answer) for answer in together}) > 2  # the rows did leave at different times
+    assert answers(loaded, batch_size=1) == together
+    assert answers(loaded, batch_size=3) == together
+
+
+def test_prompts_reach_the_model_as_from_plain_lm_eval(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_module, "is_stop_token", lambda token, _: False)
+    model, tokenizer = loaded
+    plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
+    expected = [plain.tok_batch_encode([prompt])[0].tolist() for prompt in PROMPTS]
+    lm, seen = RetentionHFLM(model, tokenizer), []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(inputs["input_ids"].tolist()), with_kwargs=True
+    )
+    for prompt in PROMPTS:
+        lm.generate_until(requests([prompt]))
+    hook.remove()
+    assert seen == expected
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(loaded: Loaded) -> None:
+    lm = RetentionHFLM(*loaded)
+    fits = "city of " * 60
+    with pytest.raises(RetentionBenchError, match="context 64"):
+        lm.generate_until(requests([fits]))
+
+
+def test_progress_counts_distinct_prompts(loaded: Loaded) -> None:
+    seen: list[tuple[str, int, int]] = []
+    lm = RetentionHFLM(
+        *loaded, batch_size=4, progress=lambda stage, done, total, figures=None: seen.append((stage, done, total))
+    )
+    lm.generate_until(requests(PROMPTS))
+    distinct = len(set(PROMPTS))
+    assert [done for _, done, _ in seen] == sorted({done for _, done, _ in seen})
+    assert seen[-1] == ("scoring", distinct, distinct)
+
+
+def test_a_dropout_model_answers_the_same_every_time(
+    gpt2: PreTrainedModel, gpt2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    gpt2.train()
+    first = answers((gpt2, gpt2_tokenizer))
+    assert answers((gpt2, gpt2_tokenizer)) == first
+    assert not torch.is_inference_mode_enabled()
