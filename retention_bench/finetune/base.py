@@ -1,0 +1,180 @@
+"""What a fine-tune is, and the registry of them: built-in tasks and those of other packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple, Protocol
+
+import pydantic
+
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.finetune.contamination import Removed, Terms
+
+ENTRY_POINTS = "retention_bench.finetunes"
+
+# One line registers a task. The module is imported when the task is made, not before.
+BUILT_IN = {
+    "tulu3": "retention_bench.finetune.tulu3:Tulu3",
+}
+
+
+class Example(NamedTuple):
+    """One tokenised row.
+
+    Attributes:
+        input_ids: Token ids.
+        labels: As long as `input_ids`: the token's own id where it counts in the loss, else -100. The shift by one
+            position is the model's business.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningData:
+    """What a task trains and validates on.
+
+    Attributes:
+        train: The training rows.
+        validation: The validation rows; whether they are training rows too is the task's protocol.
+        removed: What the contamination filter took out.
+    """
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    removed: Removed
+
+
+class Finetune(Protocol):
+    """A downstream task: a frozen dataclass whose fields are plain settings, with its data and its metric.
+
+    `train` reads the settings below and calls `prepare` once, then `measure` and `reached` at every evaluation.
+    """
+
+    @property
+    def name(self) -> str:
+        """The task's name in suites and results."""
+
+    @property
+    def metric(self) -> str:
+        """What `measure` returns, for example `"validation_loss"`."""
+
+    @property
+    def source(self) -> str:
+        """Where the rows come from: a local file or a Hub data set id."""
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub data set's revision."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in an optimiser step."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows in a forward pass; divides `batch_size`, or is larger and then does not matter."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate, constant over the run."""
+
+    @property
+    def weight_decay(self) -> float:
+        """AdamW's weight decay."""
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """AdamW's betas."""
+
+    @property
+    def eval_every(self) -> int:
+        """Optimiser steps between two evaluations."""
+
+    @property
+    def threshold(self) -> float:
+        """The metric's value that ends the run."""
+
+    @property
+    def max_steps(self) -> int:
+        """The budget: optimiser steps after which the run ends in any case."""
+
+    def prepare(self, tokenizer: Any, terms: Terms, seed: int) -> TuningData:
+        """Read, filter, sample and tokenise the rows; the same for the same arguments."""
+
+    def measure(self, model: Any, validation: Sequence[Example]) -> float:
+        """The metric on the validation rows; leaves the model as it is."""
+
+    def reached(self, value: float) -> bool:
+        """Whether a value of the metric is beyond the threshold."""
+
+
+def finetune_names() -> list[str]:
+    """Names of the fine-tunes that can be made, sorted; imports none of them."""
+    return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
+
+
+def make_finetune(name: str, settings: Mapping[str, Any]) -> Finetune:
+    """Make a fine-tune from its name and settings.
+
+    Args:
+        name: A built-in task or one of another package (entry-point group `retention_bench.finetunes`). A built-in
+            name cannot be taken over.
+        settings: The task's fields, as they stand in a suite's YAML.
+
+    Raises:
+        UsageError: No such task, an unknown or missing setting, or one of the wrong type or range.
+        RetentionBenchError: The other package's task cannot be imported.
+    """
+    task = _load(name)
+    fields = [field.name for field in dataclasses.fields(task)]
+    for given in settings:
+        if given not in fields:
+            raise unknown_name(f"setting of the fine-tune {name!r}:", given, fields)
+    try:
+        made: Finetune = pydantic.TypeAdapter(task).validate_python(dict(settings))
+    except pydantic.ValidationError as error:
+        raise UsageError(_explain(name, error)) from error
+    return made
+
+
+def _load(name: str) -> Any:
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            raise RetentionBenchError(
+                f"The fine-tune {name!r} ({entry.value}) cannot be imported: {error}. Repair or uninstall its package."
+            ) from error
+    raise unknown_name("fine-tune", name, finetune_names())
+
+
+def _explain(name: str, error: pydantic.ValidationError) -> str:
+    """The first thing wrong with a task's settings, in one sentence that names the setting."""
+    first = error.errors()[0]
+    task, given = f"the fine-tune {name!r}", first["input"]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"Settings of {task}: {reason}."
+    setting = first["loc"][0]
+    if first["type"] == "missing":
+        return f"Setting {setting!r} of {task} is missing. Add it to the suite."
+    hint = ""
+    if isinstance(given, str) and "e" in given.lower() and _is_number(given):
+        hint = f" YAML reads {given} as text: write the number with a point, as in 2.0e-5."
+    return f"Setting {setting!r} of {task}: {reason}, got {given!r}.{hint}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

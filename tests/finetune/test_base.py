@@ -1,0 +1,106 @@
+import subprocess
+import sys
+
+import pytest
+
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.finetune import finetune_names, make_finetune
+
+SETTINGS = {"source": "chats.jsonl", "train_size": 10, "validation_size": 5, "threshold": 1.7, "max_steps": 100}
+
+
+def test_the_papers_settings_are_the_defaults():
+    task = make_finetune("tulu3", SETTINGS)
+    assert (task.batch_size, task.lr, task.weight_decay, task.betas, task.eval_every) == (
+        64,
+        2e-5,
+        0.01,
+        (0.9, 0.999),
+        20,
+    )
+
+
+def test_naming_the_tasks_and_making_one_does_not_import_torch():
+    code = (
+        "import sys; from retention_bench.finetune import finetune_names, make_finetune; "
+        f"make_finetune('tulu3', {SETTINGS!r}); assert 'tulu3' in finetune_names(); "
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_unknown_name_suggests_the_one_that_was_meant():
+    with pytest.raises(UsageError, match=r"fine-tune 'tulu'.*'tulu3'"):
+        make_finetune("tulu", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"treshold": 1.0}, "'treshold'.*Did you mean 'threshold'"),
+        ({"train_size": None}, "'train_size'"),
+        ({"train_size": 0}, "'train_size'.*got 0"),
+        ({"train_size": 10.5}, "'train_size'"),
+        ({"batch_size": True}, "'batch_size'"),
+        ({"batch_size": "64"}, "'batch_size'.*got '64'"),
+        ({"lr": "2e-5"}, "'lr'.*YAML reads 2e-5 as text"),
+        ({"lr": -1.0}, "'lr'.*got -1.0"),
+        ({"lr": float("nan")}, "'lr'"),
+        ({"betas": [0.9]}, "'betas'"),
+        ({"betas": [0.9, 1.0]}, "'betas'.*1.0"),
+        ({"threshold": float("inf")}, "'threshold'"),
+        ({"max_length": 1}, "'max_length'"),
+        ({"source": ""}, "'source'"),
+        ({"revision": 3}, "'revision'"),
+        ({"validation_size": 11}, "validation_size 11 is larger than train_size 10"),
+        ({"batch_size": 12, "micro_batch_size": 8}, "micro_batch_size 8 does not divide batch_size 12"),
+    ],
+)
+def test_a_wrong_setting_is_named(change, message):
+    with pytest.raises(UsageError, match=message):
+        make_finetune("tulu3", SETTINGS | change)
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(UsageError, match="'threshold' of the fine-tune 'tulu3' is missing"):
+        make_finetune("tulu3", {name: value for name, value in SETTINGS.items() if name != "threshold"})
+
+
+def test_integers_and_lists_stand_for_numbers_and_pairs():
+    task = make_finetune("tulu3", SETTINGS | {"threshold": 2, "betas": [0, 0.5]})
+    assert task.threshold == 2
+    assert task.betas == (0, 0.5)
+
+
+@pytest.fixture
+def other_package(tmp_path, monkeypatch):
+    """An installed package with two tasks: one works, of the other the module is gone."""
+    (tmp_path / "theirs.py").write_text(
+        "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Theirs:\n    source: str\n    lr: float = 1.0\n"
+    )
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[retention_bench.finetunes]\ntheirs = theirs:Theirs\ngone = gone:Gone\ntulu3 = theirs:Theirs\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("other_package")
+def test_another_package_registers_a_task():
+    assert finetune_names() == ["gone", "theirs", "tulu3"]
+    assert make_finetune("theirs", {"source": "x"}).lr == 1.0
+    with pytest.raises(UsageError, match="'lr' of the fine-tune 'theirs'"):
+        make_finetune("theirs", {"source": "x", "lr": "fast"})
+
+
+@pytest.mark.usefixtures("other_package")
+def test_a_built_in_name_cannot_be_taken_over():
+    assert make_finetune("tulu3", SETTINGS).name == "tulu3"
+
+
+@pytest.mark.usefixtures("other_package")
+def test_a_task_that_cannot_be_imported_is_named():
+    with pytest.raises(RetentionBenchError, match=r"'gone' \(gone:Gone\) cannot be imported"):
+        make_finetune("gone", {})
