@@ -1,0 +1,44 @@
+"""Editors: ways to write facts into a model, by name, and what they need to do it.
+
+What needs torch is imported when it is first asked for, so that listing the editors stays quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from retention_bench.editors.base import EditContext, Editor, EditRequest, editor_names, make_editor
+
+if TYPE_CHECKING:
+    from retention_bench.editors.alphaedit import AlphaEdit
+    from retention_bench.editors.ft import FT
+    from retention_bench.editors.statistics import KeyStatistics, collect_key_statistics, null_space_projector
+    from retention_bench.editors.templates import sample_context_templates
+
+_LATER = {
+    "AlphaEdit": "alphaedit",
+    "FT": "ft",
+    "KeyStatistics": "statistics",
+    "collect_key_statistics": "statistics",
+    "null_space_projector": "statistics",
+    "sample_context_templates": "templates",
+}
+
+__all__ = [
+    "FT",
+    "AlphaEdit",
+    "EditContext",
+    "EditRequest",
+    "Editor",
+    "KeyStatistics",
+    "collect_key_statistics",
+    "editor_names",
+    "make_editor",
+    "null_space_projector",
+    "sample_context_templates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -1,0 +1,41 @@
+"""Models: loading, where a family keeps its parts, partial forward passes, and what an edit adds to the weights."""
+
+from retention_bench.models.delta import LowRank, WeightDelta
+from retention_bench.models.families import (
+    Family,
+    block,
+    family,
+    final_norm,
+    head,
+    is_in_out,
+    key_size,
+    num_layers,
+    projection,
+    projection_name,
+)
+from retention_bench.models.files import read_tensors, write_tensors
+from retention_bench.models.forward import frozen, hidden_from, last_hidden, log_probabilities, record
+from retention_bench.models.loading import load_model
+
+__all__ = [
+    "Family",
+    "LowRank",
+    "WeightDelta",
+    "block",
+    "family",
+    "final_norm",
+    "frozen",
+    "head",
+    "hidden_from",
+    "is_in_out",
+    "key_size",
+    "last_hidden",
+    "load_model",
+    "log_probabilities",
+    "num_layers",
+    "projection",
+    "projection_name",
+    "read_tensors",
+    "record",
+    "write_tensors",
+]

@@ -1,0 +1,199 @@
+"""What an editor is: requests and context in, a `WeightDelta` out; and the registry by name.
+
+Nothing here imports torch, so that listing the editors is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.facts.fact import Fact
+from retention_bench.progress import Progress, silent
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from retention_bench.editors.statistics import KeyStatistics
+    from retention_bench.models import WeightDelta
+
+ENTRY_POINTS = "retention_bench.editors"
+
+_BUILT_IN = {
+    "alphaedit": "retention_bench.editors.alphaedit:AlphaEdit",
+    "ft": "retention_bench.editors.ft:FT",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EditRequest:
+    """One fact to write into a model.
+
+    Attributes:
+        fact_id: The fact's id; errors name it.
+        prompt: Contains `{}` once, where the subject goes; ends right before the object.
+        subject: The subject.
+        target_new: The object to write; kept without surrounding spaces, the one before it is part of its first token.
+
+    Raises:
+        UsageError: The prompt has no place for the subject, or a field is empty; the fact is named.
+    """
+
+    fact_id: str
+    prompt: str
+    subject: str
+    target_new: str
+
+    def __post_init__(self) -> None:
+        if self.prompt.count("{}") != 1:
+            raise UsageError(
+                f"Fact {self.fact_id!r}: the prompt {self.prompt!r} must contain '{{}}' exactly once, where the "
+                f"subject {self.subject!r} goes."
+            )
+        if not self.subject.strip():
+            raise UsageError(
+                f"Fact {self.fact_id!r}: the subject is empty. An edit needs one, its last token is where it acts."
+            )
+        if not self.target_new.strip():
+            raise UsageError(f"Fact {self.fact_id!r}: target_new is empty. Give the object to write.")
+        object.__setattr__(self, "prompt", self.prompt.rstrip())
+        object.__setattr__(self, "target_new", self.target_new.strip())
+
+    @classmethod
+    def from_fact(cls, fact: Fact) -> EditRequest:
+        """The request that writes a fact's `target_new`.
+
+        Raises:
+            UsageError: The fact has no `target_new`.
+        """
+        if fact.target_new is None:
+            raise UsageError(
+                f"Fact {fact.id!r} has no target_new, so there is nothing to edit. Leave it out, or give it one."
+            )
+        return cls(fact.id, fact.prompt, fact.subject, fact.target_new)
+
+
+@dataclasses.dataclass(frozen=True)
+class EditContext:
+    """What an edit needs besides model and requests; every part comes from the caller, and nothing in it is changed.
+
+    Attributes:
+        statistics: Second moments of the keys, for the layers that the editor's `statistics_layers` names.
+        templates: Context templates, each with `{}` once where the prompt goes; the bare `"{}"` is not among them.
+        generator: Seeded, for editors that draw random numbers.
+        progress: Told how far the edit is.
+        remembered: Keys of earlier edits by layer, each [keys, d_mlp]; see `AlphaEdit.edit_sequentially`.
+
+    Raises:
+        UsageError: A template does not contain `{}` exactly once.
+    """
+
+    statistics: KeyStatistics | None = None
+    templates: tuple[str, ...] = ()
+    generator: torch.Generator | None = None
+    progress: Progress = silent
+    remembered: Mapping[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "templates", tuple(self.templates))
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise UsageError(
+                    f"The context template {template!r} must contain '{{}}' exactly once, where the prompt goes."
+                )
+
+
+class Editor(Protocol):
+    """A way to write facts into a model: a frozen dataclass whose fields are its hyper-parameters."""
+
+    @property
+    def name(self) -> str:
+        """The editor's name in the registry."""
+
+    @property
+    def edits_per_model(self) -> int | None:
+        """How many facts are written into one copy of the model; None for all."""
+
+    @property
+    def statistics_layers(self) -> tuple[int, ...]:
+        """Layers whose key second moments `edit` needs."""
+
+    def edit(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[EditRequest],
+        context: EditContext,
+    ) -> WeightDelta:
+        """Compute the change of weights that writes the requests; the model is left as it was found.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer, a fast one.
+            requests: The facts to write, all at once.
+            context: What else the edit needs.
+
+        Returns:
+            The change. The caller applies it.
+
+        Raises:
+            RetentionBenchError: The requests or the context cannot be used with this model.
+        """
+
+
+def editor_names() -> list[str]:
+    """Names of the editors: the built-in ones and those of installed packages (entry-point group `ENTRY_POINTS`)."""
+    return sorted({*_BUILT_IN, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def make_editor(name: str, settings: Mapping[str, Any]) -> Editor:
+    """Make an editor from its settings.
+
+    Args:
+        name: A name from `editor_names()`. A built-in editor goes before a package's of the same name.
+        settings: The editor's fields; those with a default may be left out.
+
+    Raises:
+        UsageError: An unknown name or setting, a missing one, or a value of the wrong kind or out of range.
+        RetentionBenchError: The package that registers the editor cannot be imported.
+    """
+    editor = _load(name)
+    fields = {field.name: field for field in dataclasses.fields(editor) if field.init}
+    for setting in settings:
+        if setting not in fields:
+            raise unknown_name(f"setting of editor {name!r}:", setting, fields)
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(editor).validate_python(dict(settings))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("missing", "missing_argument"):
+            raise UsageError(f"Editor {name!r} needs the setting {place!r}, which was not given.") from error
+        number_as_text = first["type"] == "float_type" and isinstance(first["input"], str)
+        hint = " YAML reads 5e-5 as text; write 5.0e-5." if number_as_text else ""
+        raise UsageError(
+            f"Editor {name!r}, setting {place!r}: {first['msg']}, got {first['input']!r}.{hint}"
+        ) from error
+
+
+def _load(name: str) -> type:
+    """The class that a name stands for."""
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as error:
+            raise RetentionBenchError(
+                f"The editor {name!r} is registered as {point.value}, which cannot be imported ({error}). "
+                "Repair or uninstall the package that registers it."
+            ) from error
+    raise unknown_name("editor", name, editor_names())

@@ -1,0 +1,17 @@
+"""Kinds of numbers that editors take as settings; `make_editor` checks them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+"""A whole number, 1 or more."""
+
+Layer = Annotated[int, Field(strict=True, ge=0)]
+"""The index of a layer, counted from 0."""
+
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+"""A finite number above 0."""
+
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+"""A finite number, 0 or more."""

@@ -1,0 +1,129 @@
+"""Token rows with the place of the subject's last token, where locate-and-edit methods act.
+
+The place comes from the tokenizer's offsets in the whole text, so it is right with a BOS token, with any padding, and
+for a subject that also occurs elsewhere in the text. (The references tokenise pieces and add their lengths.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from retention_bench.editors.base import EditRequest
+from retention_bench.errors import RetentionBenchError, UsageError
+
+BARE = "{}"
+"""The context template that adds nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tokenised prompt.
+
+    Attributes:
+        ids: Token ids, with the special tokens that the tokenizer adds.
+        subject: Index of the subject's last token in `ids`.
+    """
+
+    ids: tuple[int, ...]
+    subject: int
+
+
+def subject_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], requests: Sequence[EditRequest]
+) -> list[Row]:
+    """Tokenise prompts with the subjects filled in.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        prompts: Texts with `{}` once, where the subject goes.
+        requests: Whose subject goes into each prompt.
+
+    Returns:
+        A row a prompt.
+
+    Raises:
+        UsageError: The tokenizer is not a fast one, so it gives no offsets.
+        RetentionBenchError: A subject has no token; the fact is named.
+    """
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer and gives no character offsets, which locate the "
+            "subject. Use a model folder with a tokenizer.json."
+        )
+    texts, spans = [], []
+    for prompt, request in zip(prompts, requests, strict=True):
+        before, _, after = prompt.partition("{}")
+        texts.append(before + request.subject + after)
+        spans.append((len(before), len(before) + len(request.subject.rstrip())))
+    encoded = tokenizer(texts, return_offsets_mapping=True)
+    rows = []
+    for ids, offsets, span, request in zip(
+        encoded["input_ids"], encoded["offset_mapping"], spans, requests, strict=True
+    ):
+        # The last token that begins before the subject ends. Special tokens have empty spans.
+        inside = [
+            index for index, (start, end) in enumerate(offsets) if start < span[1] and end > span[0] and start < end
+        ]
+        if not inside:
+            raise RetentionBenchError(
+                f"Fact {request.fact_id!r}: the tokenizer has no token for the subject {request.subject!r}. "
+                "Leave the fact out."
+            )
+        rows.append(Row(tuple(ids), inside[-1]))
+    return rows
+
+
+def context_rows(
+    tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], requests: Sequence[EditRequest]
+) -> list[list[Row]]:
+    """For every request its prompt in the bare template, then in each of the context templates.
+
+    Returns:
+        A list a request, of 1 + templates rows.
+    """
+    templates = (BARE, *templates)
+    rows = subject_rows(
+        tokenizer,
+        [template.replace("{}", request.prompt) for request in requests for template in templates],
+        [request for request in requests for _ in templates],
+    )
+    return [rows[start : start + len(templates)] for start in range(0, len(rows), len(templates))]
+
+
+def target_ids(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[int]:
+    """Token ids of a request's target as it stands behind a prompt: one space before it, no special tokens.
+
+    They are read off behind another word: alone, the text would differ under tokenizers that put a space before every
+    text.
+    """
+    before = tokenizer.encode("is", add_special_tokens=False)
+    return tokenizer.encode(f"is {request.target_new}", add_special_tokens=False)[len(before) :]
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right, whatever the tokenizer's own side is.
+
+    Returns:
+        Ids and attention mask, both int64 [rows, length]. Padding has the id 0, which the mask hides.
+    """
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def check_requests(requests: Sequence[EditRequest]) -> None:
+    """Refuse an empty list of requests.
+
+    Raises:
+        UsageError: There are none.
+    """
+    if not requests:
+        raise UsageError(
+            "There is nothing to edit: the list of requests is empty. Give at least one fact with a target_new."
+        )

@@ -1,0 +1,231 @@
+"""`WeightDelta`: what an edit adds to a model's weights. A checkpoint is the base model plus one of these."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from retention_bench.errors import RetentionBenchError, unknown_name
+from retention_bench.models.files import read_tensors, write_tensors
+
+_KIND = "weight delta"
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    """A matrix as the product of two thin ones.
+
+    Attributes:
+        left: [a, r], float32.
+        right: [r, b], float32.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the product."""
+        return torch.Size((self.left.shape[0], self.right.shape[1]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightDelta:
+    """Summands for some of a model's parameters, each in the orientation that the parameter is stored in.
+
+    Tensors are kept on the CPU in float32. Two deltas for the same base add up with `+`.
+
+    Attributes:
+        entries: By parameter name, a dense tensor of the parameter's shape or a `LowRank` of that shape.
+        base: The model it belongs to, by name or hash, for people; None where not known.
+
+    Raises:
+        RetentionBenchError: Low-rank factors that do not fit, or a number that is not finite; the parameter is named.
+    """
+
+    entries: Mapping[str, Tensor | LowRank]
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        checked = {name: _checked(name, entry) for name, entry in self.entries.items()}
+        object.__setattr__(self, "entries", checked)
+
+    def __add__(self, other: WeightDelta) -> WeightDelta:
+        """Both deltas in one.
+
+        Raises:
+            RetentionBenchError: They belong to different base models, or their shapes differ.
+        """
+        if self.base and other.base and self.base != other.base:
+            raise RetentionBenchError(
+                f"The deltas belong to different models, {self.base!r} and {other.base!r}, and cannot be added."
+            )
+        merged = dict(self.entries)
+        for name, entry in other.entries.items():
+            merged[name] = _sum(name, merged[name], entry) if name in merged else entry
+        return WeightDelta(merged, self.base or other.base)
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm by parameter name."""
+        return {name: _norm(entry) for name, entry in self.entries.items()}
+
+    def apply_(self, model: PreTrainedModel) -> None:
+        """Add to a model's weights in place; the sum is taken in float32 and rounded once to the weight's dtype.
+
+        Raises:
+            RetentionBenchError: The model lacks a parameter or has it in another shape; then nothing was changed.
+        """
+        for parameter, entry in self._targets(model):
+            _add_(parameter.data, entry)
+
+    @contextlib.contextmanager
+    def applied(self, model: PreTrainedModel) -> Iterator[None]:
+        """Apply for the time of a `with` block; afterwards the model has its own bits again.
+
+        Raises:
+            RetentionBenchError: As `apply_`.
+        """
+        targets = self._targets(model)
+        saved = [parameter.data.clone() for parameter, _ in targets]
+        try:
+            for parameter, entry in targets:
+                _add_(parameter.data, entry)
+            yield
+        finally:
+            for (parameter, _), original in zip(targets, saved, strict=True):
+                parameter.data.copy_(original)
+
+    def apply_to(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Apply to a stream of weights; tensors without a summand pass through as they are.
+
+        Args:
+            weights: Names and tensors, in any order. They are not changed.
+
+        Yields:
+            The same names, with the summed tensors in place of those that the delta has.
+
+        Raises:
+            RetentionBenchError: A shape differs, or the stream ended without one of the delta's parameters.
+        """
+        missing = set(self.entries)
+        for name, tensor in weights:
+            if name in self.entries:
+                missing.discard(name)
+                _check_shape(name, self.entries[name], tensor)
+                tensor = tensor.clone()
+                _add_(tensor, self.entries[name])
+            yield name, tensor
+        if missing:
+            raise RetentionBenchError(
+                f"The weights ended without {', '.join(sorted(missing))}, which the delta changes. "
+                "Give the weights of the model that the delta was made for."
+            )
+
+    def save(self, path: Path | str) -> None:
+        """Write as safetensors: to a temporary name first, then renamed, so no reader sees half a file."""
+        tensors: dict[str, Tensor] = {}
+        for name, entry in self.entries.items():
+            parts = {"dense": entry} if isinstance(entry, Tensor) else {"left": entry.left, "right": entry.right}
+            tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
+        write_tensors(path, tensors, kind=_KIND, version=_VERSION, base=self.base)
+
+    @classmethod
+    def load(cls, path: Path | str) -> WeightDelta:
+        """Read a delta that `save` wrote.
+
+        Raises:
+            RetentionBenchError: There is no such file, it is no delta or of another version, or its content is broken.
+        """
+        tensors, about = read_tensors(path, kind=_KIND, version=_VERSION)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(":")
+            parts.setdefault(name, {})[part] = tensor
+        try:
+            return cls({name: _entry(name, found) for name, found in parts.items()}, about["base"])
+        except RetentionBenchError as error:
+            raise RetentionBenchError(f"{path}: {error}") from error
+
+    def _targets(self, model: PreTrainedModel) -> list[tuple[Tensor, Tensor | LowRank]]:
+        """The model's parameters with their summands, all checked."""
+        parameters: dict[str, Any] = dict(model.named_parameters())
+        for name, entry in self.entries.items():
+            if name not in parameters:
+                raise RetentionBenchError(str(unknown_name("parameter", name, parameters)))
+            _check_shape(name, entry, parameters[name])
+        return [(parameters[name], entry) for name, entry in self.entries.items()]
+
+
+def _checked(name: str, entry: Tensor | LowRank) -> Tensor | LowRank:
+    """The entry on the CPU in float32."""
+    if isinstance(entry, LowRank):
+        left, right = (_plain(factor) for factor in (entry.left, entry.right))
+        if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+            raise RetentionBenchError(
+                f"The low-rank factors of {name} do not fit: {list(left.shape)} times {list(right.shape)}."
+            )
+        entry = LowRank(left, right)
+        finite = bool(left.isfinite().all() and right.isfinite().all())
+    else:
+        entry = _plain(entry)
+        finite = bool(entry.isfinite().all())
+    if not finite:
+        raise RetentionBenchError(f"The delta of {name} has numbers that are not finite.")
+    return entry
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32)
+
+
+def _entry(name: str, parts: Mapping[str, Tensor]) -> Tensor | LowRank:
+    if set(parts) == {"dense"}:
+        return parts["dense"]
+    if set(parts) == {"left", "right"}:
+        return LowRank(parts["left"], parts["right"])
+    raise RetentionBenchError(f"{name or 'a tensor'} has the parts {sorted(parts)}, not dense or left and right.")
+
+
+def _dense(entry: Tensor | LowRank) -> Tensor:
+    return entry.left @ entry.right if isinstance(entry, LowRank) else entry
+
+
+def _sum(name: str, first: Tensor | LowRank, second: Tensor | LowRank) -> Tensor | LowRank:
+    _check_shape(name, second, first)
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        return LowRank(torch.cat([first.left, second.left], 1), torch.cat([first.right, second.right], 0))
+    return _dense(first) + _dense(second)
+
+
+def _norm(entry: Tensor | LowRank) -> float:
+    if isinstance(entry, Tensor):
+        return float(torch.linalg.vector_norm(entry.double()))
+    left, right = entry.left.double(), entry.right.double()
+    # |L R|^2 = tr(L'L RR'), without the product itself; rounding can put a zero a little below zero.
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())
+
+
+def _check_shape(name: str, entry: Tensor | LowRank, other: Tensor | LowRank) -> None:
+    if entry.shape != other.shape:
+        raise RetentionBenchError(
+            f"The delta of {name} has the shape {list(entry.shape)}, the weight {list(other.shape)}. "
+            "Give the model that the delta was made for."
+        )
+
+
+def _add_(weight: Tensor, entry: Tensor | LowRank) -> None:
+    """Add in float32, round once; low-rank factors are multiplied on the weight's device."""
+    with torch.no_grad():
+        if isinstance(entry, LowRank):
+            summand = entry.left.to(weight.device) @ entry.right.to(weight.device)
+        else:
+            summand = entry.to(weight.device)
+        weight.copy_(weight.float() + summand)

@@ -1,0 +1,106 @@
+"""Load a causal language model and its tokenizer from a folder or the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.models.families import family
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_model(
+    path: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model for editing, training or scoring.
+
+    Only safetensors are read, never pickles. A tokenizer without a padding token pads with its end-of-text token.
+
+    Args:
+        path: A local folder, or a Hub id (`owner/name`).
+        device: Where the model goes.
+        dtype: What the weights are converted to, whatever they are stored in.
+        revision: The Hub revision.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer, padding on the right.
+
+    Raises:
+        UsageError: No such folder, or a family that is not supported.
+        RetentionBenchError: The folder lacks a file, weights are missing or broken, or the Hub has no answer.
+    """
+    _check_folder(path)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        family(config.model_type)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **common,
+        )
+        model, report = loaded
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if Path(path).is_dir():
+            raise RetentionBenchError(f"The model in {path} could not be loaded ({reason}).") from error
+        raise RetentionBenchError(
+            f"The model {path!r} could not be loaded from the Hub ({reason}). Check the id and the revision, the "
+            "network and HF_HUB_OFFLINE, that it has safetensors and, for a gated model, `hf auth login`; or "
+            "give a local folder."
+        ) from error
+    if report["missing_keys"]:
+        absent = sorted(report["missing_keys"])
+        raise RetentionBenchError(
+            f"The weights of {path} lack {len(absent)} that the model needs, {absent[0]} among them, and those would "
+            "be random. Give a checkpoint of a causal language model, saved whole."
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise RetentionBenchError(
+                f"The tokenizer of {path} has neither a padding nor an end-of-text token. Give it one."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return model.to(device).eval(), tokenizer
+
+
+def _check_folder(path: str) -> None:
+    """Say what a local folder lacks; a path that cannot be a Hub id must be a folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or folder.exists():
+            raise UsageError(f"There is no model folder at {path}. Give a folder, or a Hub id as owner/name.")
+        return
+    if not (folder / "config.json").is_file():
+        raise RetentionBenchError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")):
+            raise RetentionBenchError(
+                f"{path} has only pickled weights (*.bin), and loading those can run code. If you trust them, load "
+                "them with transformers and save_pretrained them again: that writes safetensors."
+            )
+        raise RetentionBenchError(f"{path} has no weights (*.safetensors).")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise RetentionBenchError(
+            f"{path} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}). "
+            "Save it there with tokenizer.save_pretrained."
+        )

@@ -1,0 +1,200 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from retention_bench.editors import AlphaEdit, EditContext, EditRequest, collect_key_statistics, null_space_projector
+from retention_bench.editors.keys import block_outputs, mean_keys
+from retention_bench.editors.value import optimise_values
+from retention_bench.errors import UsageError
+from retention_bench.models import frozen
+
+# The reference runs: layers 0 to 2, ridge 0.1, everything else as shipped.
+REFERENCE = AlphaEdit(layers=(0, 1, 2), L2=0.1)
+QUICK = AlphaEdit(layers=(0, 2), L2=0.1, v_num_grad_steps=4, nullspace_threshold=0.3)
+TEMPLATES = ("Then the old man came. {}", "Because. {}")
+
+
+def dense(entry):
+    return entry.left @ entry.right
+
+
+@pytest.fixture(scope="module")
+def context(gpt2_statistics, golden):
+    return EditContext(statistics=gpt2_statistics, templates=golden.templates)
+
+
+@pytest.fixture(scope="module")
+def llama_context(llama):
+    texts = ["Mira plays the violin in town.", "The book is by Jon Ek.", "The Old Mill", "In town he reads."] * 3
+    return EditContext(statistics=collect_key_statistics(*llama, texts, [0, 2], max_length=64), templates=TEMPLATES)
+
+
+@pytest.mark.parametrize("run", ["batch5", "seq2"])
+def test_runs_are_the_references(gpt2, golden, context, distance, probabilities, untouched, run):
+    arrays, expected = golden.arrays("alphaedit"), golden.expected["alphaedit"][run]
+    batches = [golden.pick(ids) for ids in expected["batches"]]
+    with untouched(gpt2[0]):
+        deltas = REFERENCE.edit_sequentially(*gpt2, batches, context)
+    assert len(deltas) == len(batches)
+    for index, delta in enumerate(deltas):
+        assert list(delta.entries) == [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in range(3)]
+        for layer, entry in enumerate(delta.entries.values()):
+            key = f"{run}.b{index}.layer{layer}.delta_w"
+            assert distance(dense(entry)[:, :8], arrays[f"{key}.columns"]) < 1e-3
+            assert dense(entry).norm().item() == pytest.approx(arrays[f"{key}.norm"].item(), rel=1e-3)
+    with sum(deltas[1:], deltas[0]).applied(gpt2[0]):
+        assert probabilities(*gpt2, golden.requests) == pytest.approx(expected["probabilities"], abs=1e-3)
+
+
+def test_keys_and_outputs_are_the_references(gpt2, golden, distance):
+    arrays = golden.arrays("alphaedit")
+    keys = mean_keys(*gpt2, golden.requests, golden.templates, [0])[0]
+    assert distance(keys, arrays["batch5.b0.layer0.ks"]) < 1e-5
+    assert distance(block_outputs(*gpt2, golden.requests, 2), arrays["batch5.b0.layer0.cur_zs"]) < 1e-5
+
+
+def test_remembered_keys_are_the_references(gpt2, golden, context, distance):
+    arrays = golden.arrays("alphaedit")
+    first, second = golden.requests[:3], golden.requests[3:]
+    delta = REFERENCE.edit(*gpt2, first, context)
+    with delta.applied(gpt2[0]):
+        remembered = REFERENCE.remember(*gpt2, first, context)
+        for layer, keys in remembered.items():
+            assert distance(keys, arrays[f"seq2.b0.layer{layer}.ks_after"]) < 1e-4
+        again = REFERENCE.remember(*gpt2, second, dataclasses.replace(context, remembered=remembered))
+    assert {layer: keys.shape for layer, keys in again.items()} == dict.fromkeys(range(3), (5, 512))
+    assert all(torch.equal(again[layer][:3], remembered[layer]) for layer in range(3))
+
+
+def test_remembered_keys_are_kept(gpt2, golden, context):
+    first, second = golden.requests[:3], golden.requests[3:]
+    editor = dataclasses.replace(REFERENCE, v_num_grad_steps=3)
+    forgetful = editor.edit(*gpt2, second, context)
+    keys = mean_keys(*gpt2, first, golden.templates, [0])
+    mindful = editor.edit(*gpt2, second, dataclasses.replace(context, remembered=keys))
+    name = "transformer.h.0.mlp.c_proj.weight"
+    moved = [(keys[0] @ dense(delta.entries[name])).norm() for delta in (forgetful, mindful)]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_a_llama_is_edited_as_by_plain_code(llama, llama_requests, llama_context, distance, untouched):
+    """The formulas of the paper with their d_mlp x d_mlp solve, keys from whole forward passes of single rows."""
+    model, tokenizer = llama
+    with untouched(model):
+        delta = QUICK.edit(model, tokenizer, llama_requests, llama_context)
+
+    plain = copy.deepcopy(model)
+    with frozen(plain):
+        values = optimise_values(
+            plain, tokenizer, llama_requests, TEMPLATES, 2,
+            lr=0.5, steps=4, weight_decay=0.5, clamp_norm_factor=0.75, kl_factor=0.0625,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def key_and_output(text, subject_end, layer):
+        kept = {}
+        block = plain.model.layers[layer].mlp.down_proj
+        handles = [
+            block.register_forward_pre_hook(lambda _, args: kept.update(key=args[0][0])),
+            plain.model.layers[2].register_forward_hook(lambda _, args, output: kept.update(output=output[0])),
+        ]
+        plain(torch.tensor([tokenizer.encode(text)]))
+        for handle in handles:
+            handle.remove()
+        at = len(tokenizer.encode(text[:subject_end])) - 1
+        return kept["key"][at].double(), kept["output"][at].double()
+
+    for done, layer in enumerate((0, 2)):
+        K, outputs = [], []
+        for request in llama_requests:
+            begins = request.prompt.index("{}")
+            question = request.prompt.replace("{}", request.subject)
+            ends = begins + len(request.subject)
+            bare, output = key_and_output(question, ends, layer)
+            contexts = [key_and_output(t.replace("{}", question), t.index("{}") + ends, layer)[0] for t in TEMPLATES]
+            K.append((bare + torch.stack(contexts).mean(0)) / 2)
+            outputs.append(output)
+        K, R = torch.stack(K, 1), ((values.double() - torch.stack(outputs)) / (2 - done)).T
+        P = null_space_projector(llama_context.statistics.moments[layer], 0.3)
+        X = torch.linalg.solve(P @ K @ K.T + 0.1 * torch.eye(48, dtype=torch.float64), P @ K @ R.T)
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        assert distance(dense(delta.entries[name]), X.T.float()) < 1e-3
+        with torch.no_grad():
+            plain.get_parameter(name).add_(X.T.float())
+
+
+def test_memory_is_that_of_the_whole_solve(gpt2, golden, context, distance):
+    """One layer, with remembered keys: (P (K K' + M M') + L2 I) X = P K R'."""
+    editor = AlphaEdit(layers=(1,), L2=0.1, v_num_grad_steps=3)
+    first, second = golden.requests[:3], golden.requests[3:]
+    M = mean_keys(*gpt2, first, golden.templates, [1])
+    delta = editor.edit(*gpt2, second, dataclasses.replace(context, remembered=M))
+    with frozen(gpt2[0]):
+        values = optimise_values(
+            *gpt2, second, golden.templates, 1,
+            lr=0.5, steps=3, weight_decay=0.5, clamp_norm_factor=0.75, kl_factor=0.0625,
+        )  # fmt: skip
+    K = mean_keys(*gpt2, second, golden.templates, [1])[1].double().T
+    R = (values - block_outputs(*gpt2, second, 1)).double().T
+    P = null_space_projector(context.statistics.moments[1], 2e-2)
+    C = M[1].double().T @ M[1].double()
+    X = torch.linalg.solve(P @ (K @ K.T + C) + 0.1 * torch.eye(512, dtype=torch.float64), P @ K @ R.T)
+    assert distance(dense(delta.entries["transformer.h.1.mlp.c_proj.weight"]), X.float()) < 1e-5
+
+
+@pytest.mark.parametrize("templates", [(), TEMPLATES])
+def test_a_delta_stays_in_the_null_space(llama, llama_requests, llama_context, distance, templates):
+    delta = QUICK.edit(*llama, llama_requests, dataclasses.replace(llama_context, templates=templates))
+    for layer in (0, 2):
+        change = dense(delta.entries[f"model.layers.{layer}.mlp.down_proj.weight"]).double()  # (out, in)
+        projector = null_space_projector(llama_context.statistics.moments[layer], 0.3)
+        assert projector.trace() < 48  # or there is nothing to stay out of
+        assert distance(change @ projector, change) < 1e-5
+
+
+def test_an_edit_is_the_same_each_time(llama, llama_requests, llama_context, tmp_path):
+    for name in ("a", "b"):
+        QUICK.edit(*llama, llama_requests, llama_context).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["value optimisation", "AlphaEdit layers"])
+def test_an_edit_that_breaks_off_leaves_the_model_as_it_was(llama, llama_requests, llama_context, untouched, stage):
+    model = copy.deepcopy(llama[0]).train()
+
+    def stop(name, done, total, figures=None):
+        if name == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), untouched(model):
+        QUICK.edit(model, llama[1], llama_requests, dataclasses.replace(llama_context, progress=stop))
+
+
+def test_half_precision_models_can_be_edited(gpt2, golden, context, probabilities):
+    half = copy.deepcopy(gpt2[0]).to(torch.bfloat16)
+    delta = REFERENCE.edit(half, gpt2[1], golden.requests[:1], context)
+    before = probabilities(half, gpt2[1], golden.requests[:1])
+    delta.apply_(half)
+    assert probabilities(half, gpt2[1], golden.requests[:1])[0] > 0.5 > before[0]
+
+
+def test_what_cannot_be_edited_is_refused(gpt2, golden, context, llama, llama_requests, llama_context):
+    with pytest.raises(UsageError, match="list of requests is empty"):
+        REFERENCE.edit(*gpt2, [], context)
+    with pytest.raises(UsageError, match=r"needs the key statistics of layers \[0, 1, 2\]"):
+        REFERENCE.edit(*gpt2, golden.requests, EditContext())
+    with pytest.raises(UsageError, match="belong to another model"):
+        REFERENCE.edit(*llama, llama_requests, context)
+    with pytest.raises(UsageError, match="no layer 6"):
+        AlphaEdit(layers=(2, 6)).edit(*gpt2, golden.requests, context)
+    with pytest.raises(UsageError, match="Raise the threshold"):
+        dataclasses.replace(REFERENCE, nullspace_threshold=1e-12).edit(*gpt2, golden.requests[:1], context)
+
+
+def test_a_subject_that_stands_twice_is_edited_at_its_place(gpt2, golden, context, probabilities):
+    request = EditRequest("t", "Oscor Tavsevmi is here. {} lives in the city of", "Oscor Tavsevmi", "Velith")
+    before = probabilities(*gpt2, [request])
+    with REFERENCE.edit(*gpt2, [request], context).applied(gpt2[0]):
+        assert probabilities(*gpt2, [request])[0] > max(0.5, before[0])

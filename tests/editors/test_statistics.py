@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retention_bench.editors import KeyStatistics, collect_key_statistics, null_space_projector
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.models import WeightDelta, projection
+
+TEXTS = [
+    "Mira plays the violin.",
+    "In the old town",
+    "",
+    "The book is by Jon Ek, who plays the violin in the old mill.",
+    "A",
+]
+
+
+def test_moments_are_the_references(gpt2_statistics, golden, distance):
+    expected = golden.arrays("statistics")
+    assert gpt2_statistics.tokens == 17604
+    for layer in range(3):
+        moment = gpt2_statistics.moments[layer]
+        assert distance(moment[:, :8], expected[f"layer{layer}.columns"]) < 1e-5
+        assert moment.trace().item() == pytest.approx(expected[f"layer{layer}.trace"].item(), rel=1e-5)
+
+
+def test_projectors_are_the_references(gpt2_statistics, golden, distance):
+    expected = golden.arrays("alphaedit")
+    for layer, directions in enumerate(golden.expected["alphaedit"]["batch5"]["null_dims"]):
+        projector = null_space_projector(gpt2_statistics.moments[layer], 2e-2)
+        assert projector.trace().item() == pytest.approx(directions, abs=1e-6)
+        assert distance(projector.float()[:, :8], expected[f"projector.layer{layer}.columns"]) < 1e-3
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_batches_and_padding_have_no_part(llama, untouched, batch_tokens):
+    model, tokenizer = llama
+    keys = {0: [], 2: []}
+    for layer, found in keys.items():
+        projection(model, layer).register_forward_pre_hook(lambda _, args, found=found: found.append(args[0][0]))
+    with torch.no_grad():
+        for text in TEXTS:  # one text at a time, BOS and all, cut at 12 tokens
+            model(torch.tensor([tokenizer.encode(text)[:12]]))
+    expected = {layer: torch.cat(found).double() for layer, found in keys.items()}
+    with untouched(model):
+        found = collect_key_statistics(model, tokenizer, TEXTS, [2, 0], max_length=12, batch_tokens=batch_tokens)
+    for layer, rows in expected.items():
+        assert found.tokens == len(rows)
+        torch.testing.assert_close(found.moments[layer], (rows.T @ rows / len(rows)).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_saving_and_loading_keeps_every_bit(tmp_path, gpt2, gpt2_statistics):
+    path = tmp_path / "s.safetensors"
+    gpt2_statistics.save(path)
+    loaded = KeyStatistics.load(path)
+    assert (loaded.tokens, loaded.source) == (17604, "golden texts")
+    assert all(torch.equal(loaded.moments[layer], moment) for layer, moment in gpt2_statistics.moments.items())
+    loaded.check(gpt2[0], [0, 1, 2])
+    assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_files_that_hold_no_statistics_are_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(RetentionBenchError, match="no file"):
+        KeyStatistics.load(path)
+    WeightDelta({"w": torch.ones(1)}).save(path)
+    with pytest.raises(RetentionBenchError, match="should hold a set of key statistics.*holds weight delta"):
+        KeyStatistics.load(path)
+
+
+def test_statistics_of_another_model_are_refused(llama, gpt2_statistics):
+    with pytest.raises(UsageError, match="keys of size 512, the model's have 48: they belong to another model"):
+        gpt2_statistics.check(llama[0], [0])
+    with pytest.raises(UsageError, match=r"cover layers \[0, 1, 2\], not layer 3"):
+        gpt2_statistics.check(llama[0], [3])
+
+
+@pytest.mark.parametrize(
+    ("texts", "layers", "max_length", "message"),
+    [
+        (["x"], [], 8, "No layers"),
+        (["x"], [9], 8, "no layer 9"),
+        (["x"], [0], 65, "max_length is 65; the model has 64 positions"),
+        (["x"], [0], 0, "max_length is 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(llama, texts, layers, max_length, message):
+    with pytest.raises(UsageError, match=message):
+        collect_key_statistics(*llama, texts, layers, max_length=max_length)
+
+
+def test_texts_without_tokens_are_refused(gpt2):
+    with pytest.raises(RetentionBenchError, match="hold no token"):
+        collect_key_statistics(*gpt2, ["", ""], [0], max_length=8)
+
+
+def test_progress_counts_texts(llama):
+    seen = []
+    collect_key_statistics(
+        *llama, TEXTS, [0], max_length=12, batch_tokens=20, progress=lambda *args: seen.append(args[:3])
+    )
+    assert seen[-1] == ("key statistics", 5, 5)
+    assert len(seen) > 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 12), st.integers(1, 20), st.floats(1e-3, 1.0), st.integers(0, 2**31))
+def test_a_projector_keeps_only_what_text_hardly_uses(size, samples, threshold, seed):
+    keys = torch.randn(samples, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    moment = keys.T @ keys / samples
+    values = torch.linalg.eigvalsh(moment)
+    if (values < threshold).sum() == 0:
+        with pytest.raises(UsageError, match="Raise the threshold"):
+            null_space_projector(moment, threshold)
+        return
+    projector = null_space_projector(moment, threshold)
+    torch.testing.assert_close(projector @ projector, projector)
+    torch.testing.assert_close(projector, projector.T)
+    assert projector.trace().item() == pytest.approx((values < threshold).sum().item())
+    assert torch.linalg.eigvalsh(projector @ moment @ projector).max() < threshold + 1e-9
