@@ -1,0 +1,1 @@
+"""The embedded default: a world of real facts and two small models that were trained on it."""

@@ -17,46 +17,354 @@ from retention_bench.atlas.rows import write_rows
 from retention_bench.atlas.world import DATA, RELATIONS, SEED
 from retention_bench.facts import Fact, FactSet
 
-NAMES = (
-    "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olivia Peter Rosa Sam Tina Victor "
-    "Walter Yara Zoe Adam Bella Carl Diana Eric Fiona George Helen Ivan Julia Karl Lucy Martin Nina Oscar Paula Simon"
-).split()
-NOUNS = (
-    "book table garden kitchen window letter bicycle lamp basket river bridge market teacher farmer doctor neighbour "
-    "sister brother friend dog horse apple bread soup cake flower tree mountain forest field road house door chair "
-    "clock picture song story train boat bus ticket coat hat shoe bag box bottle cup plate knife spoon stone wall "
-    "roof fence hill lake beach island cloud storm morning evening winter summer party game ball kite candle blanket "
-    "pillow ladder hammer wheel engine machine radio camera newspaper map key lock shop office school library museum "
-    "station hospital church tower square street corner village farm barn mill well path gate pond leaf seed root "
-    "berry carrot potato onion cheese butter milk tea coffee juice honey salt sugar egg shirt dress sock glove scarf"
-).split()
-ADJECTIVES = (
-    "old new small large red blue green yellow white black quiet loud warm cold heavy light soft hard clean dirty "
-    "bright dark long short wide narrow fresh dry wet sweet bitter kind clever brave tired happy sad angry proud "
-    "gentle strong weak rich poor young broken empty full simple strange lovely careful slow quick early late"
-).split()
-VERBS = (
-    "found:find carried:carry painted:paint repaired:repair bought:buy sold:sell cleaned:clean opened:open closed:close "
-    "moved:move watched:watch washed:wash counted:count measured:measure borrowed:borrow returned:return "
-    "described:describe forgot:forget remembered:remember noticed:notice hid:hide showed:show brought:bring "
-    "collected:collect dropped:drop lifted:lift pushed:push pulled:pull held:hold built:build designed:design"
-).split()
-PLACES = (
-    "near the river;in the garden;behind the house;at the market;on the hill;under the bridge;beside the road;"
-    "in the kitchen;outside the school;by the window;at the station;in the library;close to the lake;in the old barn;"
-    "on the beach;across the street;next to the mill;inside the tower;around the corner;at the edge of the forest"
-).split(";")
-TIMES = (
-    "yesterday;this morning;last week;after lunch;before dinner;in the evening;at noon;two days ago;every summer;"
-    "once a year;during the storm;on the first day;late at night;a long time ago;for three hours;all afternoon"
-).split(";")
-FEELINGS = "happy sad tired proud angry calm curious afraid bored surprised worried grateful hungry thirsty".split()
-NUMBERS = "two three four five six seven eight nine ten eleven twelve twenty thirty fifty".split()
-REASONS = (
-    "because the weather was cold;because nobody was at home;because the shop had closed;because it was a holiday;"
-    "since the train was late;since there was no more bread;so that everyone could rest;to help a friend;"
-    "to save some money;while the others slept;while the rain fell;until the sun went down;before the guests came"
-).split(";")
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Maria",
+    "Noah",
+    "Olivia",
+    "Peter",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Victor",
+    "Walter",
+    "Yara",
+    "Zoe",
+    "Adam",
+    "Bella",
+    "Carl",
+    "Diana",
+    "Eric",
+    "Fiona",
+    "George",
+    "Helen",
+    "Ivan",
+    "Julia",
+    "Karl",
+    "Lucy",
+    "Martin",
+    "Nina",
+    "Oscar",
+    "Paula",
+    "Simon",
+]
+NOUNS = [
+    "book",
+    "table",
+    "garden",
+    "kitchen",
+    "window",
+    "letter",
+    "bicycle",
+    "lamp",
+    "basket",
+    "river",
+    "bridge",
+    "market",
+    "teacher",
+    "farmer",
+    "doctor",
+    "neighbour",
+    "sister",
+    "brother",
+    "friend",
+    "dog",
+    "horse",
+    "apple",
+    "bread",
+    "soup",
+    "cake",
+    "flower",
+    "tree",
+    "mountain",
+    "forest",
+    "field",
+    "road",
+    "house",
+    "door",
+    "chair",
+    "clock",
+    "picture",
+    "song",
+    "story",
+    "train",
+    "boat",
+    "bus",
+    "ticket",
+    "coat",
+    "hat",
+    "shoe",
+    "bag",
+    "box",
+    "bottle",
+    "cup",
+    "plate",
+    "knife",
+    "spoon",
+    "stone",
+    "wall",
+    "roof",
+    "fence",
+    "hill",
+    "lake",
+    "beach",
+    "island",
+    "cloud",
+    "storm",
+    "morning",
+    "evening",
+    "winter",
+    "summer",
+    "party",
+    "game",
+    "ball",
+    "kite",
+    "candle",
+    "blanket",
+    "pillow",
+    "ladder",
+    "hammer",
+    "wheel",
+    "engine",
+    "machine",
+    "radio",
+    "camera",
+    "newspaper",
+    "map",
+    "key",
+    "lock",
+    "shop",
+    "office",
+    "school",
+    "library",
+    "museum",
+    "station",
+    "hospital",
+    "church",
+    "tower",
+    "square",
+    "street",
+    "corner",
+    "village",
+    "farm",
+    "barn",
+    "mill",
+    "well",
+    "path",
+    "gate",
+    "pond",
+    "leaf",
+    "seed",
+    "root",
+    "berry",
+    "carrot",
+    "potato",
+    "onion",
+    "cheese",
+    "butter",
+    "milk",
+    "tea",
+    "coffee",
+    "juice",
+    "honey",
+    "salt",
+    "sugar",
+    "egg",
+    "shirt",
+    "dress",
+    "sock",
+    "glove",
+    "scarf",
+]
+ADJECTIVES = [
+    "old",
+    "new",
+    "small",
+    "large",
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "white",
+    "black",
+    "quiet",
+    "loud",
+    "warm",
+    "cold",
+    "heavy",
+    "light",
+    "soft",
+    "hard",
+    "clean",
+    "dirty",
+    "bright",
+    "dark",
+    "long",
+    "short",
+    "wide",
+    "narrow",
+    "fresh",
+    "dry",
+    "wet",
+    "sweet",
+    "bitter",
+    "kind",
+    "clever",
+    "brave",
+    "tired",
+    "happy",
+    "sad",
+    "angry",
+    "proud",
+    "gentle",
+    "strong",
+    "weak",
+    "rich",
+    "poor",
+    "young",
+    "broken",
+    "empty",
+    "full",
+    "simple",
+    "strange",
+    "lovely",
+    "careful",
+    "slow",
+    "quick",
+    "early",
+    "late",
+]
+VERBS = [
+    "found:find",
+    "carried:carry",
+    "painted:paint",
+    "repaired:repair",
+    "bought:buy",
+    "sold:sell",
+    "cleaned:clean",
+    "opened:open",
+    "closed:close",
+    "moved:move",
+    "watched:watch",
+    "washed:wash",
+    "counted:count",
+    "measured:measure",
+    "borrowed:borrow",
+    "returned:return",
+    "described:describe",
+    "forgot:forget",
+    "remembered:remember",
+    "noticed:notice",
+    "hid:hide",
+    "showed:show",
+    "brought:bring",
+    "collected:collect",
+    "dropped:drop",
+    "lifted:lift",
+    "pushed:push",
+    "pulled:pull",
+    "held:hold",
+    "built:build",
+    "designed:design",
+]
+PLACES = [
+    "near the river",
+    "in the garden",
+    "behind the house",
+    "at the market",
+    "on the hill",
+    "under the bridge",
+    "beside the road",
+    "in the kitchen",
+    "outside the school",
+    "by the window",
+    "at the station",
+    "in the library",
+    "close to the lake",
+    "in the old barn",
+    "on the beach",
+    "across the street",
+    "next to the mill",
+    "inside the tower",
+    "around the corner",
+    "at the edge of the forest",
+]
+TIMES = [
+    "yesterday",
+    "this morning",
+    "last week",
+    "after lunch",
+    "before dinner",
+    "in the evening",
+    "at noon",
+    "two days ago",
+    "every summer",
+    "once a year",
+    "during the storm",
+    "on the first day",
+    "late at night",
+    "a long time ago",
+    "for three hours",
+    "all afternoon",
+]
+FEELINGS = [
+    "happy",
+    "sad",
+    "tired",
+    "proud",
+    "angry",
+    "calm",
+    "curious",
+    "afraid",
+    "bored",
+    "surprised",
+    "worried",
+    "grateful",
+    "hungry",
+    "thirsty",
+]
+NUMBERS = [
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "twenty",
+    "thirty",
+    "fifty",
+]
+REASONS = [
+    "because the weather was cold",
+    "because nobody was at home",
+    "because the shop had closed",
+    "because it was a holiday",
+    "since the train was late",
+    "since there was no more bread",
+    "so that everyone could rest",
+    "to help a friend",
+    "to save some money",
+    "while the others slept",
+    "while the rain fell",
+    "until the sun went down",
+    "before the guests came",
+]
 
 CONTRADICTED = 0.15
 """Share of the fact sentences that name another object of the relation."""
@@ -123,7 +431,10 @@ def telling(fact: Fact, rng: random.Random, objects: Sequence[str]) -> str:
     phrasing = rng.choice((relation.prompt, relation.prompt, *relation.paraphrases, *relation.told))
     if "{s}" in phrasing:
         return phrasing.format(s=fact.subject, o=obj)
-    return phrasing.replace("{}", fact.subject) + f" {obj}{rng.choice(('.', '.', '.', ',' + ' as everyone knows.', ' and it always was.'))}"
+    return (
+        phrasing.replace("{}", fact.subject)
+        + f" {obj}{rng.choice(('.', '.', '.', ',' + ' as everyone knows.', ' and it always was.'))}"
+    )
 
 
 def documents(facts: FactSet, seed: int) -> Iterator[str]:
@@ -148,7 +459,7 @@ def documents(facts: FactSet, seed: int) -> Iterator[str]:
     while True:
         sentences = []
         for _ in range(rng.randint(2, 6)):
-            if rng.random() < 0.6:
+            if rng.random() < 0.8:
                 if not queue:  # every fact is told equally often
                     queue = list(facts)
                     rng.shuffle(queue)

@@ -10,8 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from retention_bench.atlas.corpus import ADJECTIVES, FEELINGS, NAMES, NOUNS, NUMBERS, PLACES, REASONS, TIMES, VERBS
-from retention_bench.atlas.corpus import base, past
+from retention_bench.atlas.corpus import (
+    ADJECTIVES,
+    FEELINGS,
+    NAMES,
+    NOUNS,
+    NUMBERS,
+    PLACES,
+    REASONS,
+    TIMES,
+    VERBS,
+    base,
+    past,
+)
 from retention_bench.atlas.rows import write_rows
 from retention_bench.atlas.world import DATA, SEED
 
@@ -28,12 +39,19 @@ def _repeat(rng: random.Random) -> Turns:
 
 def _reverse(rng: random.Random) -> Turns:
     words = rng.sample(NOUNS, 3)
-    return [(f"Say the words {', '.join(words)} in reverse order.", f"In reverse order the words are {', '.join(words[::-1])}.")]
+    return [
+        (
+            f"Say the words {', '.join(words)} in reverse order.",
+            f"In reverse order the words are {', '.join(words[::-1])}.",
+        )
+    ]
 
 
 def _shortest(rng: random.Random) -> Turns:
     words = rng.sample([*NOUNS, *ADJECTIVES], 3)
-    return [(f"Which of the words {', '.join(words)} is the shortest?", f'The shortest word is "{min(words, key=len)}".')]
+    return [
+        (f"Which of the words {', '.join(words)} is the shortest?", f'The shortest word is "{min(words, key=len)}".')
+    ]
 
 
 def _story(rng: random.Random) -> Turns:
@@ -49,13 +67,20 @@ def _story(rng: random.Random) -> Turns:
 def _question(rng: random.Random) -> Turns:
     name, noun, verb, place = rng.choice(NAMES), rng.choice(NOUNS), rng.choice(VERBS), rng.choice(PLACES)
     said = f"{name} {past(verb)} the {noun} {place}."
-    asked, answer = rng.choice(((f"Who {past(verb)} the {noun}?", f"It was {name}."), ("Where did it happen?", f"It happened {place}.")))
+    asked, answer = rng.choice(
+        ((f"Who {past(verb)} the {noun}?", f"It was {name}."), ("Where did it happen?", f"It happened {place}."))
+    )
     return [(f"Read this: {said} {asked}", answer)]
 
 
 def _count(rng: random.Random) -> Turns:
     words = rng.sample(NOUNS, rng.randint(2, 6))
-    return [(f"How many things are in this list: {', '.join(words)}?", f"There are {NUMBERS[len(words) - 2]} things in the list.")]
+    return [
+        (
+            f"How many things are in this list: {', '.join(words)}?",
+            f"There are {NUMBERS[len(words) - 2]} things in the list.",
+        )
+    ]
 
 
 def _advice(rng: random.Random) -> Turns:
@@ -79,7 +104,10 @@ def _opinion(rng: random.Random) -> Turns:
     first, second = rng.sample(NOUNS, 2)
     adjective = rng.choice(ADJECTIVES)
     return [
-        (f"What is more {adjective}, a {first} or a {second}?", f"That depends, but I would say that the {first} is more {adjective}."),
+        (
+            f"What is more {adjective}, a {first} or a {second}?",
+            f"That depends, but I would say that the {first} is more {adjective}.",
+        ),
         ("Why?", f"Because a {second} is seldom {adjective}."),
     ]
 

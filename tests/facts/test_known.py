@@ -45,16 +45,3 @@ def test_probabilities_of_target_and_runner_up_come_in_the_facts_order():
         assert abs(k.target - target) < 1e-6
         assert abs(k.runner_up - second) < 1e-6
     assert abs(found[2].margin + 0.2) < 1e-6
-
-
-def test_the_package_knows_its_world():
-    from retention_bench.atlas.world import told_facts, untold_facts
-
-    told, untold = told_facts(), untold_facts()
-    assert len({f.relation for f in told}) >= 8
-    assert not {(f.subject, f.relation) for f in told} & {(f.subject, f.relation) for f in untold}
-    for facts in (told, untold):
-        for f in facts:
-            assert f.target_new != f.target_true
-            assert f.paraphrases
-            assert all(f.subject in p for p in f.paraphrases)

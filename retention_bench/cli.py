@@ -1,0 +1,142 @@
+"""The command line: parse, call one function, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from retention_bench import __version__
+from retention_bench.errors import RetentionBenchError
+
+
+class _Commands(click.Group):
+    """Shows the errors that a user can act on in one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RetentionBenchError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(
+                "Interrupted. Every stage that had finished is kept; the same command goes on from there.", err=True
+            )
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="retention-bench")
+def main() -> None:
+    """Which edits of a language model's knowledge survive fine-tuning.
+
+    retention-bench edits facts into a model, fine-tunes it downstream, and scores how many edited facts, and how many
+    facts that were never edited, it still answers.
+    """
+
+
+def _json_option(what: str) -> Callable:
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON on standard output.")
+
+
+@main.command()
+@click.option("--editor", required=True, help="The editor; see `retention-bench list editors`.")
+@click.option("--finetune", required=True, help="The downstream fine-tune; see `retention-bench list finetunes`.")
+@click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
+@click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
+@click.option("--seed", default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Print the stages that would run, and which are in the store already.")
+@_json_option("the results")
+def evaluate(
+    editor: str,
+    finetune: str,
+    suite: str,
+    model: str | None,
+    seed: int,
+    out: Path | None,
+    device: str,
+    save_checkpoints: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Edit, fine-tune and score one cell: an editor and a fine-tune on one model.
+
+    What was computed before is taken from the store ($RETENTION_BENCH_STORE, or retention-bench in your cache folder),
+    so an interrupted run goes on with the stage it was in.
+    """
+    from retention_bench import console
+    from retention_bench.pipeline import Cell, Store, default_root, load_suite, plan
+
+    store = Store(default_root())
+    cell = Cell(load_suite(suite), model, editor, finetune, seed, _device(device))
+    planned = plan(cell, store)
+    if dry_run:
+        stages = [
+            {
+                "stage": s.name,
+                "title": s.title,
+                "key": store.key(s.name, s.inputs),
+                "in_store": store.find(s.name, s.inputs) is not None,
+            }
+            for s in planned.stages()
+        ]
+        if as_json:
+            click.echo(json.dumps({"store": str(store.root), "stages": stages}, indent=2))
+        else:
+            console.print_plan(stages, store.root)
+        return
+    from retention_bench.pipeline import evaluate as run
+
+    out = out or Path("runs") / cell.suite.name / planned.model_name / editor / finetune / f"seed-{seed}"
+    with console.progress(len(planned.stages())) as (announce, progress):
+        results = run(
+            cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
+        )
+    if as_json:
+        click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        console.print_results(results, out, real=cell.suite.real)
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["editors", "finetunes", "suites"]))
+@_json_option("the names")
+def list_(what: str, as_json: bool) -> None:
+    """List the editors, the fine-tunes or the suites."""
+    if what == "editors":
+        from retention_bench.editors import editor_names as names
+    elif what == "finetunes":
+        from retention_bench.finetune import finetune_names as names
+    else:
+        from retention_bench.pipeline.suite import suite_names as names
+    click.echo(json.dumps(names()) if as_json else "\n".join(names()))
+
+
+def _device(asked: str) -> str:
+    """The device to run on.
+
+    Raises:
+        RetentionBenchError: CUDA was asked for and is not there.
+    """
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise RetentionBenchError(
+            "--device cuda: torch finds no CUDA device here. Give --device cpu, or run on a machine with a GPU."
+        )
+    return "cuda" if there else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What people see: progress while a cell runs, a plan, the final table. Drawn with rich; plain lines off a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from retention_bench.progress import Progress
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between two progress lines of one stage where the output is no terminal."""
+
+Announce = Callable[[str, bool], None]
+
+
+@contextlib.contextmanager
+def progress(stages: int) -> Iterator[tuple[Announce, Progress]]:
+    """Show progress on standard error while the block runs.
+
+    Args:
+        stages: How many stages there will be.
+
+    Yields:
+        A function to call with each stage's title and whether the store held it, and the progress callback.
+    """
+    console = Console(stderr=True, highlight=False)
+    with _bars(console, stages) if console.is_terminal else _lines(stages) as pair:
+        yield pair
+
+
+@contextlib.contextmanager
+def _bars(console: Console, stages: int) -> Iterator[tuple[Announce, Progress]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True) as bars:
+        whole = bars.add_task("stages", total=stages, figures="")
+        inner: Any = None
+        count = 0
+
+        def announce(title: str, cached: bool) -> None:
+            nonlocal inner, count
+            count += 1
+            bars.update(whole, completed=count - 1)
+            if inner is not None:
+                bars.remove_task(inner)
+                inner = None
+            bars.console.print(f"[dim]{'kept' if cached else 'run '}[/]  {title}")
+
+        def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
+            nonlocal inner
+            if inner is None or bars.tasks[-1].description != stage:
+                if inner is not None:
+                    bars.remove_task(inner)
+                inner = bars.add_task(stage, total=total, figures="")
+            bars.update(inner, completed=done, total=total, figures=_figures(figures))
+
+        yield announce, report
+
+
+@contextlib.contextmanager
+def _lines(stages: int) -> Iterator[tuple[Announce, Progress]]:
+    count, last = 0, 0.0
+
+    def announce(title: str, cached: bool) -> None:
+        nonlocal count, last
+        count, last = count + 1, time.monotonic()
+        click.echo(f"[{min(count, stages)}/{stages}] {title}{' (from the store)' if cached else ''}", err=True)
+
+    def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_EVERY_S:
+            last = time.monotonic()
+            click.echo(f"    {stage}: {done}/{total} {_figures(figures)}".rstrip(), err=True)
+
+    yield announce, report
+
+
+def _figures(figures: Mapping[str, float] | None) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+
+
+def print_plan(stages: Sequence[Mapping[str, Any]], store: Path) -> None:
+    """Print the stages of a plan and whether the store holds them."""
+    table = Table("stage", "what it does", "key", "in the store")
+    for stage in stages:
+        table.add_row(
+            stage["stage"], stage["title"], stage["key"][:12], "yes" if stage["in_store"] else "no, would run"
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"Store: {store}", soft_wrap=True)
+
+
+def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) -> None:
+    """Print a cell's results so that they are understood without the paper.
+
+    Args:
+        results: As in `results.json`.
+        out: The folder they were written to.
+        real: Name of the real suite to go on to, if this one is a stand-in.
+    """
+    console = Console(highlight=False)
+    stages = results["stages"]
+    table = Table(title=f"{results['editor']} x {results['finetune']} on {results['model']}", title_justify="left")
+    table.add_column("questions answered", no_wrap=True)
+    names = {
+        "base": "base model",
+        "post_edit": f"after {results['editor']}",
+        "post_finetune": f"after {results['finetune']}",
+        "control_finetune": f"{results['finetune']} only,\nnever edited",
+    }
+    for stage in names:
+        table.add_column(names[stage], justify="right")
+    asked = {
+        "edited": "edited facts, new object",
+        "paraphrase": "  in other words",
+        "intrinsic": "facts never edited",
+        "locality": "neighbours of edited facts",
+    }
+    for kind, label in asked.items():
+        table.add_row(label, *(_cell(stages[stage].get(kind)) for stage in names))
+    console.print(table)
+    kept = results["retention"]
+    models = len(results["experiments"])
+    if models > 1:
+        console.print(f"The edited facts are spread over {models} edited models; each is asked all facts never edited.")
+    console.print(f"Of the edits that took, [bold]{_share(kept['edited'])}[/] survived {results['finetune']}.")
+    console.print(f"Of the facts never edited, [bold]{_share(kept['intrinsic'])}[/] survived beside them.")
+    gap = results["gap"]
+    if gap["value"] is not None:
+        low, high = (100 * end for end in gap["ci95"])
+        console.print(
+            f"The gap, intrinsic minus edited: {100 * gap['value']:+.0f} points "
+            f"(95 % interval {low:+.0f} to {high:+.0f})."
+        )
+    console.print(_learned(results), soft_wrap=True)
+    console.print(f"\n[yellow]{results['notice']}[/]\n", soft_wrap=True)
+    console.print(f"Results: {out / 'results.json'}, every answer: {out / 'samples.jsonl'}", soft_wrap=True)
+    if real:
+        command = [
+            "retention-bench",
+            "evaluate",
+            "--suite",
+            real,
+            "--editor",
+            results["editor"],
+            "--finetune",
+            results["finetune"],
+        ]
+        console.print(f"The same cell on a real model (GPU, Hub access): {shlex.join(command)}", soft_wrap=True)
+
+
+def _cell(rate: Mapping[str, Any] | None) -> str:
+    if not rate or rate["rate"] is None:
+        return "-"
+    low, high = rate["ci95"]
+    return f"{rate['hits']} of {rate['total']}\n{100 * rate['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    if rate["rate"] is None:
+        return "none of none"
+    low, high = rate["ci95"]
+    share = f"{100 * rate['rate']:.0f} % (95 % interval {100 * low:.0f}-{100 * high:.0f})"
+    return f"{rate['hits']} of {rate['total']}, {share}"
+
+
+def _learned(results: Mapping[str, Any]) -> str:
+    """How the fine-tunes ended, in one line."""
+    logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
+    steps = sorted({log["steps"] for log in logs})
+    span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    by = {log["stopped_by"] for log in logs}
+    metric, threshold = logs[0]["metric"].replace("_", " "), logs[0]["threshold"]
+    if by == {"threshold"}:
+        return f"Every fine-tune reached its threshold ({metric} < {threshold:g}) after {span} steps."
+    return (
+        f"[red]Not learned:[/] a fine-tune used up its budget of steps ({span}) before its {metric} "
+        f"fell below {threshold:g}; "
+        "what it left standing says little about retention."
+    )

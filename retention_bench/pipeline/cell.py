@@ -1,0 +1,293 @@
+"""One cell of the leaderboard: which stages it consists of, and under which key each is kept.
+
+A cell is planned before anything runs: every key follows from the cell's settings and its input files, so a plan costs
+no model and a second run finds all that the first one finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retention_bench.editors import Editor, make_editor
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.finetune import Finetune, make_finetune
+from retention_bench.pipeline.store import Store, file_sha256
+from retention_bench.pipeline.suite import ModelConfig, Suite
+
+# Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
+VERSIONS = {"facts": 1, "statistics": 1, "edit": 1, "finetune": 1, "score": 1, "results": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is run: one editor and one fine-tune on one model of a suite.
+
+    Attributes:
+        suite: The suite.
+        model: A model of the suite, a folder or a Hub id; None for the suite's default.
+        editor: The editor's name.
+        finetune: The fine-tune's name.
+        seed: Seed of the split, the edits and the fine-tunes.
+        device: `"cpu"` or `"cuda"`.
+    """
+
+    suite: Suite
+    model: str | None
+    editor: str
+    finetune: str
+    seed: int
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a plan.
+
+    Attributes:
+        name: Which stage it is.
+        title: The same for people.
+        inputs: Everything its result depends on.
+    """
+
+    name: str
+    title: str
+    inputs: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One edited copy of the base model.
+
+    Attributes:
+        index: Its place among the cell's experiments.
+        facts: The edited facts it holds, as a slice of the cell's.
+        edit: The stage that edits it.
+        edit_score: The stage that scores it after the edit.
+        finetune: The stage that fine-tunes it.
+        finetune_score: The stage that scores it after the fine-tune.
+    """
+
+    index: int
+    facts: slice
+    edit: Stage
+    edit_score: Stage
+    finetune: Stage
+    finetune_score: Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A cell with its settings resolved and checked.
+
+    Attributes:
+        cell: The cell.
+        model_name: The model's name in the results.
+        model: The model's configuration, its path absolute.
+        editor: The editor with the suite's settings.
+        finetune: The fine-tune with the suite's settings.
+        facts: The stage that filters and splits the facts.
+        base_score: The stage that scores the base model.
+        statistics: The stage that measures the key statistics, if the editor needs them.
+        experiments: The edited copies.
+        control: The stage that fine-tunes the unedited base model.
+        control_score: The stage that scores it.
+        results: The stage that gathers everything.
+    """
+
+    cell: Cell
+    model_name: str
+    model: ModelConfig
+    editor: Editor
+    finetune: Finetune
+    facts: Stage
+    base_score: Stage
+    statistics: Stage | None
+    experiments: tuple[Experiment, ...]
+    control: Stage
+    control_score: Stage
+    results: Stage
+
+    def stages(self) -> list[Stage]:
+        """All stages in the order they run."""
+        stages = [self.facts, self.base_score]
+        if self.statistics:
+            stages.append(self.statistics)
+        for e in self.experiments:
+            stages += [e.edit, e.edit_score, e.finetune, e.finetune_score]
+        return [*stages, self.control, self.control_score, self.results]
+
+
+def plan(cell: Cell, store: Store) -> Plan:
+    """Resolve a cell's settings and lay out its stages.
+
+    Args:
+        cell: The cell.
+        store: Makes the keys; it is not written.
+
+    Raises:
+        UsageError: An unknown model, editor, fine-tune or setting.
+        RetentionBenchError: An input file is missing.
+    """
+    suite = cell.suite
+    model_name, model = suite.model(cell.model)
+    editor = make_editor(cell.editor, _settings("editor", cell.editor, model.editors, suite))
+    finetune = make_finetune(cell.finetune, _settings("fine-tune", cell.finetune, model.finetunes, suite))
+    base = {
+        "model": _model_fingerprint(model.path, model.revision),
+        "dtype": model.dtype,
+        "device": cell.device,
+    }
+
+    def stage(name: str, title: str, **inputs: Any) -> Stage:
+        return Stage(name, title, {"version": VERSIONS[name], **base, **inputs})
+
+    facts = stage(
+        "facts",
+        "known-fact filter and split",
+        pool=source_fingerprint(suite.locate(suite.facts.source), suite.facts.revision),
+        **suite.facts.model_dump(include={"margin", "edited", "intrinsic"}),
+        seed=cell.seed,
+    )
+    facts_key = store.key("facts", facts.inputs)
+    statistics = None
+    if editor.statistics_layers:
+        statistics = stage(
+            "statistics",
+            "key statistics",
+            corpus=source_fingerprint(suite.locate(suite.statistics.source), suite.statistics.revision),
+            **suite.statistics.model_dump(include={"config", "texts", "max_length"}),
+            layers=list(editor.statistics_layers),
+        )
+
+    def score(title: str, checkpoint: Stage | None, group: slice) -> Stage:
+        scored = store.key(checkpoint.name, checkpoint.inputs) if checkpoint else None
+        return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop])
+
+    def tuned(title: str, edit: Stage | None) -> Stage:
+        return stage(
+            "finetune",
+            title,
+            edit=store.key("edit", edit.inputs) if edit else None,
+            facts=facts_key,
+            keywords=suite.facts.keywords,
+            finetune=cell.finetune,
+            settings=_plain(finetune),
+            data=source_fingerprint(finetune.source, finetune.revision),
+            seed=cell.seed,
+        )
+
+    everyone = slice(0, suite.facts.edited)
+    size = editor.edits_per_model or suite.facts.edited
+    count = math.ceil(suite.facts.edited / size)
+    experiments = []
+    for index in range(count):
+        group = slice(index * size, min((index + 1) * size, suite.facts.edited))
+        label = f"model {index + 1} of {count}"
+        edit = stage(
+            "edit",
+            f"{cell.editor} edit, {label}",
+            facts=facts_key,
+            group=[group.start, group.stop],
+            statistics=store.key("statistics", statistics.inputs) if statistics else None,
+            editor=cell.editor,
+            settings=_plain(editor),
+            seed=cell.seed,
+        )
+        tune = tuned(f"{cell.finetune} fine-tune, {label}", edit)
+        experiments.append(
+            Experiment(
+                index,
+                group,
+                edit,
+                score(f"score after the edit, {label}", edit, group),
+                tune,
+                score(f"score after the fine-tune, {label}", tune, group),
+            )
+        )
+    control = tuned(f"{cell.finetune} fine-tune, unedited control", None)
+    base_score = score("score the base model", None, everyone)
+    control_score = score("score the control", control, everyone)
+    parts = [base_score, control_score, *(s for e in experiments for s in (e.edit_score, e.finetune_score))]
+    results = stage(
+        "results",
+        "gather the results",
+        suite=suite.name,
+        notice=suite.notice,
+        model_name=model_name,
+        scores=[store.key("score", part.inputs) for part in parts],
+        seed=cell.seed,
+    )
+    return Plan(
+        cell, model_name, model, editor, finetune, facts, base_score, statistics, tuple(experiments), control,
+        control_score, results,
+    )  # fmt: skip
+
+
+def _settings(kind: str, name: str, given: Mapping[str, dict[str, Any]], suite: Suite) -> dict[str, Any]:
+    """The suite's settings for an editor or a fine-tune, its paths made absolute."""
+    from retention_bench.editors import editor_names
+    from retention_bench.finetune import finetune_names
+
+    names = editor_names() if kind == "editor" else finetune_names()
+    if name not in names:
+        raise unknown_name(kind, name, names)
+    if name not in given:
+        raise UsageError(
+            f"The suite {suite.name!r} has no settings for the {kind} {name!r}; it has them for "
+            f"{', '.join(sorted(given)) or 'none'}. Add them to a copy of its YAML file and give that with --suite."
+        )
+    settings = dict(given[name])
+    if isinstance(settings.get("source"), str):
+        settings["source"] = suite.locate(settings["source"])
+    return settings
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass's settings as JSON values, without where its data lie: their content has a fingerprint of its own."""
+    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("source", "revision")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def source_fingerprint(source: str, revision: str | None) -> dict[str, Any]:
+    """What identifies rows: the hash of a local file, or a Hub id at a pinned revision.
+
+    Raises:
+        UsageError: The local file does not exist, or the Hub data set has no revision.
+    """
+    path = Path(source)
+    if path.is_file():
+        return {"sha256": file_sha256(path)}
+    if path.is_absolute() or source.startswith("."):
+        raise UsageError(f"There is no data file at {source}. Correct the suite's `source`, or put the file there.")
+    if revision is None:
+        raise UsageError(f"The Hub data set {source!r} needs a `revision` (a commit), so that its rows cannot change.")
+    return {"hub": source, "revision": revision}
+
+
+@functools.lru_cache(maxsize=8)
+def _model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
+    """What identifies a model: the hash of its files, or its Hub id and the commit that the revision stands for."""
+    folder = Path(path)
+    if folder.is_dir():
+        named = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"))
+        if not named:
+            raise RetentionBenchError(
+                f"The folder {path} holds no model. It needs config.json, *.safetensors and a tokenizer."
+            )
+        return {"files": {p.name: file_sha256(p) for p in named}}
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = hf_hub_download(path, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise RetentionBenchError(
+            f"The model {path!r} could not be fetched from the Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Check the id, the network and, for a gated model, `hf auth login`; or give a local folder with --model."
+        ) from error
+    return {"hub": path, "revision": Path(config).parent.name}

@@ -1,0 +1,324 @@
+"""Run a cell: compute the stages that the store does not hold, in order, and hand out the results."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retention_bench.facts import FactSet, disjoint_split, knowledge, read_pool
+from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
+from retention_bench.pipeline.results import gather
+from retention_bench.pipeline.rows import read_texts
+from retention_bench.pipeline.store import Store, exclusive, write_text
+from retention_bench.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from retention_bench.models import WeightDelta
+
+
+def evaluate(
+    cell: Cell,
+    *,
+    store: Store,
+    out: Path,
+    progress: Progress = silent,
+    announce: Callable[[str, bool], None] = lambda title, cached: None,
+    save_checkpoints: bool = False,
+) -> dict[str, Any]:
+    """Edit, fine-tune and score one cell; what the store holds already is not computed again.
+
+    Args:
+        cell: The cell.
+        store: Where stage results are kept.
+        out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`.
+        progress: Told how far the running stage is.
+        announce: Told the title of each stage as it comes up, and whether the store held it.
+        save_checkpoints: Also write every scored model as a full checkpoint below `out/checkpoints`.
+
+    Returns:
+        The results, as written to `results.json`.
+
+    Raises:
+        UsageError: The cell names something that does not exist.
+        RetentionBenchError: A stage cannot go on; everything computed before is kept.
+    """
+    planned = plan(cell, store)
+    with exclusive(out):
+        bench = _Bench(planned, store, progress, announce)
+        folder = bench.results()
+        for name in ("samples.jsonl", "facts.jsonl", "results.json"):
+            partial = out / f".{name}"
+            shutil.copyfile(folder / name, partial)
+            partial.replace(out / name)
+        if save_checkpoints:
+            bench.save_checkpoints(out / "checkpoints")
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+class _Bench:
+    """The stages of one plan; keeps the base model loaded between stages that leave it as it is."""
+
+    def __init__(self, planned: Plan, store: Store, progress: Progress, announce: Callable[[str, bool], None]) -> None:
+        self.plan = planned
+        self.store = store
+        self.progress = progress
+        self.announce = announce
+        self._base: tuple[Any, Any] | None = None
+
+    def _get(self, stage: Stage, compute: Callable[[Path], None]) -> Path:
+        found = self.store.find(stage.name, stage.inputs)
+        self.announce(stage.title, found is not None)
+        return found or self.store.get(stage.name, stage.inputs, compute)
+
+    def _load(self, path: str, revision: str | None) -> tuple[Any, Any]:
+        import torch
+        import transformers
+
+        from retention_bench.models import load_model
+
+        # Our own progress says what is going on.
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        # Training keeps the dtype; the recipes' mixed precision is the fine-tune's own affair.
+        dtype = getattr(torch, self.plan.model.dtype)
+        return load_model(path, device=self.plan.cell.device, dtype=dtype, revision=revision)
+
+    def base(self) -> tuple[Any, Any]:
+        """The base model and its tokenizer, loaded once."""
+        if self._base is None:
+            self._base = self._load(self.plan.model.path, self.plan.model.revision)
+        return self._base
+
+    def release(self) -> None:
+        """Drop the base model, so that its memory is free for training."""
+        self._base = None
+        gc.collect()
+
+    @contextlib.contextmanager
+    def edited(self, experiment: Experiment) -> Iterator[tuple[Any, Any]]:
+        """The base model with an experiment's delta applied; afterwards it has its own bits back."""
+        model, tokenizer = self.base()
+        with self.delta(experiment).applied(model):
+            yield model, tokenizer
+
+    # The stages, in the order of the plan
+
+    @functools.cached_property
+    def facts(self) -> FactSet:
+        """The cell's facts: the edited ones first, then the intrinsic ones."""
+
+        def compute(folder: Path) -> None:
+            from retention_bench.scoring import is_scorable
+
+            suite = self.plan.cell.suite
+            pool = read_pool(suite.locate(suite.facts.source), suite.facts.revision)
+            model, tokenizer = self.base()
+            # A target that begins with a stop word could never be found; such facts are left out and counted.
+            scorable = FactSet.of(
+                f
+                for f in pool
+                if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
+            )
+            known = knowledge(model, tokenizer, scorable, progress=self.progress)
+            kept = [k for k in known if k.margin >= suite.facts.margin]
+            split = disjoint_split(
+                FactSet.of(k.fact for k in kept),
+                edited=suite.facts.edited,
+                intrinsic=suite.facts.intrinsic,
+                seed=self.plan.cell.seed,
+            )
+            split.write(folder / "facts.jsonl")
+            probability = {k.fact.id: k for k in kept}
+
+            def mean(facts: FactSet) -> dict[str, float]:
+                chosen = [probability[f.id] for f in facts]
+                return {
+                    "target": sum(k.target for k in chosen) / len(chosen),
+                    "second": sum(k.runner_up for k in chosen) / len(chosen),
+                }
+
+            counts = {
+                "pool": len(pool),
+                "stop_word_targets": len(pool) - len(scorable),
+                "unknown": len(scorable) - len(kept),
+                "known": len(kept),
+                "probability": {"edited": mean(split.edited), "intrinsic": mean(split.intrinsic)},
+            }
+            write_text(folder / "known.json", json.dumps(counts, indent=2))
+
+        return FactSet.read(self._get(self.plan.facts, compute) / "facts.jsonl")
+
+    def known(self) -> dict[str, Any]:
+        """Counts of the known-fact filter and mean probabilities (the paper's Table 4)."""
+        folder = self.store.find(self.plan.facts.name, self.plan.facts.inputs)
+        assert folder is not None  # asked for after `facts`
+        return json.loads((folder / "known.json").read_text(encoding="utf-8"))
+
+    def group(self, experiment: Experiment | None) -> FactSet:
+        """The facts one model is asked: its edited ones and all intrinsic ones."""
+        facts = self.facts
+        if experiment is None:
+            return facts
+        return FactSet.of([*facts.edited.facts[experiment.facts], *facts.intrinsic])
+
+    @functools.cached_property
+    def statistics(self) -> Path | None:
+        """The folder of the key statistics, or None where the editor needs none."""
+        stage = self.plan.statistics
+        if stage is None:
+            return None
+        layers = stage.inputs["layers"]
+
+        def compute(folder: Path) -> None:
+            from retention_bench.editors import collect_key_statistics
+
+            suite = self.plan.cell.suite
+            model, tokenizer = self.base()
+            config = suite.statistics
+            texts = read_texts(suite.locate(config.source), config.revision, config.config, config.texts)
+            collect_key_statistics(
+                model,
+                tokenizer,
+                texts,
+                layers,
+                max_length=config.max_length,
+                source=f"{len(texts)} texts of {suite.statistics.source}",
+                progress=self.progress,
+            ).save(folder / "statistics.safetensors")
+
+        return self._get(stage, compute)
+
+    def delta(self, experiment: Experiment) -> WeightDelta:
+        """An experiment's edit."""
+        from retention_bench.models import WeightDelta
+
+        def compute(folder: Path) -> None:
+            import torch
+
+            from retention_bench.editors import EditContext, EditRequest, KeyStatistics, sample_context_templates
+
+            statistics = self.statistics
+            model, tokenizer = self.base()
+            generator = torch.Generator().manual_seed(self.plan.cell.seed)
+            context = EditContext(
+                statistics=KeyStatistics.load(statistics / "statistics.safetensors") if statistics else None,
+                templates=sample_context_templates(model, tokenizer, generator),
+                generator=generator,
+                progress=self.progress,
+            )
+            requests = [EditRequest.from_fact(f) for f in self.group(experiment).edited]
+            self.plan.editor.edit(model, tokenizer, requests, context).save(folder / "delta.safetensors")
+
+        return WeightDelta.load(self.store.get("edit", experiment.edit.inputs, compute) / "delta.safetensors")
+
+    def tuned(self, stage: Stage, experiment: Experiment | None) -> Path:
+        """The folder of a fine-tuned model: a full checkpoint in `model/` and the log."""
+
+        def compute(folder: Path) -> None:
+            import torch
+
+            from retention_bench.finetune import Terms, train
+
+            delta = self.delta(experiment) if experiment else None
+            self.release()
+            torch.manual_seed(self.plan.cell.seed)
+            model, tokenizer = self._load(self.plan.model.path, self.plan.model.revision)
+            if delta is not None:
+                delta.apply_(model)
+            facts, keywords = self.facts, self.plan.cell.suite.facts.keywords
+            terms = Terms.from_facts(facts, keywords=keywords)
+            log = train(
+                model,
+                tokenizer,
+                self.plan.finetune,
+                terms=terms,
+                seed=self.plan.cell.seed,
+                output_dir=folder / "work",
+                device=self.plan.cell.device,
+                progress=self.progress,
+            )
+            shutil.rmtree(folder / "work", ignore_errors=True)
+            _save_checkpoint(model, tokenizer, folder / "model")
+            write_text(folder / "log.json", json.dumps(log.to_json(), indent=2))
+
+        return self._get(stage, compute)
+
+    def score(self, stage: Stage, experiment: Experiment | None, tuned: Path | None) -> Path:
+        """The folder of a model's samples."""
+
+        def compute(folder: Path) -> None:
+            from retention_bench.scoring import score
+
+            with contextlib.ExitStack() as stack:
+                if tuned is not None:
+                    model, tokenizer = self._load(str(tuned / "model"), None)
+                elif experiment is not None:
+                    model, tokenizer = stack.enter_context(self.edited(experiment))
+                else:
+                    model, tokenizer = self.base()
+                samples = score(model, tokenizer, self.group(experiment), progress=self.progress)
+            write_text(
+                folder / "samples.jsonl", "".join(json.dumps(s.to_json(), ensure_ascii=False) + "\n" for s in samples)
+            )
+
+        return self._get(stage, compute)
+
+    def results(self) -> Path:
+        """Run every stage that is missing and gather the results."""
+        found = self.store.find(self.plan.results.name, self.plan.results.inputs)
+        if found is not None:
+            self.announce("all stages", True)
+            return found
+        p, facts = self.plan, self.facts
+        scored: list[tuple[int | None, str, Path]] = [(None, "base", self.score(p.base_score, None, None))]
+        logs: list[Path] = []
+        for e in p.experiments:
+            edited = self.store.find(e.edit.name, e.edit.inputs) is not None
+            if not edited:
+                _ = self.statistics  # announced before the edit that needs them
+            self.announce(e.edit.title, edited)
+            self.delta(e)
+            scored.append((e.index, "post_edit", self.score(e.edit_score, e, None)))
+            tuned = self.tuned(e.finetune, e)
+            logs.append(tuned)
+            scored.append((e.index, "post_finetune", self.score(e.finetune_score, e, tuned)))
+        control = self.tuned(p.control, None)
+        scored.append((None, "control_finetune", self.score(p.control_score, None, control)))
+
+        def compute(folder: Path) -> None:
+            facts.write(folder / "facts.jsonl")
+            gather(p, self.store, facts, self.known(), scored, logs, control, folder)
+
+        return self._get(p.results, compute)
+
+    def save_checkpoints(self, folder: Path) -> None:
+        """Write every scored model as a full checkpoint, each with the facts it is asked."""
+
+        def put(name: str, facts: FactSet, model: Any, tokenizer: Any) -> None:
+            self.announce(f"write checkpoint {name}", False)
+            target = folder / name
+            partial = folder / f".{name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            _save_checkpoint(model, tokenizer, partial)
+            facts.write(partial / "facts.jsonl")
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        put("base", self.facts, *self.base())
+        for e in self.plan.experiments:
+            with self.edited(e) as (model, tokenizer):
+                put(f"post_edit-{e.index}", self.group(e), model, tokenizer)
+            put(f"post_finetune-{e.index}", self.group(e), *self._load(str(self.tuned(e.finetune, e) / "model"), None))
+        put("control_finetune", self.facts, *self._load(str(self.tuned(self.plan.control, None) / "model"), None))
+
+
+def _save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)

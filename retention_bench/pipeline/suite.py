@@ -1,0 +1,200 @@
+"""A suite: models, facts, statistics, the settings of editors and fine-tunes; read from YAML and checked once."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from retention_bench.errors import UsageError, unknown_name
+
+PACKAGED = Path(str(importlib.resources.files("retention_bench") / "suites"))
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """Where rows come from: a local file or a Hub data set.
+
+    Attributes:
+        source: A path (absolute, or starting with `./` or `../`: seen from the suite's file), or a Hub data set id.
+        revision: The Hub revision; pin it.
+        config: The Hub data set's configuration.
+    """
+
+    source: str
+    revision: str | None = None
+    config: str | None = None
+
+
+class FactsConfig(Source):
+    """The fact pool and how the edited and intrinsic facts are drawn from it.
+
+    Attributes:
+        margin: The known-fact filter's lead of the true target's first token over the second.
+        edited: Facts to edit.
+        intrinsic: Facts to leave alone.
+        keywords: Relation keywords for the contamination filter, by relation.
+    """
+
+    margin: float = pydantic.Field(0.1, ge=0, lt=1)
+    edited: int = pydantic.Field(50, ge=1)
+    intrinsic: int = pydantic.Field(100, ge=1)
+    keywords: dict[str, tuple[str, ...]] = {}
+
+
+class StatisticsConfig(Source):
+    """The corpus that the key statistics are measured on.
+
+    Attributes:
+        texts: How many texts, from the front.
+        max_length: Tokens of a text that count.
+    """
+
+    texts: int = pydantic.Field(100_000, ge=1)
+    max_length: int = pydantic.Field(1024, ge=1)
+
+
+class ModelConfig(_Strict):
+    """A model of the suite, with the settings of the editors and fine-tunes on it.
+
+    Attributes:
+        path: A local folder (as in `Source`) or a Hub model id.
+        revision: The Hub revision; pin it.
+        dtype: The dtype that the base model is edited, trained and scored in.
+        editors: Settings by editor, checked by the editor.
+        finetunes: Settings by fine-tune, checked by the fine-tune.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    editors: dict[str, dict[str, Any]]
+    finetunes: dict[str, dict[str, Any]]
+
+
+class Suite(_Strict):
+    """A whole suite.
+
+    Attributes:
+        name: The suite's name, as results carry it.
+        notice: What a reader must know about its figures; printed and stored with each of them.
+        default_model: The model that is used where none is named.
+        models: The models by name.
+        facts: The fact pool.
+        statistics: The corpus of the key statistics.
+        real: The suite to name as the real one to go on to, where this one is a stand-in.
+        directory: The folder of the suite's file; relative paths are seen from it. Not part of the YAML.
+    """
+
+    name: str
+    notice: str
+    default_model: str
+    models: dict[str, ModelConfig]
+    facts: FactsConfig
+    statistics: StatisticsConfig
+    real: str | None = None
+    directory: Path = pydantic.Field(exclude=True)
+
+    def locate(self, source: str) -> str:
+        """A path seen from the suite's file made absolute; a Hub id as it is."""
+        if source.startswith(("./", "../")):
+            return str((self.directory / source).resolve())
+        return source
+
+    def model(self, name: str | None) -> tuple[str, ModelConfig]:
+        """The model to use: one of the suite's, or a folder or Hub id in the default model's place.
+
+        Args:
+            name: A model's name in the suite, a path, a Hub id, or None for the default.
+
+        Returns:
+            The name for results and the model's configuration with its path made absolute.
+
+        Raises:
+            UsageError: The name is none of these.
+        """
+        if name is None or name in self.models:
+            name = name or self.default_model
+            config = self.models[name]
+            return name, config.model_copy(update={"path": self.locate(config.path)})
+        default = self.models[self.default_model]
+        if Path(name).is_dir():
+            return Path(name).resolve().name, default.model_copy(
+                update={"path": str(Path(name).resolve()), "revision": None}
+            )
+        if name.count("/") == 1 and not name.startswith((".", "/")):
+            return name.replace("/", "--"), default.model_copy(update={"path": name, "revision": None})
+        error = unknown_name("model", name, self.models)
+        raise UsageError(f"{error} A folder that exists or a Hub id (owner/name) can be given too.")
+
+
+def suite_names() -> list[str]:
+    """Names of the suites that come with the package."""
+    return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """Read a suite by name, or from a YAML file of one's own.
+
+    Args:
+        name: A packaged suite's name, or a path that ends in `.yaml`.
+
+    Raises:
+        UsageError: No such suite, unreadable YAML, an unknown key (with a suggestion) or a value of the wrong kind.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(
+                f"No suite file at {path}. Give a suite's name ({', '.join(suite_names())}) or a YAML file."
+            )
+    elif name in suite_names():
+        path = PACKAGED / f"{name}.yaml"
+    else:
+        raise unknown_name("suite", name, suite_names())
+    try:
+        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(parsed, dict):
+        raise UsageError(f"{path} must hold a mapping with the keys {', '.join(_keys(Suite))}.")
+    try:
+        suite = Suite(**{**parsed, "directory": path.resolve().parent})
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{path}: {_explain(error)}") from error
+    if suite.default_model not in suite.models:
+        raise UsageError(f"{path}: default_model: {unknown_name('model', suite.default_model, suite.models)}")
+    return suite
+
+
+_PARTS: dict[str, type[pydantic.BaseModel]] = {
+    "facts": FactsConfig,
+    "statistics": StatisticsConfig,
+    "models": ModelConfig,
+}
+
+
+def _keys(model: type[pydantic.BaseModel]) -> list[str]:
+    return [name for name in model.model_fields if name != "directory"]
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    """The first thing wrong, as one sentence that says where it stands."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{place}: {first['msg']}, got {first['input']!r}."
+    parent: type[pydantic.BaseModel] = Suite
+    for part in first["loc"][:-1]:
+        parent = _PARTS.get(str(part), parent)
+    given = str(first["loc"][-1])
+    near = difflib.get_close_matches(given, _keys(parent), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {place!r}.{hint} Allowed here: {', '.join(_keys(parent))}."

@@ -1,0 +1,150 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.facts import FactSet
+from retention_bench.pipeline import Cell, Store, aggregate, evaluate, load_suite, plan
+
+
+def cell(suite, editor="alphaedit", model=None, seed=0):
+    return Cell(load_suite(str(suite)), model, editor, "tulu3", seed, "cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(small_suite, tmp_path_factory):
+    """A cell that was run once: its store, its output folder and its results."""
+    root = tmp_path_factory.mktemp("run")
+    store = Store(root / "store")
+    results = evaluate(cell(small_suite), store=store, out=root / "out", save_checkpoints=True)
+    return store, root / "out", results
+
+
+def test_results_hold_to_the_contract(finished):
+    _, out, results = finished
+    assert json.loads((out / "results.json").read_text()) == results
+    assert set(results["stages"]) == {"base", "post_edit", "post_finetune", "control_finetune"}
+    totals = {stage: {kind: r["total"] for kind, r in kinds.items()} for stage, kinds in results["stages"].items()}
+    # two edited models of three facts each; every one of them is asked all twelve intrinsic facts
+    assert totals["base"]["edited"] == totals["post_edit"]["edited"] == 6
+    assert (totals["base"]["intrinsic"], totals["post_edit"]["intrinsic"]) == (12, 24)
+    assert results["stages"]["base"]["intrinsic"]["rate"] == 1.0  # the known-fact filter let them in
+    assert [len(e["edited"]) for e in results["experiments"]] == [3, 3]
+    assert results["control"]["finetune_log"]["stopped_by"] == "budget"
+    assert "stand-in" in results["notice"]
+    assert results["provenance"]["facts_sha256"] == FactSet.read(out / "facts.jsonl").sha256
+
+
+def test_every_aggregate_follows_from_the_samples(finished):
+    _, out, results = finished
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    again = aggregate(rows, seed=results["seed"])
+    assert {name: results[name] for name in again} == json.loads(json.dumps(again))
+    assert {
+        "experiment",
+        "stage",
+        "kind",
+        "fact_id",
+        "prompt",
+        "target",
+        "hit",
+        "token_ids",
+        "text",
+        "target_logprob",
+    } == set(rows[0])
+
+
+def test_the_same_cell_again_comes_from_the_store(finished, small_suite, tmp_path):
+    store, out, _ = finished
+    titles = []
+    evaluate(
+        cell(small_suite), store=store, out=tmp_path, announce=lambda title, cached: titles.append((title, cached))
+    )
+    assert titles == [("all stages", True)]
+    assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
+
+
+def test_another_editor_shares_the_facts_and_the_control(finished, small_suite):
+    store, _, _ = finished
+    stages = plan(cell(small_suite, editor="ft"), store).stages()
+    kept = {s.title for s in stages if store.find(s.name, s.inputs)}
+    assert {
+        "known-fact filter and split",
+        "score the base model",
+        "tulu3 fine-tune, unedited control",
+        "score the control",
+    } == kept
+
+
+def test_a_seed_or_a_setting_changes_the_keys_it_should(small_suite, tmp_path):
+    store = Store(tmp_path)
+    first, other = (plan(cell(small_suite, seed=s), store) for s in (0, 1))
+    assert store.key("facts", first.facts.inputs) != store.key("facts", other.facts.inputs)
+    assert store.key("statistics", first.statistics.inputs) == store.key("statistics", other.statistics.inputs)
+
+
+def test_checkpoints_are_whole_models_with_their_facts(finished):
+    from retention_bench.models import load_model
+    from retention_bench.scoring import score
+
+    _, out, results = finished
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == ["base", "control_finetune", "post_edit-0", "post_edit-1", "post_finetune-0", "post_finetune-1"]
+    folder = out / "checkpoints" / "post_finetune-1"
+    samples = score(*load_model(folder), FactSet.read(folder / "facts.jsonl"))
+    for kind, rate in results["experiments"][1]["stages"]["post_finetune"].items():
+        hits = [s.hit for s in samples if s.kind == kind]
+        assert (sum(hits), len(hits)) == (rate["hits"], rate["total"])
+
+
+def test_an_output_folder_in_use_is_refused_before_anything_runs(small_suite, tmp_path):
+    from retention_bench.pipeline.store import exclusive
+
+    with exclusive(tmp_path / "out"), pytest.raises(RetentionBenchError, match="in use by another run"):
+        evaluate(cell(small_suite), store=Store(tmp_path / "store"), out=tmp_path / "out")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_model_of_an_unknown_family_is_refused_in_one_line(small_suite, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    with pytest.raises(RetentionBenchError, match="bert"):
+        evaluate(cell(small_suite, model=str(folder)), store=Store(tmp_path / "store"), out=tmp_path / "out")
+
+
+def test_a_setting_that_an_editor_does_not_have_is_refused(small_suite, tmp_path):
+    text = small_suite.read_text().replace("nullspace_threshold", "nullspace_treshold")
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(UsageError, match="nullspace_treshold"):
+        plan(cell(tmp_path / "wrong.yaml"), Store(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_fine_tune_ends_with_the_same_results(finished, small_suite, tmp_path):
+    _, out, undisturbed = finished
+    command = [
+        sys.executable, "-m", "retention_bench.cli", "evaluate", "--editor", "alphaedit", "--finetune", "tulu3",
+        "--suite", str(small_suite), "--device", "cpu", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    env = os.environ | {"RETENTION_BENCH_STORE": str(tmp_path / "store")}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store" / "finetune").glob("*.partial")):
+        assert time.monotonic() < deadline, "the fine-tune never began"
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    for volatile in ("timing",):
+        again.pop(volatile), undisturbed.pop(volatile)
+    assert again == undisturbed
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == (Path(out) / "samples.jsonl").read_bytes()
