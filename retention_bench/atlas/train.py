@@ -120,12 +120,15 @@ def _rate(step: int, steps: int) -> float:
     return PEAK * (0.05 + 0.475 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP))))
 
 
-def train(name: str, directory: Path, *, steps: int = STEPS, seed: int = 1, log_every: int = 50) -> None:
-    """Train one atlas model from scratch and save it.
+def train(
+    name: str, directory: Path, *, start: Path | None = None, steps: int = STEPS, seed: int = 1, log_every: int = 50
+) -> None:
+    """Train one atlas model and save it.
 
     Args:
         name: `"atlas-gpt2"` or `"atlas-llama"`.
         directory: The Hugging Face folder to write.
+        start: A model that an earlier call wrote, to go on from with a fresh optimiser; None to begin from scratch.
         steps: Optimiser steps.
         seed: Seed of the weights and the order of the corpus.
         log_every: Steps between two lines of the log (`training.jsonl`).
@@ -133,7 +136,10 @@ def train(name: str, directory: Path, *, steps: int = STEPS, seed: int = 1, log_
     family = name.removeprefix("atlas-")
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(family)
-    model = AutoModelForCausalLM.from_config(build_config(family, tokenizer), attn_implementation="eager")
+    if start is None:
+        model = AutoModelForCausalLM.from_config(build_config(family, tokenizer), attn_implementation="eager")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
     model.train()
     # No weight decay: it would let go of the directions that a small MLP needs to tell subjects apart.
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.0)

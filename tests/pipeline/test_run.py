@@ -115,6 +115,8 @@ def test_a_model_of_an_unknown_family_is_refused_in_one_line(small_suite, tmp_pa
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(RetentionBenchError, match="bert"):
         evaluate(cell(small_suite, model=str(folder)), store=Store(tmp_path / "store"), out=tmp_path / "out")
 
