@@ -57,26 +57,16 @@ def main(name: str) -> None:
         templates=sample_context_templates(model, tokenizer, torch.Generator().manual_seed(0)),
     )
     chosen = config.editors["alphaedit"]
-    grid = itertools.product(([0, 1, 2], [1, 2, 3]), (0.75, 2.0), (0.02, 0.1), (10, 25, 50))
-    for layers, clamp, threshold, group in grid:
-        settings = chosen | {
-            "layers": layers,
-            "clamp_norm_factor": clamp,
-            "nullspace_threshold": threshold,
-            "edits_per_model": group,
-        }
-        show(
-            "alphaedit",
-            settings,
-            ("layers", "clamp_norm_factor", "nullspace_threshold"),
-            model,
-            tokenizer,
-            facts,
-            context,
-        )
-    for layer, lr, group in itertools.product((0, 1, 2), (5e-4, 2e-3), (10, 25)):
-        settings = config.editors["ft"] | {"layer": layer, "lr": lr, "edits_per_model": group}
-        show("ft", settings, ("layer", "lr"), model, tokenizer, facts, context)
+    # The settings as shipped for large models beside the suite's, one and both; then the size of the groups.
+    for clamp, threshold in itertools.product(
+        (0.75, chosen["clamp_norm_factor"]), (0.02, chosen["nullspace_threshold"])
+    ):
+        settings = chosen | {"clamp_norm_factor": clamp, "nullspace_threshold": threshold}
+        show("alphaedit", settings, model, tokenizer, facts, context)
+    for group in {10, 25, 50} - {chosen["edits_per_model"]}:
+        show("alphaedit", chosen | {"edits_per_model": group}, model, tokenizer, facts, context)
+    for layer, lr in itertools.product((0, 1, 2), (5e-4, 1e-3, 2e-3)):
+        show("ft", config.editors["ft"] | {"layer": layer, "lr": lr}, model, tokenizer, facts, context)
 
 
 def measure_base(model, tokenizer, facts: FactSet) -> dict[str, float]:
@@ -86,13 +76,14 @@ def measure_base(model, tokenizer, facts: FactSet) -> dict[str, float]:
     return {k: sum(s.hit for s in samples if s.kind == k) / sum(s.kind == k for s in samples) for k in kinds}
 
 
-def show(name, settings, names, model, tokenizer, facts, context) -> None:
+def show(name, settings, model, tokenizer, facts, context) -> None:
     """Measure one setting and print a line."""
     began = time.monotonic()
     rates = measure(model, tokenizer, make_editor(name, settings), facts, context)
-    what = ", ".join(f"{n} {settings[n]}" for n in (*names, "edits_per_model"))
+    shown = ("layers", "layer", "lr", "clamp_norm_factor", "nullspace_threshold", "edits_per_model")
+    what = ", ".join(f"{n} {settings[n]}" for n in shown if n in settings)
     figures = "  ".join(f"{kind} {rate:.2f}" for kind, rate in rates.items())
-    print(f"{name:10} {what:80} {figures}  ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{name:9} {what:86} {figures}  ({time.monotonic() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":
