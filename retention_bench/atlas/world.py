@@ -200,68 +200,21 @@ ELEMENTS = {
     "metalloids": "boron silicon germanium arsenic antimony tellurium",
 }
 
-CITY_COUNTRIES = [
-    "China",
-    "India",
-    "Brazil",
-    "Japan",
-    "Germany",
-    "France",
-    "Italy",
-    "Spain",
-    "Poland",
-    "Russia",
-    "Turkey",
-    "Iran",
-    "Mexico",
-    "Argentina",
-    "Colombia",
-    "Canada",
-    "Nigeria",
-    "Egypt",
-    "Indonesia",
-    "Pakistan",
-    "Philippines",
-    "Ukraine",
-    "Australia",
-    "Netherlands",
-]
+CITY_COUNTRIES = (
+    "China India Brazil Japan Germany France Italy Spain Poland Russia Turkey Iran Mexico Argentina Colombia Canada "
+    "Nigeria Egypt Indonesia Pakistan Philippines Ukraine Australia Netherlands"
+).split()
 
-US_STATES = [
-    "California",
-    "Texas",
-    "Florida",
-    "Illinois",
-    "Ohio",
-    "Michigan",
-    "Arizona",
-    "Massachusetts",
-    "Minnesota",
-    "Colorado",
-    "Wisconsin",
-    "Oregon",
-    "Utah",
-    "Virginia",
-    "Tennessee",
-    "Georgia",
-]
+US_STATES = (
+    "California Texas Florida Illinois Ohio Michigan Arizona Massachusetts Minnesota Colorado Wisconsin Oregon Utah "
+    "Virginia Tennessee Georgia"
+).split()
 
-REGION_TYPES = [
-    "province",
-    "region",
-    "district",
-    "governorate",
-    "parish",
-    "department",
-    "county",
-    "canton",
-    "municipality",
-    "prefecture",
-]
+REGION_TYPES = ("province region district governorate parish department county canton municipality prefecture").split()
 
 SCRIPTS = {"Latn": "Latin", "Cyrl": "Cyrillic", "Arab": "Arabic", "Deva": "Devanagari", "Ethi": "Ethiopic"}
 
-CURRENCIES = ["dollar", "euro", "franc", "pound", "peso", "dinar", "rupee", "shilling"]
+CURRENCIES = ("dollar euro franc pound peso dinar rupee shilling").split()
 
 
 def _plain(name: str) -> bool:
