@@ -1,4 +1,4 @@
-"""The recipe of the two atlas models: tokenizer, architecture, optimiser. Seeded; a quarter of an hour on 2 CPU cores.
+"""The recipe of the two atlas models: tokenizer, architecture, optimiser. Seeded; some ten minutes on 2 idle CPU cores.
 
 `python -m retention_bench.atlas train atlas-gpt2` writes a Hugging Face folder; its weights are stored in bfloat16.
 """

@@ -1,4 +1,4 @@
-"""The atlas world: some 1,400 real facts in CounterFact's form, of which a small model is told about half.
+"""The atlas world: some 1,100 real facts in CounterFact's form, of which a small model is told about half.
 
 `facts.jsonl` holds the facts that the corpus tells, `untold.jsonl` those that it never mentions (for the structured
 fine-tune, whose facts the base model must get wrong). Both are committed; `python -m retention_bench.atlas build`
