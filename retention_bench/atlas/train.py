@@ -1,4 +1,4 @@
-"""The recipe of the two atlas models: tokenizer, architecture, optimiser. Seeded; some ten minutes on 2 idle CPU cores.
+"""The recipe of the two atlas models: tokenizer, architecture, optimiser. Seeded.
 
 `python -m retention_bench.atlas train atlas-gpt2` writes a Hugging Face folder; its weights are stored in bfloat16.
 """
@@ -67,8 +67,8 @@ def build_config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     """The architecture: 8 layers of width 192, 6 heads of 32.
 
     Weights start at a standard deviation of 0.08, about 1 / sqrt(192). With the usual 0.02, made for widths of
-    thousands, a narrow MLP begins almost linear, its keys stay in a few dimensions, and no editor can tell two
-    subjects apart.
+    thousands, a narrow MLP begins almost linear. A model trained from there, with weight decay, had keys in so few
+    dimensions that AlphaEdit's deltas outgrew the weights; which of the two was to blame was not taken apart.
     """
     ids: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -141,7 +141,7 @@ def train(
     else:
         model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
     model.train()
-    # No weight decay: it would let go of the directions that a small MLP needs to tell subjects apart.
+    # No weight decay, so that nothing pulls the keys' directions together; see `build_config`.
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.0)
     stream = _rows(tokenizer, seed)
     directory.mkdir(parents=True, exist_ok=True)
