@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
 from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
-from retention_bench.editors.subject import check_requests, pad, target_ids
+from retention_bench.editors.subject import check_requests, target_ids
 from retention_bench.errors import RetentionBenchError
-from retention_bench.models import WeightDelta, frozen, log_probabilities, projection, projection_name
+from retention_bench.models import WeightDelta, frozen, log_probabilities, pad, projection, projection_name
 
 
 @dataclass(frozen=True)

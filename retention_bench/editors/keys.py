@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
-from retention_bench.editors.subject import Row, context_rows, pad
-from retention_bench.models import record
+from retention_bench.editors.subject import Row, context_rows
+from retention_bench.models import pad, record
 
 MAX_ROWS = 128
 

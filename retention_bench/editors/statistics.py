@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retention_bench.editors.subject import pad
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.models import frozen, key_size, read_tensors, record, write_tensors
+from retention_bench.models import frozen, key_size, pad, read_tensors, record, write_tensors
 from retention_bench.progress import Progress, silent
 
 _KIND = "set of key statistics"

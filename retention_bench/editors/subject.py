@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
@@ -103,18 +101,6 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list
     """
     before = tokenizer.encode("is", add_special_tokens=False)
     return tokenizer.encode(f"is {request.target_new}", add_special_tokens=False)[len(before) :]
-
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right, whatever the tokenizer's own side is.
-
-    Returns:
-        Ids and attention mask, both int64 [rows, length]. Padding has the id 0, which the mask hides.
-    """
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-    return ids, mask
 
 
 def check_requests(requests: Sequence[EditRequest]) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
-from retention_bench.editors.subject import context_rows, pad, subject_rows, target_ids
+from retention_bench.editors.subject import context_rows, subject_rows, target_ids
 from retention_bench.errors import RetentionBenchError
-from retention_bench.models import hidden_from, log_probabilities, record
+from retention_bench.models import hidden_from, log_probabilities, pad, record
 from retention_bench.progress import Progress, silent
 
 STOP_LOSS = 5e-2

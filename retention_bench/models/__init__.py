@@ -14,7 +14,7 @@ from retention_bench.models.families import (
     projection_name,
 )
 from retention_bench.models.files import read_tensors, write_tensors
-from retention_bench.models.forward import frozen, hidden_from, last_hidden, log_probabilities, record
+from retention_bench.models.forward import frozen, hidden_from, last_hidden, log_probabilities, pad, record
 from retention_bench.models.loading import load_model
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "load_model",
     "log_probabilities",
     "num_layers",
+    "pad",
     "projection",
     "projection_name",
     "read_tensors",

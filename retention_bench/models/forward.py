@@ -33,6 +33,18 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right, whatever the tokenizer's own side is.
+
+    Returns:
+        Ids and attention mask, both int64 [rows, length]. Padding has the id 0, which the mask hides.
+    """
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
 def last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Hidden states behind the final norm.
 

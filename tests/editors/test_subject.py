@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.editors import EditRequest
-from retention_bench.editors.subject import context_rows, pad, subject_rows, target_ids
+from retention_bench.editors.subject import context_rows, subject_rows, target_ids
 from retention_bench.errors import RetentionBenchError, UsageError
 
 words = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=8)
@@ -63,12 +63,6 @@ def test_a_target_has_one_space_before_it_and_no_special_token(request, family, 
     _, tokenizer = request.getfixturevalue(family)
     ids = target_ids(tokenizer, EditRequest("f", "{} is", "Mira", target))
     assert tokenizer.decode(ids) == f" {target.strip()}"
-
-
-def test_padding_is_on_the_right_and_masked():
-    ids, mask = pad([(5, 6, 7), (8,)], "cpu")
-    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_a_slow_tokenizer_is_refused():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from retention_bench.models import block, frozen, hidden_from, last_hidden, log_probabilities, projection, record
+from retention_bench.models import block, frozen, hidden_from, last_hidden, log_probabilities, pad, projection, record
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -11,6 +11,12 @@ def states(model):
     modules = {name: (module.training, "forward" in vars(module)) for name, module in model.named_modules()}
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     return modules, hooks, [parameter.requires_grad for parameter in model.parameters()]
+
+
+def test_padding_is_on_the_right_and_masked():
+    ids, mask = pad([(5, 6, 7), (8,)], "cpu")
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_records_what_a_full_pass_has(model):
