@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from retention_bench.editors import EditRequest, collect_key_statistics
 from retention_bench.models import load_model
@@ -50,34 +48,11 @@ SUBJECTS = ["Mira Solberg", "Jon Ek", "The Old Mill", "Mira"]
 
 
 @pytest.fixture(scope="session")
-def llama():
-    """A random Llama with grouped heads, and a tokenizer that begins every text with <s>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        [f"In town {name} plays the violin. The book is by {name}." for name in SUBJECTS], trainer
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        max_position_embeddings=64,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval(), fast
+def llama(make_tokenizer, make_model):
+    """A random Llama with grouped heads, and a tokenizer that begins every text with <|begin|>."""
+    texts = [f"In town {name} plays the violin. The book is by {name}." for name in SUBJECTS]
+    tokenizer = make_tokenizer("llama", texts, pad="<|end|>", vocab_size=330)
+    return make_model("llama", tokenizer, layers=4, std=0.2), tokenizer
 
 
 @pytest.fixture(scope="session")

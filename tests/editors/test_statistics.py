@@ -70,7 +70,7 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path):
 
 
 def test_statistics_of_another_model_are_refused(llama, gpt2_statistics):
-    with pytest.raises(UsageError, match="keys of size 512, the model's have 48: they belong to another model"):
+    with pytest.raises(UsageError, match="keys of size 512, the model's have 64: they belong to another model"):
         gpt2_statistics.check(llama[0], [0])
     with pytest.raises(UsageError, match=r"cover layers \[0, 1, 2\], not layer 3"):
         gpt2_statistics.check(llama[0], [3])

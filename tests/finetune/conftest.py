@@ -1,4 +1,4 @@
-"""Small tokenizers trained on the spot, tiny random models, and chats of a few words."""
+"""Tiny random models, and chats of a few words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from retention_bench.finetune import make_finetune
 
@@ -68,62 +66,24 @@ def task(source: Path) -> Callable[..., Any]:
     return make
 
 
-def _byte_level(specials: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), " Say I say <|user|> <|assistant|>"] * 10, trainer)
-    return tokenizer
+TEXTS = [" ".join(WORDS), " Say I say <|user|> <|assistant|>"] * 10
 
 
 @pytest.fixture
-def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that adds no BOS and has no padding token, as GPT-2's."""
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=_byte_level([end]), bos_token=end, eos_token=end, unk_token=end)
+def gpt2_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return make_tokenizer("gpt2", TEXTS, vocab_size=400)
 
 
 @pytest.fixture
-def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts a BOS in front of every text, as Llama 3's."""
-    tokenizer = _byte_level(["<|begin|>", "<|end|>"])
-    begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
+def llama_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return make_tokenizer("llama", TEXTS, vocab_size=400)
 
 
 @pytest.fixture
-def gpt2(gpt2_tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    end = gpt2_tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(gpt2_tokenizer),
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
-    return GPT2LMHeadModel(config).eval()
+def gpt2(make_model: Callable[..., PreTrainedModel], gpt2_tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return make_model("gpt2", gpt2_tokenizer)
 
 
 @pytest.fixture
-def llama(llama_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(llama_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=llama_tokenizer.bos_token_id,
-        eos_token_id=llama_tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config).eval()
+def llama(make_model: Callable[..., PreTrainedModel], llama_tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return make_model("llama", llama_tokenizer)

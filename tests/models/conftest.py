@@ -1,12 +1,10 @@
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -14,23 +12,7 @@ from transformers import (
 TEXTS = ["The tower of Arlen stands in the old town.", "Mira Solberg plays the violin.", "Who wrote the book?"]
 
 
-def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; with `bos` it begins every text with <s> and has no padding token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "</s>"]
-    tokenizer.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def make_model(family: str, vocabulary: int):
+def tiny_model(family: str, vocabulary: int):
     torch.manual_seed(0)
     if family == "gpt2":
         config = GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=16, n_layer=4, n_head=2, n_inner=24)
@@ -52,13 +34,13 @@ def make_model(family: str, vocabulary: int):
 
 @pytest.fixture(params=["gpt2", "llama", "qwen3"])
 def model(request):
-    return make_model(request.param, 300)
+    return tiny_model(request.param, 300)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, make_tokenizer):
     """A saved tiny Llama with its tokenizer."""
-    tokenizer = make_tokenizer(bos=True)
-    make_model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer("llama", TEXTS, vocab_size=300)
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"

@@ -14,7 +14,7 @@ def test_loads_a_folder_ready_to_use(folder):
     model, tokenizer = load_model(str(folder))
     assert not model.training
     assert next(model.parameters()).dtype == torch.float32
-    assert (tokenizer.pad_token, tokenizer.padding_side) == ("</s>", "right")  # the saved one has no padding token
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<|end|>", "right")  # the saved one has no padding token
     ids = tokenizer("Mira plays", return_tensors="pt")["input_ids"]
     assert ids[0, 0] == tokenizer.bos_token_id
     assert model(ids).logits.isfinite().all()

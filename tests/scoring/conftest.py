@@ -1,4 +1,4 @@
-"""Small tokenizers trained on the spot, random models, and models that say what a table tells them to."""
+"""Small tokenizers, random models, and models that say what a table tells them to."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -28,44 +26,18 @@ _OFTEN = (
 _RARELY = "Guinea Guatemala Guy Gustav Gull Thebes Theroux Theodor Thelma Themis"
 
 
-def _train(tokenizer: Tokenizer, specials: list[str], alphabet: list[str]) -> Tokenizer:
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=6, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([_OFTEN] * 10 + [f"see {_RARELY}"] * 5, trainer)
-    return tokenizer
-
-
-def _byte_level(specials: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return _train(tokenizer, specials, pre_tokenizers.ByteLevel.alphabet())
+_TEXTS = [_OFTEN] * 10 + [f"see {_RARELY}"] * 5
 
 
 @pytest.fixture(scope="session")
-def gpt2_tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE without BOS and without a padding token, as GPT-2's."""
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level([end]),
-        eos_token=end,
-        bos_token=end,
-        unk_token=end,
-        clean_up_tokenization_spaces=False,
-    )
+def gpt2_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    return make_tokenizer("gpt2", _TEXTS, min_frequency=6)
 
 
 @pytest.fixture(scope="session")
-def llama_tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE that puts a BOS in front of every text, as Llama 3's; two special tokens have no role."""
-    tokenizer = _byte_level(["<|begin|>", "<|end|>", "<|turn|>", "<||>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", clean_up_tokenization_spaces=False
-    )
+def llama_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """Two of its special tokens have no role."""
+    return make_tokenizer("llama", _TEXTS, specials=["<|turn|>", "<||>"], min_frequency=6)
 
 
 @pytest.fixture(scope="session")
@@ -125,38 +97,13 @@ def scripted() -> Scripted:
 
 
 @pytest.fixture(scope="session")
-def gpt2(gpt2_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    torch.manual_seed(0)
-    end = gpt2_tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(gpt2_tokenizer),
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=end,
-        eos_token_id=end,
-        initializer_range=0.5,
-    )
-    return GPT2LMHeadModel(config).eval()
+def gpt2(make_model: Callable[..., PreTrainedModel], gpt2_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return make_model("gpt2", gpt2_tokenizer, std=0.5)
 
 
 @pytest.fixture(scope="session")
-def llama(llama_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(llama_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=llama_tokenizer.bos_token_id,
-        eos_token_id=llama_tokenizer.eos_token_id,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+def llama(make_model: Callable[..., PreTrainedModel], llama_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return make_model("llama", llama_tokenizer, std=0.5)
 
 
 @pytest.fixture(scope="session")

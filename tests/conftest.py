@@ -1,0 +1,92 @@
+"""Small tokenizers trained on the spot and tiny random models, for all folders."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+
+def train_tokenizer(
+    family: str,
+    texts: Iterable[str],
+    *,
+    pad: str | None = None,
+    specials: Sequence[str] = (),
+    vocab_size: int = 1000,
+    min_frequency: int = 0,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE.
+
+    `family` is `"gpt2"`, whose `<|endoftext|>` is BOS, EOS and unknown in one and is put in front of nothing, or
+    `"llama"`, whose BOS `<|begin|>` is put in front of every text and whose EOS is `<|end|>`. Neither has a padding
+    token unless `pad` gives one; `specials` are further special tokens.
+    """
+    begin, end = ("<|endoftext|>", "<|endoftext|>") if family == "gpt2" else ("<|begin|>", "<|end|>")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*dict.fromkeys([begin, end]), *specials],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if family == "llama":
+        special = (begin, tokenizer.token_to_id(begin))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=begin,
+        eos_token=end,
+        pad_token=pad,
+        unk_token=end if family == "gpt2" else None,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """See `train_tokenizer`."""
+    return train_tokenizer
+
+
+def random_model(
+    family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int = 2, std: float = 0.02
+) -> PreTrainedModel:
+    """A GPT-2, or a Llama with grouped heads, of width 32; the same weights each time."""
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": std,
+    }
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=32, n_layer=layers, n_head=4, **common)).eval()
+    config = LlamaConfig(
+        max_position_embeddings=64,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        **common,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., PreTrainedModel]:
+    """See `random_model`."""
+    return random_model
