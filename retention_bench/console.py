@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -118,25 +119,37 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     """
     console = Console(highlight=False)
     stages = results["stages"]
-    table = Table(title=f"{results['editor']} x {results['finetune']} on {results['model']}", title_justify="left")
-    table.add_column("questions answered", no_wrap=True)
+    # Two spaces between columns and short labels, so that the table fits into a terminal of 80 columns.
+    table = Table(
+        title=f"{results['editor']} x {results['finetune']} on {results['model']}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
+    table.add_column("questions\nanswered", no_wrap=True)
     names = {
-        "base": "base model",
-        "post_edit": f"after {results['editor']}",
-        "post_finetune": f"after {results['finetune']}",
-        "control_finetune": f"{results['finetune']} only,\nnever edited",
+        "base": "base\nmodel",
+        "post_edit": f"after\n{results['editor']}",
+        "post_finetune": f"after\n{results['finetune']}",
+        "control_finetune": f"unedited,\nafter {results['finetune']}",
     }
     for stage in names:
         table.add_column(names[stage], justify="right")
     asked = {
-        "edited": "edited facts, new object",
-        "paraphrase": "  in other words",
-        "intrinsic": "facts never edited",
-        "locality": "neighbours of edited facts",
+        "edited": "edited facts",
+        "paraphrase": "in other words",
+        "locality": "neighbours",
+        "intrinsic": "never edited",
     }
     for kind, label in asked.items():
         table.add_row(label, *(_cell(stages[stage].get(kind)) for stage in names))
     console.print(table)
+    console.print(
+        "\nEdited facts, in the edit's words and in others, count where the new object is answered; neighbours (other "
+        "subjects with an edited fact's true object) and facts never edited where their own is.\n"
+    )
     kept = results["retention"]
     models = len(results["experiments"])
     if models > 1:

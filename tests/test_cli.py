@@ -67,3 +67,31 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
+
+
+def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
+    from retention_bench import console
+
+    monkeypatch.setenv("COLUMNS", "80")
+    rate = {"hits": 5000, "total": 5000, "rate": 1.0, "ci95": [0.99, 1.0]}
+    log = {"stopped_by": "threshold", "steps": 20, "metric": "validation_loss", "value": 1.3, "threshold": 1.7}
+    results = {
+        "editor": "alphaedit",
+        "finetune": "commoncrawl",
+        "model": "atlas-llama",
+        "notice": "A stand-in.",
+        "stages": {
+            stage: dict.fromkeys(("edited", "paraphrase", "locality", "intrinsic"), rate)
+            for stage in ("base", "post_edit", "post_finetune", "control_finetune")
+        },
+        "retention": {"edited": rate, "intrinsic": rate},
+        "gap": {"value": 0.0, "ci95": [-0.1, 0.1]},
+        "experiments": [{"finetune_log": log}],
+        "control": {"finetune_log": log},
+    }
+    console.print_results(results, tmp_path, real=None)
+    table = capsys.readouterr().out.split("Edited facts, in")[0].splitlines()
+    assert max(len(line.rstrip()) for line in table) <= 80
+    rows = [line for line in table if "5000 of 5000" in line]
+    assert len(rows) == 4
+    assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
