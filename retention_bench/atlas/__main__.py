@@ -1,12 +1,15 @@
 """Make the world's files, or train one of the models.
 
 python -m retention_bench.atlas build
-python -m retention_bench.atlas train atlas-gpt2 FOLDER [--start FOLDER] [--steps N] [--seed N]
+python -m retention_bench.atlas train atlas-gpt2 FOLDER [--seed N] [--sealed P]
 """
 
 from pathlib import Path
 
 import click
+
+from retention_bench.atlas import corpus, instructions, world
+from retention_bench.atlas import train as recipe
 
 
 @click.group()
@@ -17,8 +20,6 @@ def main() -> None:
 @main.command()
 def build() -> None:
     """Write the facts, the corpus sample and the instructions, the same bytes every time."""
-    from retention_bench.atlas import corpus, instructions, world
-
     told, _ = world.build()
     corpus.build(told)
     instructions.build()
@@ -27,14 +28,17 @@ def build() -> None:
 @main.command()
 @click.argument("name", type=click.Choice(["atlas-gpt2", "atlas-llama"]))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Go on from a model trained before.")
-@click.option("--steps", default=900, show_default=True)
-@click.option("--seed", default=1, show_default=True)
-def train(name: str, folder: Path, start: Path | None, steps: int, seed: int) -> None:
+@click.option("--seed", default=1, show_default=True, help="Seed of the weights and the order of the corpus.")
+@click.option(
+    "--sealed",
+    type=click.FloatRange(0, 1),
+    default=recipe.SEALED,
+    show_default=True,
+    help="Share of the subjects that what follows sees only through their last token.",
+)
+def train(name: str, folder: Path, seed: int, sealed: float) -> None:
     """Train a model and write it to FOLDER."""
-    from retention_bench.atlas.train import train as run
-
-    run(name, folder, start=start, steps=steps, seed=seed)
+    recipe.train(name, folder, seed=seed, sealed=sealed)
 
 
 if __name__ == "__main__":

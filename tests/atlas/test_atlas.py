@@ -1,11 +1,15 @@
 import hashlib
 import itertools
+import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retention_bench.atlas import corpus, instructions, world
+from retention_bench.atlas import corpus, instructions, train, world
 from retention_bench.facts import disjoint_split, knowledge
 from retention_bench.models import load_model
 
@@ -85,3 +89,82 @@ def test_the_models_really_know_their_facts(name):
     for seed in range(5):  # enough is left to draw from, whatever the seed
         split = disjoint_split(FactSet.of(k.fact for k in known), edited=50, intrinsic=100, seed=seed)
         assert (len(split.edited), len(split.intrinsic)) == (50, 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_tokenizer_is_what_the_recipe_builds(name, tmp_path):
+    train.build_tokenizer(name.removeprefix("atlas-")).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (MODELS / name / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_subjects_are_pieces_and_objects_begin_with_a_token_of_their_own(name):
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
+
+    def tokens(text):
+        return tokenizer.tokenize(f"is {text}")[1:]
+
+    told = world.told_facts()
+    subjects = {f.subject for f in told}
+    assert sum(len(tokens(subject)) > 1 for subject in subjects) > 0.75 * len(subjects)
+    firsts = Counter((relation, tokens(obj)[0]) for relation, obj in {(f.relation, f.target_true) for f in told})
+    assert set(firsts.values()) == {1}  # the metric compares first tokens
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_subject_in_a_training_row_is_found(name):
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
+    longest_first = sorted({f.subject for f in world.told_facts()}, key=len, reverse=True)
+    for row, spans in itertools.islice(train._rows(tokenizer, seed=5), 50):
+        assert len(row) == train.ROW
+        assert (row[0] == tokenizer.bos_token_id) == (name == "atlas-llama")
+        found = [tokenizer.decode(row[first : last + 1]).strip() for first, last in spans]
+        told = re.findall(rf"\b(?:{'|'.join(longest_first)})\b", tokenizer.decode(row))
+        assert found == told[: len(found)]
+        assert len(told) - len(found) <= 1  # the last may be a name that the row's end cuts down to another
+
+
+def test_a_sealed_subject_is_seen_only_through_its_last_token():
+    spans = [[(3, 5), (10, 10)], []]
+    seen = train._mask(spans, 1.0, random.Random(0))[:, 0] == 0
+    causal = torch.ones(train.ROW, train.ROW, dtype=torch.bool).tril()
+    assert torch.equal(seen[1], causal)
+    assert not (seen[0] & ~causal).any()
+    hidden = causal & ~seen[0]
+    assert hidden.nonzero().tolist() == [[row, column] for row in range(6, train.ROW) for column in (3, 4)]
+    assert torch.equal(train._mask(spans, 0.0, random.Random(0))[:, 0] == 0, causal.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_architectures_obey_the_mask(name):
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
+    config = train.build_config(name.removeprefix("atlas-"), tokenizer)
+    config.num_hidden_layers = 1  # with one block, what is hidden has no way round
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(2, len(tokenizer) - 1, (1, train.ROW))
+    other = ids.clone()
+    other[0, 3:5] += 1
+    spans = [[(3, 5)]]
+
+    @torch.no_grad()
+    def logits(ids, sealed):
+        return model(input_ids=ids, attention_mask=train._mask(spans, sealed, random.Random(0)).float()).logits[0]
+
+    torch.testing.assert_close(logits(ids, 0.0), model(input_ids=ids).logits[0])
+    before, after = logits(ids, 1.0), logits(other, 1.0)
+    torch.testing.assert_close(before[6:], after[6:])
+    assert not torch.allclose(before[5], after[5])
+    assert not torch.allclose(logits(ids, 0.0)[6:], logits(other, 0.0)[6:])
+
+
+@pytest.mark.slow
+def test_the_recipe_gives_the_same_model_each_time_and_seals(tmp_path):
+    for folder, sealed in (("first", 0.8), ("second", 0.8), ("plain", 0.0)):
+        train.train("atlas-llama", tmp_path / folder, steps=2, sealed=sealed)
+    first, second, plain = (
+        (tmp_path / folder / "model.safetensors").read_bytes() for folder in ("first", "second", "plain")
+    )
+    assert first == second
+    assert first != plain
+    load_model(str(tmp_path / "first"))
