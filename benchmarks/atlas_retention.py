@@ -1,0 +1,56 @@
+"""The main job of suite atlas over several seeds, a table row a run.
+
+    python benchmarks/atlas_retention.py EDITOR MODEL[,MODEL] SEED[,SEED]
+
+Runs `evaluate --finetune tulu3` for every model and seed, with the store that `evaluate` uses.
+"""
+
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+from retention_bench.pipeline import Cell, Store, default_root, evaluate, load_suite
+
+COLUMNS = (
+    "model | seed | edits that took | intrinsic after the edit | edits retained | intrinsic retained | "
+    "gap in points (95 %) | control, intrinsic | fine-tunes stopped by (steps) | seconds"
+)
+
+
+def row(editor: str, model: str, seed: int) -> str:
+    """Run one cell and put it into a table row."""
+    with tempfile.TemporaryDirectory() as folder:
+        cell = Cell(load_suite("atlas"), model, editor, "tulu3", seed, "cpu")
+        results = evaluate(cell, store=Store(default_root()), out=Path(folder))
+
+    def count(rate: dict) -> str:
+        return f"{rate['hits']}/{rate['total']}"
+
+    edited, kept, gap = results["stages"]["post_edit"], results["retention"], results["gap"]
+    logs = [e["finetune_log"] for e in [*results["experiments"], results["control"]]]
+    points = "-"  # where no edit took
+    if gap["value"] is not None:
+        low, high = (100 * bound for bound in gap["ci95"])
+        points = f"{100 * gap['value']:+.0f} ({low:+.0f} to {high:+.0f})"
+    return " | ".join(
+        [
+            model,
+            str(seed),
+            count(edited["edited"]),
+            count(edited["intrinsic"]),
+            count(kept["edited"]),
+            count(kept["intrinsic"]),
+            points,
+            count(results["stages"]["control_finetune"]["intrinsic"]),
+            ", ".join(f"{log['stopped_by']} ({log['steps']})" for log in logs),
+            f"{sum(results['timing']['seconds'].values()):.0f}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    editor, models, seeds = sys.argv[1:]
+    print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
+    for model, seed in itertools.product(models.split(","), seeds.split(",")):
+        print(f"| {row(editor, model, int(seed))} |", flush=True)
