@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import FactSet, disjoint_split, knowledge, read_pool
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
 from retention_bench.pipeline.results import gather
@@ -125,6 +126,11 @@ class _Bench:
                 for f in pool
                 if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
             )
+            if not len(scorable):
+                raise RetentionBenchError(
+                    f"All {len(pool)} facts of {suite.facts.source} have a target whose first token is a stop word or "
+                    "special, which the metric passes over. Give facts with targets that begin with a content word."
+                )
             known = knowledge(model, tokenizer, scorable, progress=self.progress)
             kept = [k for k in known if k.margin >= suite.facts.margin]
             split = disjoint_split(
