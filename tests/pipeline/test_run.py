@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import FactSet
@@ -150,3 +151,15 @@ def test_a_run_killed_in_the_fine_tune_ends_with_the_same_results(finished, smal
         again.pop(volatile), undisturbed.pop(volatile)
     assert again == undisturbed
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == (Path(out) / "samples.jsonl").read_bytes()
+
+
+def test_facts_that_all_begin_with_a_stop_word_are_refused_with_that_reason(small_suite, tmp_path):
+    suite = yaml.safe_load(small_suite.read_text())
+    rows = [json.loads(line) for line in Path(suite["facts"]["source"]).read_text().splitlines()]
+    source = tmp_path / "facts.jsonl"
+    source.write_text("".join(json.dumps(row | {"target_new": f"the {row['target_new']}"}) + "\n" for row in rows))
+    suite["facts"]["source"] = str(source)
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    with pytest.raises(RetentionBenchError, match=f"All {len(rows)} facts .* stop word"):
+        evaluate(cell(path), store=Store(tmp_path / "store"), out=tmp_path / "out")
