@@ -6,7 +6,14 @@ What needs torch is imported when it is first asked for, so that listing the edi
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from retention_bench.editors.base import EditContext, Editor, EditRequest, editor_names, make_editor
+from retention_bench.editors.base import (
+    EditContext,
+    Editor,
+    EditRequest,
+    FittedEditor,
+    editor_names,
+    make_editor,
+)
 
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
@@ -29,6 +36,7 @@ __all__ = [
     "EditContext",
     "EditRequest",
     "Editor",
+    "FittedEditor",
     "KeyStatistics",
     "collect_key_statistics",
     "editor_names",

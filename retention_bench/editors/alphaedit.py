@@ -56,6 +56,7 @@ class AlphaEdit:
     L2: Positive = 10.0
 
     name: ClassVar[str] = "alphaedit"
+    template_lengths: ClassVar[tuple[int, ...]] = (10,)
 
     @property
     def statistics_layers(self) -> tuple[int, ...]:

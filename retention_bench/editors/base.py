@@ -9,10 +9,11 @@ import dataclasses
 import importlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
-from retention_bench.facts.fact import Fact
+from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -39,22 +40,25 @@ class EditRequest:
         prompt: Contains `{}` once, where the subject goes; ends right before the object.
         subject: The subject.
         target_new: The object to write; kept without surrounding spaces, the one before it is part of its first token.
+        paraphrases: Other prompts for the same triple, in the form of `prompt`, that the edit shall hold for too.
 
     Raises:
-        UsageError: The prompt has no place for the subject, or a field is empty; the fact is named.
+        UsageError: A prompt has no place for the subject, or a field is empty; the fact is named.
     """
 
     fact_id: str
     prompt: str
     subject: str
     target_new: str
+    paraphrases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.prompt.count("{}") != 1:
-            raise UsageError(
-                f"Fact {self.fact_id!r}: the prompt {self.prompt!r} must contain '{{}}' exactly once, where the "
-                f"subject {self.subject!r} goes."
-            )
+        for prompt in (self.prompt, *self.paraphrases):
+            if prompt.count("{}") != 1:
+                raise UsageError(
+                    f"Fact {self.fact_id!r}: the prompt {prompt!r} must contain '{{}}' exactly once, where the "
+                    f"subject {self.subject!r} goes."
+                )
         if not self.subject.strip():
             raise UsageError(
                 f"Fact {self.fact_id!r}: the subject is empty. An edit needs one, its last token is where it acts."
@@ -63,6 +67,12 @@ class EditRequest:
             raise UsageError(f"Fact {self.fact_id!r}: target_new is empty. Give the object to write.")
         object.__setattr__(self, "prompt", self.prompt.rstrip())
         object.__setattr__(self, "target_new", self.target_new.strip())
+        object.__setattr__(self, "paraphrases", tuple(prompt.rstrip() for prompt in self.paraphrases))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt, then its paraphrases."""
+        return (self.prompt, *self.paraphrases)
 
     @classmethod
     def from_fact(cls, fact: Fact) -> EditRequest:
@@ -88,6 +98,7 @@ class EditContext:
         generator: Seeded, for editors that draw random numbers.
         progress: Told how far the edit is.
         remembered: Keys of earlier edits by layer, each [keys, d_mlp]; see `AlphaEdit.edit_sequentially`.
+        fitted: The folder that the editor's `fit` wrote, for editors that train first.
 
     Raises:
         UsageError: A template does not contain `{}` exactly once.
@@ -98,6 +109,7 @@ class EditContext:
     generator: torch.Generator | None = None
     progress: Progress = silent
     remembered: Mapping[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    fitted: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
@@ -109,7 +121,10 @@ class EditContext:
 
 
 class Editor(Protocol):
-    """A way to write facts into a model: a frozen dataclass whose fields are its hyper-parameters."""
+    """A way to write facts into a model: a frozen dataclass whose fields are its hyper-parameters.
+
+    An editor that trains before it edits is a `FittedEditor` besides.
+    """
 
     @property
     def name(self) -> str:
@@ -122,6 +137,10 @@ class Editor(Protocol):
     @property
     def statistics_layers(self) -> tuple[int, ...]:
         """Layers whose key second moments `edit` needs."""
+
+    @property
+    def template_lengths(self) -> tuple[int, ...]:
+        """Lengths of the context templates `edit` wants, in tokens; see `sample_context_templates`."""
 
     def edit(
         self,
@@ -143,6 +162,34 @@ class Editor(Protocol):
 
         Raises:
             RetentionBenchError: The requests or the context cannot be used with this model.
+        """
+
+
+@runtime_checkable
+class FittedEditor(Protocol):
+    """What an editor has besides if it trains once for a model, before it edits."""
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: FactSet,
+        folder: Path,
+        context: EditContext,
+    ) -> None:
+        """Train, and write what `edit` needs into a folder, which is then handed to it as `EditContext.fitted`.
+
+        A run that is called again with a folder in which an earlier one was cut off goes on from its last checkpoint.
+
+        Args:
+            model: The unedited model; it is left as it was found.
+            tokenizer: Its tokenizer, a fast one.
+            facts: Facts to train on, each with a `target_new`; none of those that will be edited or asked.
+            folder: An existing folder, where checkpoints and the result go.
+            context: Its generator and progress callback are used.
+
+        Raises:
+            RetentionBenchError: The facts cannot be trained on, or the training diverges.
         """
 
 

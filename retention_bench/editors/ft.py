@@ -47,6 +47,7 @@ class FT:
 
     name: ClassVar[str] = "ft"
     statistics_layers: ClassVar[tuple[int, ...]] = ()
+    template_lengths: ClassVar[tuple[int, ...]] = ()
 
     def edit(
         self,

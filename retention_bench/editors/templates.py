@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,27 +20,28 @@ def sample_context_templates(
     generator: torch.Generator,
     *,
     prompts: tuple[str, ...] = PROMPTS,
-    length: int = 10,
+    lengths: Sequence[int] = (10,),
     top_k: int = 5,
 ) -> tuple[str, ...]:
-    """Sample one context template from each prompt, as MEMIT and AlphaEdit do.
+    """Sample a context template for every length from each prompt.
 
-    Ancestral top-k sampling without temperature, from the unedited model. Source: MEMIT's `get_context_templates`.
+    Ancestral top-k sampling without temperature, from the unedited model. Sources: `get_context_templates` of MEMIT
+    (one of 10 tokens from each prompt) and ROME (ten of 5 and ten of 10 tokens, here spread over the prompts).
 
     Args:
         model: The unedited model.
         tokenizer: Its tokenizer.
         generator: On the CPU, seeded; it is advanced.
         prompts: What the texts begin with.
-        length: Tokens of a text in all, those of its prompt and special ones included.
+        lengths: For each template of a prompt its tokens in all, those of the prompt and special ones included.
         top_k: How many of the most probable tokens are drawn from.
 
     Returns:
-        A template a prompt: the text without braces, then `". {}"`.
+        A template a length and prompt: the text without braces, then `". {}"`.
     """
     templates = []
     with frozen(model), torch.no_grad():
-        for prompt in prompts:
+        for length, prompt in itertools.product(lengths, prompts):
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
             while ids.shape[1] < length:
                 hidden = last_hidden(model, ids, torch.ones_like(ids))[0, -1]

@@ -214,7 +214,9 @@ class _Bench:
             generator = torch.Generator().manual_seed(self.plan.cell.seed)
             context = EditContext(
                 statistics=KeyStatistics.load(statistics / "statistics.safetensors") if statistics else None,
-                templates=sample_context_templates(model, tokenizer, generator),
+                templates=sample_context_templates(
+                    model, tokenizer, generator, lengths=self.plan.editor.template_lengths
+                ),
                 generator=generator,
                 progress=self.progress,
             )

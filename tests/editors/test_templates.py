@@ -32,11 +32,18 @@ def test_the_seed_decides(gpt2):
 def test_length_counts_prompt_and_special_tokens(gpt2, llama):
     for _, tokenizer in (gpt2, llama):
         assert len(tokenizer.encode("The")) <= 3
-    short = sample(gpt2, 0, prompts=("The",), length=len(gpt2[1].encode("The")))
+    short = sample(gpt2, 0, prompts=("The",), lengths=(len(gpt2[1].encode("The")),))
     assert short == ("The. {}",)
     for seed in range(3):
-        [template] = sample(gpt2, seed, prompts=("The",), length=6)
+        [template] = sample(gpt2, seed, prompts=("The",), lengths=(6,))
         assert len(gpt2[1].encode(template.removesuffix(". {}"))) <= 6
+
+
+def test_every_length_has_a_template_of_each_prompt(gpt2):
+    templates = sample(gpt2, 0, prompts=("The", "I"), lengths=(3, 3, 12))
+    assert all(template.startswith(prompt) for template, prompt in zip(templates, ["The", "I"] * 3, strict=True))
+    lengths = [len(gpt2[1].encode(template.removesuffix(". {}"))) for template in templates]
+    assert max(lengths[:4]) <= 3 < min(lengths[4:])
 
 
 def test_only_the_most_probable_tokens_are_drawn(gpt2):
@@ -50,7 +57,7 @@ def test_braces_line_breaks_and_special_tokens_are_taken_out():
     bias = torch.zeros(len(tokenizer))
     bias[wanted] = 100.0
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 0 + bias)
-    templates = sample((model, tokenizer), 0, top_k=4, length=30)
+    templates = sample((model, tokenizer), 0, top_k=4, lengths=(30,))
     text = "".join(templates)
     assert text.count("{") == text.count("}") == 5
     assert "\n\n" not in text
