@@ -18,20 +18,28 @@ from retention_bench.editors.base import (
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
     from retention_bench.editors.ft import FT
+    from retention_bench.editors.memit import MEMIT
+    from retention_bench.editors.rome import ROME
+    from retention_bench.editors.sequential import edit_sequentially
     from retention_bench.editors.statistics import KeyStatistics, collect_key_statistics, null_space_projector
     from retention_bench.editors.templates import sample_context_templates
 
 _LATER = {
     "AlphaEdit": "alphaedit",
     "FT": "ft",
+    "MEMIT": "memit",
+    "ROME": "rome",
     "KeyStatistics": "statistics",
     "collect_key_statistics": "statistics",
+    "edit_sequentially": "sequential",
     "null_space_projector": "statistics",
     "sample_context_templates": "templates",
 }
 
 __all__ = [
     "FT",
+    "MEMIT",
+    "ROME",
     "AlphaEdit",
     "EditContext",
     "EditRequest",
@@ -39,6 +47,7 @@ __all__ = [
     "FittedEditor",
     "KeyStatistics",
     "collect_key_statistics",
+    "edit_sequentially",
     "editor_names",
     "make_editor",
     "null_space_projector",

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.keys import block_outputs, mean_keys
-from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
-from retention_bench.editors.statistics import KeyStatistics, null_space_projector
+from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
+from retention_bench.editors.spread import spread
+from retention_bench.editors.statistics import null_space_projector, required_statistics
 from retention_bench.editors.subject import check_requests
 from retention_bench.editors.value import optimise_values
-from retention_bench.errors import UsageError
-from retention_bench.models import LowRank, WeightDelta, frozen, is_in_out, projection, projection_name
-
-
-def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
-    if list(layers) != sorted(set(layers)):
-        raise ValueError("Layers should ascend, each once")
-    return layers
+from retention_bench.models import WeightDelta, frozen
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class AlphaEdit:
         L2: Ridge of the solve; the paper's formula has 1, its code 10.
     """
 
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(_ascending)]
+    layers: Layers
     edits_per_model: Count | None = None
     v_lr: Positive = 0.5
     v_num_grad_steps: Count = 20
@@ -79,15 +70,20 @@ class AlphaEdit:
             RetentionBenchError: A loss is not finite; the fact is named.
         """
         check_requests(requests)
-        statistics = self._statistics(model, context)
-        delta = WeightDelta({})
-        with frozen(model), contextlib.ExitStack() as edits:
+        statistics = required_statistics("AlphaEdit", model, context, self.layers)
+
+        def solve(layer: int, keys: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            projector = null_space_projector(statistics.moments[layer].to(keys.device), self.nullspace_threshold)
+            return _solve(keys, residual, projector, self.L2, context.remembered.get(layer))
+
+        with frozen(model):
             values = optimise_values(
                 model,
                 tokenizer,
                 requests,
                 context.templates,
                 self.layers[-1],
+                site="block",
                 lr=self.v_lr,
                 steps=self.v_num_grad_steps,
                 weight_decay=self.v_weight_decay,
@@ -95,52 +91,7 @@ class AlphaEdit:
                 kl_factor=self.kl_factor,
                 progress=context.progress,
             )
-            for done, layer in enumerate(self.layers):
-                keys = mean_keys(model, tokenizer, requests, context.templates, [layer])[layer]
-                reached = block_outputs(model, tokenizer, requests, self.layers[-1])
-                # What is missing is spread evenly over the layers that are still to come.
-                residual = (values - reached) / (len(self.layers) - done)
-                projector = null_space_projector(statistics.moments[layer].to(keys.device), self.nullspace_threshold)
-                left, right = _solve(keys, residual, projector, self.L2, context.remembered.get(layer))
-                if not is_in_out(projection(model, layer)):
-                    left, right = right.T, left.T
-                step = WeightDelta({f"{projection_name(model, layer)}.weight": LowRank(left, right)})
-                edits.enter_context(step.applied(model))
-                delta += step
-                context.progress(
-                    "AlphaEdit layers", done + 1, len(self.layers), {"residual": float(residual.norm(dim=1).mean())}
-                )
-        return delta
-
-    def edit_sequentially(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: Iterable[Sequence[EditRequest]],
-        context: EditContext,
-    ) -> list[WeightDelta]:
-        """Edit batch after batch, each on top of those before and keeping off their keys; the model is left as it was.
-
-        Args:
-            model: The unedited model.
-            tokenizer: Its tokenizer.
-            batches: The requests of each edit.
-            context: As for `edit`; its statistics are the unedited model's.
-
-        Returns:
-            A delta a batch; their sum edits the unedited model.
-
-        Raises:
-            RetentionBenchError: As `edit`.
-        """
-        deltas = []
-        with contextlib.ExitStack() as edits:
-            for requests in batches:
-                delta = self.edit(model, tokenizer, requests, context)
-                edits.enter_context(delta.applied(model))
-                context = dataclasses.replace(context, remembered=self.remember(model, tokenizer, requests, context))
-                deltas.append(delta)
-        return deltas
+            return spread(model, tokenizer, requests, context, self.layers, values, solve)
 
     def remember(
         self,
@@ -161,20 +112,12 @@ class AlphaEdit:
             By layer [keys, d_mlp], float32 on the CPU, to be handed to the next edit as `EditContext.remembered`.
         """
         with frozen(model):
-            fresh = mean_keys(model, tokenizer, requests, context.templates, self.layers)
+            states = SubjectStates(model, tokenizer, requests, context.templates)
+            fresh = {layer: states.mean_keys(layer) for layer in self.layers}
         return {
             layer: torch.cat([*([context.remembered[layer]] if layer in context.remembered else []), keys.cpu()])
             for layer, keys in fresh.items()
         }
-
-    def _statistics(self, model: PreTrainedModel, context: EditContext) -> KeyStatistics:
-        if context.statistics is None:
-            raise UsageError(
-                f"AlphaEdit needs the key statistics of layers {list(self.layers)}. "
-                "Make them with collect_key_statistics and put them into the EditContext."
-            )
-        context.statistics.check(model, self.layers)
-        return context.statistics
 
 
 def _solve(

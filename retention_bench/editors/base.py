@@ -28,6 +28,8 @@ ENTRY_POINTS = "retention_bench.editors"
 _BUILT_IN = {
     "alphaedit": "retention_bench.editors.alphaedit:AlphaEdit",
     "ft": "retention_bench.editors.ft:FT",
+    "memit": "retention_bench.editors.memit:MEMIT",
+    "rome": "retention_bench.editors.rome:ROME",
 }
 
 
@@ -97,7 +99,7 @@ class EditContext:
         templates: Context templates, each with `{}` once where the prompt goes; the bare `"{}"` is not among them.
         generator: Seeded, for editors that draw random numbers.
         progress: Told how far the edit is.
-        remembered: Keys of earlier edits by layer, each [keys, d_mlp]; see `AlphaEdit.edit_sequentially`.
+        remembered: Keys of earlier edits by layer, each [keys, d_mlp]; see `edit_sequentially`.
         fitted: The folder that the editor's `fit` wrote, for editors that train first.
 
     Raises:

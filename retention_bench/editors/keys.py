@@ -1,7 +1,8 @@
-"""What a model holds at the subject's last token: keys (projection inputs) and block outputs."""
+"""What a model holds at the subjects' last tokens while layer after layer is edited: keys and block outputs."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,69 +16,121 @@ from retention_bench.models import pad, record
 MAX_ROWS = 128
 
 
-def mean_keys(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    templates: Sequence[str],
-    layers: Sequence[int],
-) -> dict[int, Tensor]:
-    """Every request's key, averaged over contexts as MEMIT and AlphaEdit do.
+class SubjectStates:
+    """Keys and block outputs of the requests, read with the weights that the model has at each call.
 
-    The bare prompt weighs 1/2 and the mean over the context templates 1/2; without templates the bare prompt is all.
+    Layers are asked for in ascending order, and between two calls only weights of the layer asked for last, or of
+    layers above it, may change: what is below is not run again. Rows end at the subject, since what follows cannot
+    reach it.
 
     Args:
-        model: The model with its current weights.
+        model: The model.
         tokenizer: Its tokenizer.
         requests: The requests.
         templates: Context templates without the bare `"{}"`.
-        layers: Layers whose keys are wanted.
-
-    Returns:
-        By layer, [requests, d_mlp] in float32 on the model's device.
     """
-    contexts = context_rows(tokenizer, templates, requests)
-    rows = [row for group in contexts for row in group]
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for ids, mask, numbers, subjects in _batches(rows, model.device):
-        keys, _ = record(model, ids, mask, keys=layers)
-        for layer in layers:
-            parts[layer].append(keys[layer][numbers, subjects].float())
-    means = {}
-    for layer in layers:
-        keys_by_context = torch.cat(parts[layer]).unflatten(0, (len(requests), 1 + len(templates)))
-        bare, sampled = keys_by_context[:, 0], keys_by_context[:, 1:]
-        means[layer] = (bare + sampled.mean(1)) / 2 if templates else bare
-    return means
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[EditRequest],
+        templates: Sequence[str],
+    ) -> None:
+        self._model = model
+        self._templates = len(templates)
+        # A fact's bare prompt stands first; outputs are read there, so those rows are kept apart.
+        groups = context_rows(tokenizer, templates, requests)
+        self._prompts = [len(request.prompts) for request in requests]
+        self._bare = list(_chunks([group[0] for group in groups], model.device))
+        self._others = list(_chunks([row for group in groups for row in group[1:]], model.device))
+
+    def keys(self, layer: int) -> list[Tensor]:
+        """Every request's keys in all its contexts.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            A tensor a request, [prompts, 1 + templates, d_mlp] in float32 on the model's device; the bare template
+            is first.
+
+        Raises:
+            UsageError: The model has no such layer.
+        """
+        bare = self._read(self._bare, layer)
+        others = self._read(self._others, layer) if self._others else bare[:0]
+        sizes = [prompts * (1 + self._templates) - 1 for prompts in self._prompts]
+        return [
+            torch.cat([own[None], rest]).unflatten(0, (prompts, 1 + self._templates))
+            for own, rest, prompts in zip(bare, others.split(sizes), self._prompts, strict=True)
+        ]
+
+    def mean_keys(self, layer: int) -> Tensor:
+        """Every request's key as MEMIT and AlphaEdit average it.
+
+        A prompt's bare template weighs 1/2 and the mean over the context templates 1/2 (without templates the bare one
+        is all); a request's prompts, its own and the paraphrases, weigh the same.
+
+        Returns:
+            [requests, d_mlp] in float32 on the model's device.
+        """
+        means = []
+        for keys in self.keys(layer):
+            bare, sampled = keys[:, 0], keys[:, 1:]
+            means.append(((bare + sampled.mean(1)) / 2 if self._templates else bare).mean(0))
+        return torch.stack(means)
+
+    def outputs(self, layer: int) -> Tensor:
+        """Every request's block output in its bare prompt.
+
+        Args:
+            layer: The block's layer; it may be above those asked for.
+
+        Returns:
+            [requests, d_model] in float32 on the model's device.
+        """
+        parts = []
+        for chunk in self._bare:
+            _, output = record(self._model, chunk.ids, chunk.mask, output=layer, start=chunk.state)
+            assert output is not None
+            parts.append(chunk.at_subjects(output))
+        return torch.cat(parts)
+
+    def _read(self, chunks: Sequence[_Chunk], layer: int) -> Tensor:
+        """The keys of the chunks' rows [rows, d_mlp]; what enters the layer's block is kept for the next call."""
+        parts = []
+        for chunk in chunks:
+            advance = layer - 1 if layer and (chunk.state is None or chunk.state[0] < layer - 1) else None
+            keys, output = record(self._model, chunk.ids, chunk.mask, keys=[layer], output=advance, start=chunk.state)
+            if advance is not None and output is not None:
+                chunk.state = (advance, output)
+            parts.append(chunk.at_subjects(keys[layer]))
+        return torch.cat(parts)
 
 
-def block_outputs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], layer: int
-) -> Tensor:
-    """Every request's block output in the bare prompt.
+@dataclasses.dataclass
+class _Chunk:
+    """Rows that run together.
 
-    Args:
-        model: The model with its current weights.
-        tokenizer: Its tokenizer.
-        requests: The requests.
-        layer: The block's layer.
-
-    Returns:
-        [requests, d_model] in float32 on the model's device.
+    Attributes:
+        ids: [rows, length].
+        mask: [rows, length].
+        subjects: Index of each row's subject [rows].
+        state: The highest layer below those still to be read, and its block's output [rows, length, d_model].
     """
-    rows = [group[0] for group in context_rows(tokenizer, (), requests)]
-    parts = []
-    for ids, mask, numbers, subjects in _batches(rows, model.device):
-        _, output = record(model, ids, mask, output=layer)
-        assert output is not None
-        parts.append(output[numbers, subjects].float())
-    return torch.cat(parts)
+
+    ids: Tensor
+    mask: Tensor
+    subjects: Tensor
+    state: tuple[int, Tensor] | None = None
+
+    def at_subjects(self, states: Tensor) -> Tensor:
+        return states[torch.arange(len(states), device=states.device), self.subjects].float()
 
 
-def _batches(rows: Sequence[Row], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Ids and mask [rows, length] of each batch, and where the subjects are: row numbers and token indices [rows]."""
+def _chunks(rows: Sequence[Row], device: torch.device) -> Iterator[_Chunk]:
     for start in range(0, len(rows), MAX_ROWS):
-        batch = rows[start : start + MAX_ROWS]
-        ids, mask = pad([row.ids for row in batch], device)
-        subjects = torch.tensor([row.subject for row in batch], device=device)
-        yield ids, mask, torch.arange(len(batch), device=device), subjects
+        chunk = rows[start : start + MAX_ROWS]
+        ids, mask = pad([row.ids[: row.subject + 1] for row in chunk], device)
+        yield _Chunk(ids, mask, torch.tensor([row.subject for row in chunk], device=device))

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 """A whole number, 1 or more."""
@@ -15,3 +15,18 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 """A finite number, 0 or more."""
+
+
+def ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Check that layers ascend.
+
+    Raises:
+        ValueError: They do not, or one comes twice.
+    """
+    if list(layers) != sorted(set(layers)):
+        raise ValueError("Layers should ascend, each once")
+    return layers
+
+
+Layers = Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(ascending)]
+"""Indices of layers, ascending, at least one."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.editors.base import EditContext
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen, key_size, pad, read_tensors, record, write_tensors
 from retention_bench.progress import Progress, silent
@@ -66,6 +67,23 @@ class KeyStatistics:
         """
         tensors, about = read_tensors(path, kind=_KIND, version=_VERSION)
         return cls({int(layer): moment for layer, moment in tensors.items()}, about["tokens"], about["source"])
+
+
+def required_statistics(
+    editor: str, model: PreTrainedModel, context: EditContext, layers: Sequence[int]
+) -> KeyStatistics:
+    """The statistics that an edit was given.
+
+    Raises:
+        UsageError: There are none, or they cannot be this model's.
+    """
+    if context.statistics is None:
+        raise UsageError(
+            f"{editor} needs the key statistics of layers {list(layers)}. "
+            "Make them with collect_key_statistics and put them into the EditContext."
+        )
+    context.statistics.check(model, layers)
+    return context.statistics
 
 
 def collect_key_statistics(

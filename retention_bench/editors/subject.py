@@ -79,18 +79,16 @@ def subject_rows(
 def context_rows(
     tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], requests: Sequence[EditRequest]
 ) -> list[list[Row]]:
-    """For every request its prompt in the bare template, then in each of the context templates.
+    """For every request, and each of its prompts, the prompt in the bare template, then in the context templates.
 
     Returns:
-        A list a request, of 1 + templates rows.
+        A list a request, of prompts x (1 + templates) rows.
     """
     templates = (BARE, *templates)
-    rows = subject_rows(
-        tokenizer,
-        [template.replace("{}", request.prompt) for request in requests for template in templates],
-        [request for request in requests for _ in templates],
-    )
-    return [rows[start : start + len(templates)] for start in range(0, len(rows), len(templates))]
+    texts = [[t.replace("{}", prompt) for prompt in request.prompts for t in templates] for request in requests]
+    owners = [request for request, group in zip(requests, texts, strict=True) for _ in group]
+    rows = iter(subject_rows(tokenizer, [text for group in texts for text in group], owners))
+    return [[next(rows) for _ in group] for group in texts]
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[int]:

@@ -5,33 +5,33 @@ from retention_bench.models.families import (
     Family,
     block,
     family,
-    final_norm,
-    head,
     is_in_out,
     key_size,
+    mlp,
     num_layers,
     projection,
     projection_name,
 )
 from retention_bench.models.files import read_tensors, write_tensors
-from retention_bench.models.forward import frozen, hidden_from, last_hidden, log_probabilities, pad, record
+from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
 from retention_bench.models.loading import load_model
+from retention_bench.models.suffixes import Site, Suffixes
 
 __all__ = [
     "Family",
     "LowRank",
+    "Site",
+    "Suffixes",
     "WeightDelta",
     "block",
     "family",
-    "final_norm",
     "frozen",
-    "head",
-    "hidden_from",
     "is_in_out",
     "key_size",
     "last_hidden",
     "load_model",
     "log_probabilities",
+    "mlp",
     "num_layers",
     "pad",
     "projection",

@@ -1,7 +1,7 @@
-"""Where each model family keeps its blocks, its MLP down-projections, its final norm and its head.
+"""Where each model family keeps its blocks and its MLP down-projections.
 
 Layers count from 0. "Projection" is the MLP's last linear map: its input is the key of the editing papers, its output
-the value. GPT-2 stores its weight as (in, out), the Llama-like families as (out, in).
+the value. GPT-2 stores its weight as (in, out), all others as (out, in).
 """
 
 from __future__ import annotations
@@ -22,25 +22,34 @@ class Family:
     Attributes:
         blocks: The list of blocks.
         projection: The MLP's down-projection, seen from its block.
-        norm: The norm behind the last block.
-        head: The map from hidden states to logits.
+        tuples: Whether a block returns a tuple with the hidden state in front, and not the hidden state alone.
     """
 
     blocks: str
     projection: str
-    norm: str
-    head: str
+    tuples: bool = False
 
 
-_LLAMA = Family(blocks="model.layers", projection="mlp.down_proj", norm="model.norm", head="lm_head")
+_LLAMA = Family("model.layers", "mlp.down_proj")
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(blocks="transformer.h", projection="mlp.c_proj", norm="transformer.ln_f", head="lm_head"),
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": Family("transformer.h", "mlp.c_proj"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h"),
+    "gptj": Family("transformer.h", "mlp.fc_out", tuples=True),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi": Family("model.layers", "mlp.fc2"),
+    "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
 }
+"""By `model_type`. Pythia is a GPT-NeoX. Gemma 2 and 3 and OLMo 2 put a norm between the MLP and the residual stream,
+which no editor's formula knows of: what an edit adds is normed there like all that the MLP puts out."""
 
 
 def family(model_type: str) -> Family:
@@ -50,14 +59,16 @@ def family(model_type: str) -> Family:
         model_type: As in the model's `config.json`.
 
     Raises:
-        UsageError: The family is not in the table; the message has the line that adds it.
+        UsageError: The family is not in the table; the message has the two lines that add it.
     """
     if model_type not in FAMILIES:
         raise UsageError(
-            f"Models of type {model_type!r} are not supported; supported are {', '.join(sorted(FAMILIES))}. To add the "
-            "family, add a line to FAMILIES in retention_bench/models/families.py with its own module names: "
-            f'"{model_type}": Family(blocks="model.layers", projection="mlp.down_proj", norm="model.norm", '
-            'head="lm_head"),'
+            f"Models of type {model_type!r} are not supported; supported are {', '.join(sorted(FAMILIES))}. Two lines "
+            "add a family, with its own module names and sizes. In FAMILIES, retention_bench/models/families.py:\n"
+            f'    "{model_type}": Family("model.layers", "mlp.down_proj"),\n'
+            "and in SIZES, tests/models/conftest.py, which tests it on a tiny random model:\n"
+            f'    "{model_type}": {{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, '
+            '"num_attention_heads": 2},'
         )
     return FAMILIES[model_type]
 
@@ -88,6 +99,15 @@ def projection(model: PreTrainedModel, layer: int) -> torch.nn.Module:
     return block(model, layer).get_submodule(family(model.config.model_type).projection)
 
 
+def mlp(model: PreTrainedModel, layer: int) -> torch.nn.Module:
+    """The MLP of a layer, whose last part is the projection.
+
+    Raises:
+        UsageError: The model has no such layer.
+    """
+    return block(model, layer).get_submodule(family(model.config.model_type).projection.rpartition(".")[0])
+
+
 def projection_name(model: PreTrainedModel, layer: int) -> str:
     """The full name of a layer's projection; its weight's is that plus `.weight`.
 
@@ -109,16 +129,6 @@ def key_size(model: PreTrainedModel, layer: int) -> int:
     linear = projection(model, layer)
     rows, columns = linear.get_parameter("weight").shape
     return rows if is_in_out(linear) else columns
-
-
-def final_norm(model: PreTrainedModel) -> torch.nn.Module:
-    """The norm behind the last block."""
-    return model.get_submodule(family(model.config.model_type).norm)
-
-
-def head(model: PreTrainedModel) -> torch.nn.Module:
-    """The map from normed hidden states to logits."""
-    return model.get_submodule(family(model.config.model_type).head)
 
 
 def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:

@@ -1,4 +1,4 @@
-"""Parts of a forward pass: read keys and block outputs on the way up, or start above a block.
+"""Parts of a forward pass: read keys and block outputs on the way up, and start above a block.
 
 A block is left out by giving it, for the time of one pass, a forward that hands its input through. The model's own code
 goes on making masks and position embeddings and calling its blocks, so nothing of a family is written down here.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from retention_bench.models.families import block, head, num_layers, projection
+from retention_bench.models.families import block, family, num_layers, projection
 
 
 @contextlib.contextmanager
@@ -69,12 +69,23 @@ def log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     Returns:
         [..., vocabulary] in float32.
     """
-    return head(model)(hidden).float().log_softmax(-1)
+    logits = model.get_output_embeddings()(hidden).float()
+    # Gemma 2 squashes its logits; the other families have no such setting, or have it at None.
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(-1)
 
 
 @torch.no_grad()
 def record(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, keys: Sequence[int] = (), output: int | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    keys: Sequence[int] = (),
+    output: int | None = None,
+    start: tuple[int, Tensor] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Run the model up to the last layer asked for, and read what passes there.
 
@@ -84,6 +95,8 @@ def record(
         mask: 1 for tokens, 0 for padding [rows, length].
         keys: Layers whose projection input is read.
         output: Layer whose block output is read.
+        start: A layer and what its block put out for these rows in an earlier pass [rows, length, d_model]; only the
+            blocks above it run.
 
     Returns:
         The keys by layer, each [rows, length, d_mlp], and the block output [rows, length, d_model] or None, all in the
@@ -95,60 +108,78 @@ def record(
     found: dict[int, Tensor] = {}
     out: list[Tensor] = []
 
-    def key_reader(layer: int) -> Callable[..., None]:
-        def read(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[layer] = inputs[0]
+    def key_reader(layer: int) -> Callable[[Tensor], None]:
+        return lambda key: found.update({layer: key})
 
-        return read
-
-    def read_output(module: torch.nn.Module, inputs: tuple[Tensor, ...], result: Tensor) -> None:
-        out.append(result)
-
+    replaced: dict[torch.nn.Module, Callable[..., Any]] = {}
+    if start is not None:
+        replaced |= {block(model, layer): hand_through for layer in range(start[0])}
+        replaced[block(model, start[0])] = lambda *args, **kwargs: start[1]
     with contextlib.ExitStack() as stack:
         for layer in keys:
-            handle = projection(model, layer).register_forward_pre_hook(key_reader(layer))
-            stack.callback(handle.remove)
+            stack.enter_context(hooked(projection(model, layer), input=key_reader(layer)))
         if output is not None:
-            stack.callback(block(model, output).register_forward_hook(read_output).remove)
+            stack.enter_context(hooked(block(model, output), output=out.append))
         top = max([*keys, *([] if output is None else [output])])
-        stack.enter_context(_forwards(model, dict.fromkeys(range(top + 1, num_layers(model)), _hand_through)))
+        replaced |= {block(model, layer): hand_through for layer in range(top + 1, num_layers(model))}
+        stack.enter_context(replaced_forwards(model, replaced))
         last_hidden(model, ids, mask)
     return found, out[0] if out else None
 
 
-def hidden_from(model: PreTrainedModel, layer: int, output: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Run only the blocks above a layer, as if that layer's block had put out `output`; gradients flow into it.
+@contextlib.contextmanager
+def hooked(
+    module: torch.nn.Module,
+    *,
+    input: Callable[[Tensor], object] | None = None,
+    output: Callable[[Tensor], object] | None = None,
+) -> Iterator[None]:
+    """For the time of a `with` block, hand a module's input or its output to a function."""
 
-    Args:
-        model: The model.
-        layer: The layer below the first block that runs.
-        output: What stands for the layer's block output [rows, length, d_model], in the model's dtype.
-        ids: The rows' token ids [rows, length], padded on the right.
-        mask: 1 for tokens, 0 for padding [rows, length].
+    def before(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if input is not None:
+            input(inputs[0])
 
-    Returns:
-        Hidden states behind the final norm [rows, length, d_model].
-    """
-    replaced: dict[int, Callable[..., Tensor]] = dict.fromkeys(range(layer), _hand_through)
-    replaced[layer] = lambda *args, **kwargs: output
-    with _forwards(model, replaced):
-        return last_hidden(model, ids, mask)
+    def after(_: torch.nn.Module, inputs: tuple[Tensor, ...], result: Tensor | tuple[Tensor, ...]) -> None:
+        if output is not None:
+            output(result[0] if isinstance(result, tuple) else result)
+
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a block that is left out."""
     return hidden_states
 
 
 @contextlib.contextmanager
-def _forwards(model: PreTrainedModel, replacements: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
-    """Give blocks another `forward`; afterwards each has its own again."""
+def replaced_forwards(
+    model: PreTrainedModel, replacements: Mapping[torch.nn.Module, Callable[..., Any]]
+) -> Iterator[None]:
+    """For the time of a `with` block, give modules another `forward`, which may return a tensor for a tuple."""
+    blocks = {block(model, layer) for layer in range(num_layers(model))}
     with contextlib.ExitStack() as stack:
-        for layer, forward in replacements.items():
+        for module, forward in replacements.items():
+            if module in blocks and family(model.config.model_type).tuples:
+                forward = _as_tuple(forward)
             # In the instance's own dict, where a dispatched model already keeps a wrapped forward.
-            attributes = vars(block(model, layer))
+            attributes = vars(module)
             if "forward" in attributes:
                 stack.callback(attributes.__setitem__, "forward", attributes["forward"])
             else:
                 stack.callback(attributes.__delitem__, "forward")
             attributes["forward"] = forward
         yield
+
+
+def _as_tuple(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        result = forward(*args, **kwargs)
+        return result if isinstance(result, tuple) else (result, None)
+
+    return wrapped

@@ -52,7 +52,6 @@ def load_model(
             config=config,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
             **common,
         )

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from retention_bench.editors import EditRequest, collect_key_statistics
-from retention_bench.models import load_model
+from retention_bench.editors.value import STOP_LOSS
+from retention_bench.models import block, load_model, mlp, projection
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -119,3 +120,111 @@ def probabilities():
         return found
 
     return ask
+
+
+def optimise_plainly(
+    model, tokenizer, request, templates, layer, *, site, lr, steps, weight_decay, clamp_norm_factor, kl_factor
+):
+    """One fact, one row at a time, the whole model, torch's own Adam: compute_v and compute_z written out plainly."""
+    watched = block(model, layer) if site == "block" else mlp(model, layer)
+    target = tokenizer.encode(f" {request.target_new}", add_special_tokens=False)
+
+    def locate(before, after):
+        begins = len(tokenizer.encode(before + request.subject)) - 1
+        return tokenizer.encode(before + request.subject + after), begins
+
+    contexts = [template.split("{}")[0] for template in ("{}", *templates)]
+    split = [prompt.split("{}") for prompt in request.prompts]
+    rows = [locate(context + prefix, suffix) for prefix, suffix in split for context in contexts]
+    kl_row = locate("", " is a")
+    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=lr)
+    held = {}
+
+    def forward(ids, subject):
+        def add(module, inputs, output):
+            held.setdefault("initial", output[0, subject].detach().clone())  # row 0 comes first, while delta is 0
+            moved = output.clone()
+            moved[0, subject] = output[0, subject] + delta
+            return moved
+
+        handle = watched.register_forward_hook(add)
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        handle.remove()
+        return logits
+
+    old = None
+    for step in range(steps):
+        nll = 0.0
+        for ids, subject in rows:
+            logits = forward(ids + target[:-1], subject)
+            nll = nll - sum(logits[len(ids) - 1 + j, token] for j, token in enumerate(target)) / len(target)
+        new = forward(*kl_row)[kl_row[1]]
+        old = new.detach() if old is None else old
+        kl = torch.nn.functional.kl_div(old[None], new[None], log_target=True, reduction="batchmean")
+        norm = held["initial"].norm()
+        loss = nll / len(rows) + kl_factor * kl + weight_decay * delta.norm() / norm**2
+        if loss < STOP_LOSS or step == steps - 1:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            if delta.norm() > clamp_norm_factor * norm:
+                delta.mul_(clamp_norm_factor * norm / delta.norm())
+    return held["initial"] + delta.detach()
+
+
+@pytest.fixture
+def plain_value():
+    """See `optimise_plainly`."""
+    return optimise_plainly
+
+
+@torch.no_grad()
+def read_plainly(model, tokenizer, text, subject_end, layer, *, block_layer=None):
+    """The key of a layer at the token that ends at `subject_end`, and a block's output there: a whole pass, one row."""
+    kept = {}
+    handles = [
+        projection(model, layer).register_forward_pre_hook(lambda _, args: kept.update(key=args[0][0])),
+        block(model, layer if block_layer is None else block_layer).register_forward_hook(
+            lambda _, args, output: kept.update(output=output[0])
+        ),
+    ]
+    model(torch.tensor([tokenizer.encode(text)]))
+    for handle in handles:
+        handle.remove()
+    at = len(tokenizer.encode(text[:subject_end])) - 1
+    return kept["key"][at].double(), kept["output"][at].double()
+
+
+def mean_key_plainly(model, tokenizer, request, templates, layer, *, bare_weight):
+    """The mean key over a request's prompts; in each the bare template weighs `bare_weight`, the others the rest."""
+    means = []
+    for prompt in request.prompts:
+        question = prompt.replace("{}", request.subject)
+        ends = prompt.index("{}") + len(request.subject)
+        bare, _ = read_plainly(model, tokenizer, question, ends, layer)
+        others = [
+            read_plainly(model, tokenizer, t.replace("{}", question), t.index("{}") + ends, layer)[0] for t in templates
+        ]
+        means.append(bare_weight * bare + (1 - bare_weight) * torch.stack(others).mean(0))
+    return torch.stack(means).mean(0)
+
+
+@pytest.fixture
+def plain_key():
+    """See `mean_key_plainly`."""
+    return mean_key_plainly
+
+
+@pytest.fixture
+def plain_output():
+    """The output of a block at the subject in a request's bare prompt."""
+
+    def read(model, tokenizer, request, layer):
+        question = request.prompt.replace("{}", request.subject)
+        ends = request.prompt.index("{}") + len(request.subject)
+        return read_plainly(model, tokenizer, question, ends, layer)[1]
+
+    return read

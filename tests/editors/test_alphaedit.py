@@ -4,8 +4,15 @@ import dataclasses
 import pytest
 import torch
 
-from retention_bench.editors import AlphaEdit, EditContext, EditRequest, collect_key_statistics, null_space_projector
-from retention_bench.editors.keys import block_outputs, mean_keys
+from retention_bench.editors import (
+    AlphaEdit,
+    EditContext,
+    EditRequest,
+    collect_key_statistics,
+    edit_sequentially,
+    null_space_projector,
+)
+from retention_bench.editors.keys import SubjectStates
 from retention_bench.editors.value import optimise_values
 from retention_bench.errors import UsageError
 from retention_bench.models import frozen
@@ -36,7 +43,7 @@ def test_runs_are_the_references(gpt2, golden, context, distance, probabilities,
     arrays, expected = golden.arrays("alphaedit"), golden.expected["alphaedit"][run]
     batches = [golden.pick(ids) for ids in expected["batches"]]
     with untouched(gpt2[0]):
-        deltas = REFERENCE.edit_sequentially(*gpt2, batches, context)
+        deltas = edit_sequentially(REFERENCE, *gpt2, batches, context)
     assert len(deltas) == len(batches)
     for index, delta in enumerate(deltas):
         assert list(delta.entries) == [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in range(3)]
@@ -46,13 +53,6 @@ def test_runs_are_the_references(gpt2, golden, context, distance, probabilities,
             assert dense(entry).norm().item() == pytest.approx(arrays[f"{key}.norm"].item(), rel=1e-3)
     with sum(deltas[1:], deltas[0]).applied(gpt2[0]):
         assert probabilities(*gpt2, golden.requests) == pytest.approx(expected["probabilities"], abs=1e-3)
-
-
-def test_keys_and_outputs_are_the_references(gpt2, golden, distance):
-    arrays = golden.arrays("alphaedit")
-    keys = mean_keys(*gpt2, golden.requests, golden.templates, [0])[0]
-    assert distance(keys, arrays["batch5.b0.layer0.ks"]) < 1e-5
-    assert distance(block_outputs(*gpt2, golden.requests, 2), arrays["batch5.b0.layer0.cur_zs"]) < 1e-5
 
 
 def test_remembered_keys_are_the_references(gpt2, golden, context, distance):
@@ -72,14 +72,16 @@ def test_remembered_keys_are_kept(gpt2, golden, context):
     first, second = golden.requests[:3], golden.requests[3:]
     editor = dataclasses.replace(REFERENCE, v_num_grad_steps=3)
     forgetful = editor.edit(*gpt2, second, context)
-    keys = mean_keys(*gpt2, first, golden.templates, [0])
+    keys = {0: SubjectStates(*gpt2, first, golden.templates).mean_keys(0)}
     mindful = editor.edit(*gpt2, second, dataclasses.replace(context, remembered=keys))
     name = "transformer.h.0.mlp.c_proj.weight"
     moved = [(keys[0] @ dense(delta.entries[name])).norm() for delta in (forgetful, mindful)]
     assert moved[1] < 0.5 * moved[0]
 
 
-def test_a_llama_is_edited_as_by_plain_code(llama, llama_requests, llama_context, distance, untouched):
+def test_a_llama_is_edited_as_by_plain_code(
+    llama, llama_requests, llama_context, distance, untouched, plain_key, plain_output
+):
     """The formulas of the paper with their d_mlp x d_mlp solve, keys from whole forward passes of single rows."""
     model, tokenizer = llama
     with untouched(model):
@@ -89,34 +91,12 @@ def test_a_llama_is_edited_as_by_plain_code(llama, llama_requests, llama_context
     with frozen(plain):
         values = optimise_values(
             plain, tokenizer, llama_requests, TEMPLATES, 2,
-            lr=0.5, steps=4, weight_decay=0.5, clamp_norm_factor=0.75, kl_factor=0.0625,
+            site="block", lr=0.5, steps=4, weight_decay=0.5, clamp_norm_factor=0.75, kl_factor=0.0625,
         )  # fmt: skip
-
-    @torch.no_grad()
-    def key_and_output(text, subject_end, layer):
-        kept = {}
-        block = plain.model.layers[layer].mlp.down_proj
-        handles = [
-            block.register_forward_pre_hook(lambda _, args: kept.update(key=args[0][0])),
-            plain.model.layers[2].register_forward_hook(lambda _, args, output: kept.update(output=output[0])),
-        ]
-        plain(torch.tensor([tokenizer.encode(text)]))
-        for handle in handles:
-            handle.remove()
-        at = len(tokenizer.encode(text[:subject_end])) - 1
-        return kept["key"][at].double(), kept["output"][at].double()
-
     for done, layer in enumerate((0, 2)):
-        K, outputs = [], []
-        for request in llama_requests:
-            begins = request.prompt.index("{}")
-            question = request.prompt.replace("{}", request.subject)
-            ends = begins + len(request.subject)
-            bare, output = key_and_output(question, ends, layer)
-            contexts = [key_and_output(t.replace("{}", question), t.index("{}") + ends, layer)[0] for t in TEMPLATES]
-            K.append((bare + torch.stack(contexts).mean(0)) / 2)
-            outputs.append(output)
-        K, R = torch.stack(K, 1), ((values.double() - torch.stack(outputs)) / (2 - done)).T
+        K = torch.stack([plain_key(plain, tokenizer, r, TEMPLATES, layer, bare_weight=0.5) for r in llama_requests], 1)
+        outputs = torch.stack([plain_output(plain, tokenizer, request, 2) for request in llama_requests])
+        R = ((values.double() - outputs) / (2 - done)).T
         P = null_space_projector(llama_context.statistics.moments[layer], 0.3)
         X = torch.linalg.solve(P @ K @ K.T + 0.1 * torch.eye(len(P), dtype=torch.float64), P @ K @ R.T)
         name = f"model.layers.{layer}.mlp.down_proj.weight"
@@ -129,15 +109,16 @@ def test_memory_is_that_of_the_whole_solve(gpt2, golden, context, distance):
     """One layer, with remembered keys: (P (K K' + M M') + L2 I) X = P K R'."""
     editor = AlphaEdit(layers=(1,), L2=0.1, v_num_grad_steps=3)
     first, second = golden.requests[:3], golden.requests[3:]
-    M = mean_keys(*gpt2, first, golden.templates, [1])
+    M = {1: SubjectStates(*gpt2, first, golden.templates).mean_keys(1)}
     delta = editor.edit(*gpt2, second, dataclasses.replace(context, remembered=M))
     with frozen(gpt2[0]):
         values = optimise_values(
             *gpt2, second, golden.templates, 1,
-            lr=0.5, steps=3, weight_decay=0.5, clamp_norm_factor=0.75, kl_factor=0.0625,
+            site="block", lr=0.5, steps=3, weight_decay=0.5, clamp_norm_factor=0.75, kl_factor=0.0625,
         )  # fmt: skip
-    K = mean_keys(*gpt2, second, golden.templates, [1])[1].double().T
-    R = (values - block_outputs(*gpt2, second, 1)).double().T
+    states = SubjectStates(*gpt2, second, golden.templates)
+    K = states.mean_keys(1).double().T
+    R = (values - states.outputs(1)).double().T
     P = null_space_projector(context.statistics.moments[1], 2e-2)
     C = M[1].double().T @ M[1].double()
     X = torch.linalg.solve(P @ (K @ K.T + C) + 0.1 * torch.eye(512, dtype=torch.float64), P @ K @ R.T)
@@ -160,7 +141,7 @@ def test_an_edit_is_the_same_each_time(llama, llama_requests, llama_context, tmp
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("stage", ["value optimisation", "AlphaEdit layers"])
+@pytest.mark.parametrize("stage", ["value optimisation", "layers"])
 def test_an_edit_that_breaks_off_leaves_the_model_as_it_was(llama, llama_requests, llama_context, untouched, stage):
     model = copy.deepcopy(llama[0]).train()
 

@@ -1,14 +1,16 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.editors import EditRequest
-from retention_bench.editors.value import STOP_LOSS, optimise_values
+from retention_bench.editors.value import optimise_values
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen
 
-SHIPPED = {"lr": 0.5, "steps": 20, "weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625}
+SHIPPED = {"site": "block", "lr": 0.5, "steps": 20, "weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625}
 TEMPLATES = ("Then the old man came. {}", "Because. {}")
 
 
@@ -28,6 +30,7 @@ def test_a_fact_that_is_done_leaves_the_batch_as_in_the_reference(gpt2, golden, 
     run = golden.expected["early_stop"]
     assert run["forwards"] == [66, 80, 80, 80, 80]  # request 0 stops early, the others use all their passes
     settings = {
+        "site": "block",
         "lr": run["hparams"]["v_lr"],
         "steps": run["hparams"]["v_num_grad_steps"],
         "weight_decay": run["hparams"]["v_weight_decay"],
@@ -39,74 +42,40 @@ def test_a_fact_that_is_done_leaves_the_batch_as_in_the_reference(gpt2, golden, 
         assert distance(value, wanted) < 1e-4
 
 
-def naive_value(model, tokenizer, request, templates, layer, *, lr, steps, weight_decay, clamp_norm_factor, kl_factor):
-    """One fact, one row at a time, the whole model, torch's own Adam: MEMIT's compute_z written out plainly."""
-    prefix, suffix = request.prompt.split("{}")
-    target = tokenizer.encode(f" {request.target_new}", add_special_tokens=False)
-
-    def locate(before, after):
-        begins = len(tokenizer.encode(before + request.subject)) - 1
-        return tokenizer.encode(before + request.subject + after), begins
-
-    contexts = [template.split("{}")[0] for template in ("{}", *templates)]
-    rows = [locate(context + prefix, suffix) for context in contexts]
-    kl_row = locate("", " is a")
-    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=lr)
-    held = {}
-
-    def forward(ids, subject):
-        def add(module, inputs, output):
-            held.setdefault("initial", output[0, subject].detach().clone())  # row 0 comes first, while delta is 0
-            moved = output.clone()
-            moved[0, subject] = output[0, subject] + delta
-            return moved
-
-        handle = model.get_submodule(f"model.layers.{layer}").register_forward_hook(add)
-        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        handle.remove()
-        return logits
-
-    old = None
-    for step in range(steps):
-        nll = 0.0
-        for ids, subject in rows:
-            logits = forward(ids + target[:-1], subject)
-            nll = nll - sum(logits[len(ids) - 1 + j, token] for j, token in enumerate(target)) / len(target)
-        new = forward(*kl_row)[kl_row[1]]
-        old = new.detach() if old is None else old
-        kl = torch.nn.functional.kl_div(old[None], new[None], log_target=True, reduction="batchmean")
-        norm = held["initial"].norm()
-        loss = nll / len(rows) + kl_factor * kl + weight_decay * delta.norm() / norm**2
-        if loss < STOP_LOSS or step == steps - 1:
-            break
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        with torch.no_grad():
-            if delta.norm() > clamp_norm_factor * norm:
-                delta.mul_(clamp_norm_factor * norm / delta.norm())
-    return held["initial"] + delta.detach()
-
-
 # Not the last layer: nothing there reaches the target but for rounding, and Adam blows rounding up.
+@pytest.mark.parametrize("site", ["block", "mlp"])
 @pytest.mark.parametrize(("layer", "templates"), [(0, ()), (0, TEMPLATES), (2, TEMPLATES)])
-def test_values_are_those_of_a_plain_implementation(llama, llama_requests, distance, layer, templates):
-    settings = SHIPPED | {"steps": 12, "lr": 0.1, "clamp_norm_factor": 2.0}
+def test_values_are_those_of_a_plain_implementation(
+    llama, llama_requests, distance, plain_value, site, layer, templates
+):
+    settings = SHIPPED | {"site": site, "steps": 12, "lr": 0.1, "clamp_norm_factor": 2.0}
     with frozen(llama[0]):
-        expected = [naive_value(*llama, request, templates, layer, **settings) for request in llama_requests]
+        expected = [plain_value(*llama, request, templates, layer, **settings) for request in llama_requests]
     values = optimise(llama, llama_requests, templates, layer, **settings)
     for value, wanted in zip(values, expected, strict=True):
         assert distance(value, wanted) < 1e-4
 
 
 @settings(deadline=None, max_examples=6)
-@given(order=st.permutations(range(3)), max_rows=st.integers(1, 20))
-def test_order_and_batches_have_no_part(llama, llama_requests, order, max_rows):
+@given(order=st.permutations(range(3)), max_tokens=st.integers(1, 200))
+def test_order_and_batches_have_no_part(llama, llama_requests, order, max_tokens):
     quick = SHIPPED | {"steps": 5, "lr": 0.1}
     expected = optimise(llama, llama_requests, TEMPLATES, 1, **quick)
-    shuffled = optimise(llama, [llama_requests[i] for i in order], TEMPLATES, 1, **quick, max_rows=max_rows)
+    shuffled = optimise(llama, [llama_requests[i] for i in order], TEMPLATES, 1, **quick, max_tokens=max_tokens)
     torch.testing.assert_close(shuffled, expected[order], rtol=1e-4, atol=1e-4)
+
+
+def test_a_paraphrase_weighs_like_the_prompt(llama, llama_requests, distance, plain_value):
+    """Facts with different numbers of prompts share no batch; each has the mean over its own prompts."""
+    settings = SHIPPED | {"steps": 8, "lr": 0.1}
+    more = dataclasses.replace(llama_requests[0], paraphrases=("The book is by {} who plays the", "{} is"))
+    requests = [more, *llama_requests[1:]]
+    with frozen(llama[0]):
+        expected = [plain_value(*llama, request, TEMPLATES, 1, **settings) for request in requests]
+    values = optimise(llama, requests, TEMPLATES, 1, **settings)
+    for value, wanted in zip(values, expected, strict=True):
+        assert distance(value, wanted) < 1e-4
+    assert distance(values[0], optimise(llama, llama_requests[:1], TEMPLATES, 1, **settings)[0]) > 1e-2
 
 
 def test_the_padding_side_has_no_part(llama, llama_requests):
@@ -128,7 +97,7 @@ def test_the_change_is_kept_short(llama, llama_requests):
 
 def test_progress_ends_at_the_total(llama, llama_requests):
     seen = []
-    optimise(llama, llama_requests, (), 1, **SHIPPED, max_rows=4, progress=lambda *args: seen.append(args))
+    optimise(llama, llama_requests, (), 1, **SHIPPED, max_tokens=1, progress=lambda *args: seen.append(args))
     assert seen[-1][:3] == ("value optimisation", 60, 60)
     assert [done for _, done, *_ in seen] == sorted(done for _, done, *_ in seen)
     assert seen[0][3]["loss"] > seen[18][3]["loss"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from retention_bench.models import block, frozen, hidden_from, last_hidden, log_probabilities, pad, projection, record
+from retention_bench.models import block, frozen, last_hidden, log_probabilities, pad, projection, record
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -40,22 +40,17 @@ def test_does_not_run_blocks_above_what_is_asked_for(model):
     record(model, IDS, MASK, keys=[1])
     assert runs == [0, 1]
     runs.clear()
-    hidden_from(model, 1, torch.zeros(2, 5, 16), IDS, MASK)
-    assert runs == [2, 3]
+    record(model, IDS, MASK, keys=[2], start=(0, torch.zeros(2, 5, 16)))
+    assert runs == [1, 2]
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3])
-def test_resuming_above_a_layer_gives_the_whole_pass(model, layer):
-    with torch.no_grad():
-        whole = model(input_ids=IDS, attention_mask=MASK).logits.log_softmax(-1)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_starting_above_a_layer_gives_what_a_whole_pass_has(model, layer):
+    whole, top = record(model, IDS, MASK, keys=[3], output=3)
     _, output = record(model, IDS, MASK, output=layer)
-    output.requires_grad_()
-    resumed = log_probabilities(model, hidden_from(model, layer, output, IDS, MASK))
-    torch.testing.assert_close(resumed[MASK.bool()], whole[MASK.bool()], rtol=1e-5, atol=1e-5)
-    gradient = torch.autograd.grad(resumed[0, 2, 7], output)[0]
-    assert gradient[0, :3].norm() > 0
-    assert gradient[0, 3:].norm() == 0  # causal: later positions have no part
-    assert gradient[1].norm() == 0
+    keys, resumed = record(model, IDS, MASK, keys=[3], output=3, start=(layer, output))
+    torch.testing.assert_close(keys[3], whole[3])
+    torch.testing.assert_close(resumed, top)
 
 
 def test_last_hidden_feeds_the_head(model):
@@ -68,7 +63,7 @@ def test_partial_passes_leave_no_trace_even_when_they_fail(model):
     before = states(model)
     record(model, IDS, MASK, keys=[1], output=2)
     with pytest.raises(RuntimeError):
-        hidden_from(model, 1, torch.zeros(2, 5, 3), IDS, MASK)  # a wrong d_model
+        record(model, IDS, MASK, keys=[2], start=(1, torch.zeros(2, 5, 3)))  # a wrong d_model
     with pytest.raises((IndexError, RuntimeError)):
         record(model, IDS + 10_000, MASK, keys=[1])
     assert states(model) == before
@@ -77,7 +72,7 @@ def test_partial_passes_leave_no_trace_even_when_they_fail(model):
 def test_a_forward_that_was_wrapped_before_is_put_back(model):
     own = block(model, 0).forward
     block(model, 0).forward = wrapped = lambda *args, **kwargs: own(*args, **kwargs)
-    hidden_from(model, 1, torch.zeros(2, 5, 16), IDS, MASK)
+    record(model, IDS, MASK, keys=[2], start=(1, torch.zeros(2, 5, 16)))
     assert block(model, 0).forward is wrapped
 
 
