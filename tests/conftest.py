@@ -6,6 +6,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -90,3 +92,45 @@ def random_model(
 def make_model() -> Callable[..., PreTrainedModel]:
     """See `random_model`."""
     return random_model
+
+
+GPT = {"n_embd": 16, "n_inner": 24, "n_layer": 4, "n_head": 2, "n_positions": 64}
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+GROUPED = LLAMA | {"num_key_value_heads": 1, "head_dim": 8}
+PHI = LLAMA | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "gemma": GROUPED,
+    "gemma2": GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 16, "final_logit_softcapping": 2.0},
+    "gemma3_text": GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gpt2": GPT,
+    "gpt_neox": LLAMA,
+    "gptj": GPT | {"rotary_dim": 4},
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 16},
+    "olmo": LLAMA,
+    "olmo2": LLAMA,
+    "phi": PHI,
+    "phi3": PHI,
+    "qwen2": LLAMA | {"num_key_value_heads": 1},
+    "qwen3": GROUPED,
+}
+"""What makes a tiny model of each family in `FAMILIES`: 4 layers, d_model 16, d_mlp 24."""
+
+
+def family_model(family: str, vocabulary: int) -> PreTrainedModel:
+    """A tiny random model of a family in `SIZES`; the same weights each time."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=vocabulary, initializer_range=0.2, **SIZES[family])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def make_family_model() -> Callable[..., PreTrainedModel]:
+    """See `family_model`."""
+    return family_model

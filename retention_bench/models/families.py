@@ -66,7 +66,7 @@ def family(model_type: str) -> Family:
             f"Models of type {model_type!r} are not supported; supported are {', '.join(sorted(FAMILIES))}. Two lines "
             "add a family, with its own module names and sizes. In FAMILIES, retention_bench/models/families.py:\n"
             f'    "{model_type}": Family("model.layers", "mlp.down_proj"),\n'
-            "and in SIZES, tests/models/conftest.py, which tests it on a tiny random model:\n"
+            "and in SIZES, tests/conftest.py, with which it is tested on a tiny random model:\n"
             f'    "{model_type}": {{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, '
             '"num_attention_heads": 2},'
         )

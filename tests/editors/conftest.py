@@ -143,10 +143,11 @@ def optimise_plainly(
 
     def forward(ids, subject):
         def add(module, inputs, output):
+            output, *rest = output if isinstance(output, tuple) else (output,)
             held.setdefault("initial", output[0, subject].detach().clone())  # row 0 comes first, while delta is 0
             moved = output.clone()
             moved[0, subject] = output[0, subject] + delta
-            return moved
+            return (moved, *rest) if rest else moved
 
         handle = watched.register_forward_hook(add)
         logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -182,13 +183,14 @@ def plain_value():
 
 
 @torch.no_grad()
-def read_plainly(model, tokenizer, text, subject_end, layer, *, block_layer=None):
-    """The key of a layer at the token that ends at `subject_end`, and a block's output there: a whole pass, one row."""
+def read_plainly(model, tokenizer, text, subject_end, layer, *, site="block"):
+    """The key of a layer at the token that ends at `subject_end`, and the site's output: a whole pass, one row."""
     kept = {}
+    watched = block(model, layer) if site == "block" else mlp(model, layer)
     handles = [
         projection(model, layer).register_forward_pre_hook(lambda _, args: kept.update(key=args[0][0])),
-        block(model, layer if block_layer is None else block_layer).register_forward_hook(
-            lambda _, args, output: kept.update(output=output[0])
+        watched.register_forward_hook(
+            lambda _, args, output: kept.update(output=(output[0] if isinstance(output, tuple) else output)[0])
         ),
     ]
     model(torch.tensor([tokenizer.encode(text)]))
@@ -220,11 +222,11 @@ def plain_key():
 
 @pytest.fixture
 def plain_output():
-    """The output of a block at the subject in a request's bare prompt."""
+    """The output of a block, or of its MLP, at the subject in a request's bare prompt."""
 
-    def read(model, tokenizer, request, layer):
+    def read(model, tokenizer, request, layer, site="block"):
         question = request.prompt.replace("{}", request.subject)
         ends = request.prompt.index("{}") + len(request.subject)
-        return read_plainly(model, tokenizer, question, ends, layer)[1]
+        return read_plainly(model, tokenizer, question, ends, layer, site=site)[1]
 
     return read

@@ -15,10 +15,14 @@ from retention_bench.editors import (
     AlphaEdit,
     EditContext,
     EditRequest,
+    KeyStatistics,
     collect_key_statistics,
     null_space_projector,
 )
+from retention_bench.editors.value import optimise_values
 from retention_bench.errors import RetentionBenchError
+from retention_bench.models import frozen
+from retention_bench.models.families import FAMILIES
 
 TEMPLATES = ("Then the old man came. {}", "Because. {}")
 EDITORS = {
@@ -147,3 +151,68 @@ def test_writing_what_the_model_knows_leaves_it_almost_alone(gpt2, golden, gpt2_
     new = dataclasses.replace(KNOWN[0], target_new="Velith")
     with LARGE[name].edit(*gpt2, [new], context).applied(gpt2[0]):
         assert probabilities(*gpt2, KNOWN)[0] < before[0] - 0.1  # the same editor does write what is new to the model
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def any_family(request, make_family_model, llama):
+    """A tiny random model of each family, with the Llama's tokenizer, and statistics for it."""
+    keys = torch.randn(200, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 24)
+    statistics = KeyStatistics(dict.fromkeys(range(3), keys.T @ keys / 200), 200)
+    context = EditContext(statistics=statistics, templates=TEMPLATES)
+    return make_family_model(request.param, len(llama[1])), llama[1], context
+
+
+@pytest.mark.parametrize("site", ["block", "mlp"])
+def test_values_of_every_family_are_those_of_plain_code(any_family, llama_requests, plain_value, distance, site):
+    model, tokenizer, _ = any_family
+    options = {"lr": 0.05, "steps": 4, "weight_decay": 0.5, "clamp_norm_factor": 4.0, "kl_factor": 0.0625}
+    with frozen(model):
+        values = optimise_values(model, tokenizer, llama_requests, TEMPLATES, 1, site=site, **options)
+        for request, value in zip(llama_requests, values, strict=True):
+            expected = plain_value(model, tokenizer, request, TEMPLATES, 1, site=site, **options)
+            assert distance(value, expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["alphaedit", "memit", "rome"])
+def test_edits_of_every_family_bring_the_subject_to_its_value(
+    any_family, llama_requests, plain_output, distance, untouched, name
+):
+    """With statistics that allow everything, the edited site puts out the value at the subject."""
+    model, tokenizer, context = any_family
+    options = {"v_num_grad_steps": 4, "v_lr": 0.05}
+    editor, site = {
+        "alphaedit": (AlphaEdit(layers=(1,), L2=1e-9, nullspace_threshold=100.0, **options), "block"),
+        "memit": (MEMIT(layers=(1,), mom2_update_weight=1e-9, **options), "block"),
+        "rome": (ROME(layer=1, **options), "mlp"),
+    }[name]
+    if site == "block" and model.config.model_type in ("gemma2", "gemma3_text", "olmo2"):
+        pytest.skip("a norm behind the MLP takes the value elsewhere; see FAMILIES")
+    [request] = requests = llama_requests[:1]
+    context = dataclasses.replace(context, templates=())  # the bare key alone, so that the map is exact
+    with untouched(model):
+        delta = editor.edit(model, tokenizer, requests, context)
+    with frozen(model):
+        factor = {"clamp_norm_factor": editor.clamp_norm_factor}
+        [value] = optimise_values(
+            model, tokenizer, requests, (), 1, site=site, lr=0.05, steps=4, weight_decay=0.5, kl_factor=0.0625, **factor
+        )
+    before = plain_output(model, tokenizer, request, 1, site=site).float()
+    with delta.applied(model):
+        assert distance(plain_output(model, tokenizer, request, 1, site=site).float(), value) < 1e-4
+    assert distance(before, value) > 1e-2
+
+
+def test_every_family_is_fine_tuned(any_family, llama_requests, untouched):
+    model, tokenizer, context = any_family
+    losses = []
+
+    def progress(stage, done, total, figures):
+        losses.append(figures["loss"])
+
+    context = dataclasses.replace(context, progress=progress)
+    with untouched(model):
+        delta = FT(layer=1, lr=1e-2).edit(
+            model, tokenizer, llama_requests, dataclasses.replace(context, progress=progress)
+        )
+    assert losses[-1] < losses[0] - 0.2
+    assert min(delta.norms().values()) > 0
