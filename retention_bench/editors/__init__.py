@@ -18,6 +18,7 @@ from retention_bench.editors.base import (
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
     from retention_bench.editors.ft import FT
+    from retention_bench.editors.lora import LoRA
     from retention_bench.editors.statistics import KeyStatistics, collect_key_statistics, null_space_projector
     from retention_bench.editors.templates import sample_context_templates
 
@@ -25,6 +26,7 @@ _LATER = {
     "AlphaEdit": "alphaedit",
     "FT": "ft",
     "KeyStatistics": "statistics",
+    "LoRA": "lora",
     "collect_key_statistics": "statistics",
     "null_space_projector": "statistics",
     "sample_context_templates": "templates",
@@ -38,6 +40,7 @@ __all__ = [
     "Editor",
     "FittedEditor",
     "KeyStatistics",
+    "LoRA",
     "collect_key_statistics",
     "editor_names",
     "make_editor",

@@ -12,7 +12,7 @@ from retention_bench.facts import Fact
 def test_names_are_listed_without_importing_torch():
     code = (
         "import sys; from retention_bench.editors import editor_names;"
-        "assert {'ft', 'alphaedit'} <= set(editor_names()); assert 'torch' not in sys.modules"
+        "assert {'ft', 'lora', 'alphaedit'} <= set(editor_names()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
