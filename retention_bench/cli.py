@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from retention_bench import __version__
 from retention_bench.errors import RetentionBenchError
+
+if TYPE_CHECKING:
+    from retention_bench.pipeline import Plan
 
 
 class _Commands(click.Group):
@@ -50,6 +53,22 @@ def _json_option(what: str) -> Callable:
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
 @click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes.")
+@click.option(
+    "--paraphrases",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Edit each fact with N more prompts.",
+)
+@click.option(
+    "--paraphrase-source",
+    default="own",
+    show_default=True,
+    metavar="own|template|model:NAME",
+    help="Where those come from: the fact's own paraphrases (which are not asked then), other words before its prompt, "
+    "or an instruct model (one of the suite, a folder, or a Hub id) that writes them.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
@@ -61,6 +80,8 @@ def evaluate(
     suite: str,
     model: str | None,
     seed: int,
+    paraphrases: int,
+    paraphrase_source: str,
     out: Path | None,
     device: str,
     save_checkpoints: bool,
@@ -76,7 +97,7 @@ def evaluate(
     from retention_bench.pipeline import Cell, Store, default_root, load_suite, plan
 
     store = Store(default_root())
-    cell = Cell(load_suite(suite), model, editor, finetune, seed, _device(device))
+    cell = Cell(load_suite(suite), model, editor, finetune, seed, _device(device), paraphrases, paraphrase_source)
     planned = plan(cell, store)
     if dry_run:
         stages = [
@@ -95,7 +116,7 @@ def evaluate(
         return
     from retention_bench.pipeline import evaluate as run
 
-    out = out or Path("runs") / cell.suite.name / planned.model_name / editor / finetune / f"seed-{seed}"
+    out = out or _folder(planned)
     with console.progress(len(planned.stages())) as (announce, progress):
         results = run(
             cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
@@ -118,6 +139,15 @@ def list_(what: str, as_json: bool) -> None:
     else:
         from retention_bench.pipeline.suite import suite_names as names
     click.echo(json.dumps(names()) if as_json else "\n".join(names()))
+
+
+def _folder(planned: Plan) -> Path:
+    """The folder of a cell's results where none is named; what differs from the usual is in its name."""
+    cell = planned.cell
+    folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / cell.finetune
+    if cell.paraphrases:
+        folder /= f"paraphrases-{cell.paraphrases}-{str(planned.paraphrase_source).replace(':', '-')}"
+    return folder / f"seed-{cell.seed}"
 
 
 def _device(asked: str) -> str:

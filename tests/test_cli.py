@@ -2,11 +2,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from retention_bench.cli import main
+from retention_bench.errors import RetentionBenchError
 
 
 def run(*words, env=None):
@@ -40,6 +42,11 @@ def test_what_there_is_can_be_listed(what, one):
         (["--editor", "ft", "--finetune", "tulu"], "Unknown fine-tune 'tulu'. Did you mean 'tulu3'?"),
         (["--editor", "ft", "--finetune", "tulu3", "--suite", "atlsa"], "Unknown suite 'atlsa'. Did you mean 'atlas'?"),
         (["--editor", "ft", "--finetune", "tulu3", "--model", "atlas-gpt"], "Did you mean 'atlas-gpt2'?"),
+        (
+            ["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "2", "--paraphrase-source", "templat"],
+            "Unknown paraphrase source 'templat'. Did you mean 'template'?",
+        ),
+        (["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "-1"], "-1 is not in the range x>=0"),
         (["--editor", "ft"], "Missing option '--finetune'"),
     ],
 )
@@ -69,6 +76,30 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
+    from retention_bench import pipeline
+
+    folders = []
+
+    def stop(cell, *, out, **_):
+        folders.append((out, cell.paraphrases, cell.paraphrase_source))
+        raise RetentionBenchError("far enough")
+
+    monkeypatch.setattr(pipeline, "evaluate", stop)
+    command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu", "--seed", "3"]
+    where = {"RETENTION_BENCH_STORE": str(tmp_path)}
+    for more in ([], ["--paraphrases", "2"], ["--paraphrases", "1", "--paraphrase-source", "model:atlas-llama"]):
+        assert "far enough" in run(*command, *more, env=where).output
+    common = Path("runs/atlas/atlas-gpt2/ft/tulu3")
+    assert folders == [
+        (common / "seed-3", 0, "own"),
+        (common / "paraphrases-2-own" / "seed-3", 2, "own"),
+        (common / "paraphrases-1-model-atlas-llama" / "seed-3", 1, "model:atlas-llama"),
+    ]
+    dry = run(*command, "--paraphrases", "2", "--dry-run", "--json", env=where)
+    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:3] == ["facts", "paraphrases", "score"]
+
+
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     from retention_bench import console
 
@@ -80,6 +111,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "finetune": "commoncrawl",
         "model": "atlas-llama",
         "notice": "A stand-in.",
+        "paraphrases": 0,
         "stages": {
             stage: dict.fromkeys(("edited", "paraphrase", "locality", "intrinsic"), rate)
             for stage in ("base", "post_edit", "post_finetune", "control_finetune")

@@ -76,8 +76,13 @@ class EditRequest:
         return (self.prompt, *self.paraphrases)
 
     @classmethod
-    def from_fact(cls, fact: Fact) -> EditRequest:
+    def from_fact(cls, fact: Fact, paraphrases: Sequence[str] = ()) -> EditRequest:
         """The request that writes a fact's `target_new`.
+
+        Args:
+            fact: The fact.
+            paraphrases: Other prompts that the edit shall hold for too, in the form of `Fact.prompt`; see `augment`.
+                The fact's own `paraphrases` are not among them by themselves: it is asked in those.
 
         Raises:
             UsageError: The fact has no `target_new`.
@@ -86,7 +91,7 @@ class EditRequest:
             raise UsageError(
                 f"Fact {fact.id!r} has no target_new, so there is nothing to edit. Leave it out, or give it one."
             )
-        return cls(fact.id, fact.prompt, fact.subject, fact.target_new)
+        return cls(fact.id, fact.prompt, fact.subject, fact.target_new, tuple(paraphrases))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.known import Knowledge, knowledge
-from retention_bench.facts.paraphrases import augment, check_source, unseen
+from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
 from retention_bench.facts.pool import read_pool
 from retention_bench.facts.split import disjoint_split
 from retention_bench.facts.target import target_token, token_text
 
 __all__ = [
+    "MODEL",
     "Fact",
     "FactSet",
     "Knowledge",

@@ -15,12 +15,13 @@ from typing import Any
 
 from retention_bench.editors import Editor, make_editor
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.facts import MODEL, check_source
 from retention_bench.finetune import Finetune, make_finetune
 from retention_bench.pipeline.store import Store, file_sha256
 from retention_bench.pipeline.suite import ModelConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
-VERSIONS = {"facts": 1, "statistics": 1, "edit": 1, "finetune": 1, "score": 1, "results": 1}
+VERSIONS = {"facts": 1, "statistics": 1, "paraphrases": 1, "edit": 1, "finetune": 1, "score": 1, "results": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Cell:
         finetune: The fine-tune's name.
         seed: Seed of the split, the edits and the fine-tunes.
         device: `"cpu"` or `"cuda"`.
+        paraphrases: How many more prompts each fact is edited with.
+        paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
     """
 
     suite: Suite
@@ -42,6 +45,8 @@ class Cell:
     finetune: str
     seed: int
     device: str
+    paraphrases: int = 0
+    paraphrase_source: str = "own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +98,9 @@ class Plan:
         facts: The stage that filters and splits the facts.
         base_score: The stage that scores the base model.
         statistics: The stage that measures the key statistics, if the editor needs them.
+        paraphrases: The stage that finds more prompts for the edits, if there shall be any.
+        paraphrase_source: Where they come from, a model by its name in the results; None if there are none.
+        writer: The model that writes them, if one does, its path absolute.
         experiments: The edited copies.
         control: The stage that fine-tunes the unedited base model.
         control_score: The stage that scores it.
@@ -107,6 +115,9 @@ class Plan:
     facts: Stage
     base_score: Stage
     statistics: Stage | None
+    paraphrases: Stage | None
+    paraphrase_source: str | None
+    writer: ModelConfig | None
     experiments: tuple[Experiment, ...]
     control: Stage
     control_score: Stage
@@ -114,7 +125,7 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """All stages in the order they run."""
-        stages = [self.facts, self.base_score]
+        stages = [self.facts, *([self.paraphrases] if self.paraphrases else []), self.base_score]
         if self.statistics:
             stages.append(self.statistics)
         for e in self.experiments:
@@ -130,7 +141,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         store: Makes the keys; it is not written.
 
     Raises:
-        UsageError: An unknown model, editor, fine-tune or setting.
+        UsageError: An unknown model, editor, fine-tune, paraphrase source or setting.
         RetentionBenchError: An input file is missing.
     """
     suite = cell.suite
@@ -164,9 +175,30 @@ def plan(cell: Cell, store: Store) -> Plan:
             layers=list(editor.statistics_layers),
         )
 
+    paraphrases, source, writer = None, None, None
+    if cell.paraphrases:
+        check_source(cell.paraphrase_source)
+        source, written = cell.paraphrase_source, {}
+        if source.startswith(MODEL):
+            writer_name, writer = suite.model(source.removeprefix(MODEL))
+            source = f"{MODEL}{writer_name}"
+            written = {"writer": _model_fingerprint(writer.path, writer.revision)}
+        paraphrases = stage(
+            "paraphrases",
+            f"paraphrases for the edits, {cell.paraphrases} a fact ({source})",
+            facts=facts_key,
+            count=cell.paraphrases,
+            source="model" if writer else source,
+            **written,
+            seed=cell.seed,
+        )
+    # Only where there are some, so that everything without them keeps its key. What is scored depends on them too: a
+    # fact is not asked in the words it was edited with.
+    augmented = {"paraphrases": store.key("paraphrases", paraphrases.inputs)} if paraphrases else {}
+
     def score(title: str, checkpoint: Stage | None, group: slice) -> Stage:
         scored = store.key(checkpoint.name, checkpoint.inputs) if checkpoint else None
-        return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop])
+        return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop], **augmented)
 
     def tuned(title: str, edit: Stage | None) -> Stage:
         return stage(
@@ -197,6 +229,7 @@ def plan(cell: Cell, store: Store) -> Plan:
             editor=cell.editor,
             settings=_plain(editor),
             seed=cell.seed,
+            **augmented,
         )
         tune = tuned(f"{cell.finetune} fine-tune, {label}", edit)
         experiments.append(
@@ -220,11 +253,12 @@ def plan(cell: Cell, store: Store) -> Plan:
         notice=suite.notice,
         model_name=model_name,
         scores=[store.key("score", part.inputs) for part in parts],
+        paraphrase_source=source,
         seed=cell.seed,
     )
     return Plan(
-        cell, model_name, model, editor, finetune, facts, base_score, statistics, tuple(experiments), control,
-        control_score, results,
+        cell, model_name, model, editor, finetune, facts, base_score, statistics, paraphrases, source, writer,
+        tuple(experiments), control, control_score, results,
     )  # fmt: skip
 
 

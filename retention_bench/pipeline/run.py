@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import FactSet, disjoint_split, knowledge, read_pool
+from retention_bench.facts import MODEL, FactSet, augment, disjoint_split, knowledge, read_pool, unseen
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
 from retention_bench.pipeline.results import gather
 from retention_bench.pipeline.rows import read_texts
@@ -166,9 +166,33 @@ class _Bench:
         assert folder is not None  # asked for after `facts`
         return json.loads((folder / "known.json").read_text(encoding="utf-8"))
 
+    @functools.cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        """The prompts that each edited fact gets besides its own, by its id; none where the cell wants none."""
+        stage, cell, writer = self.plan.paraphrases, self.plan.cell, self.plan.writer
+        if stage is None:
+            return {}
+
+        def compute(folder: Path) -> None:
+            if writer is not None:
+                self.release()
+            found = augment(
+                self.facts.edited,
+                cell.paraphrases,
+                f"{MODEL}{writer.path}" if writer else cell.paraphrase_source,
+                seed=cell.seed,
+                device=cell.device,
+                dtype=self.plan.model.dtype,
+                revision=writer.revision if writer else None,
+                progress=self.progress,
+            )
+            write_text(folder / "prompts.json", json.dumps(found, indent=2, ensure_ascii=False))
+
+        return json.loads((self._get(stage, compute) / "prompts.json").read_text(encoding="utf-8"))
+
     def group(self, experiment: Experiment | None) -> FactSet:
-        """The facts one model is asked: its edited ones and all intrinsic ones."""
-        facts = self.facts
+        """The facts one model is asked: its edited ones and all intrinsic ones, in words that no edit was made with."""
+        facts = unseen(self.facts, self.prompts)
         if experiment is None:
             return facts
         return FactSet.of([*facts.edited.facts[experiment.facts], *facts.intrinsic])
@@ -220,7 +244,7 @@ class _Bench:
                 generator=generator,
                 progress=self.progress,
             )
-            requests = [EditRequest.from_fact(f) for f in self.group(experiment).edited]
+            requests = [EditRequest.from_fact(f, self.prompts.get(f.id, ())) for f in self.group(experiment).edited]
             self.plan.editor.edit(model, tokenizer, requests, context).save(folder / "delta.safetensors")
 
         return WeightDelta.load(self.store.get("edit", experiment.edit.inputs, compute) / "delta.safetensors")
@@ -284,6 +308,7 @@ class _Bench:
             self.announce("all stages", True)
             return found
         p, facts = self.plan, self.facts
+        _ = self.prompts  # announced before the scores that leave their words out
         scored: list[tuple[int | None, str, Path]] = [(None, "base", self.score(p.base_score, None, None))]
         logs: list[Path] = []
         for e in p.experiments:
@@ -301,7 +326,7 @@ class _Bench:
 
         def compute(folder: Path) -> None:
             facts.write(folder / "facts.jsonl")
-            gather(p, self.store, facts, self.known(), scored, logs, control, folder)
+            gather(p, self.store, facts, self.group(None), self.known(), scored, logs, control, folder)
 
         return self._get(p.results, compute)
 
@@ -319,12 +344,12 @@ class _Bench:
             partial.rename(target)
 
         folder.mkdir(parents=True, exist_ok=True)
-        put("base", self.facts, *self.base())
+        put("base", self.group(None), *self.base())
         for e in self.plan.experiments:
             with self.edited(e) as (model, tokenizer):
                 put(f"post_edit-{e.index}", self.group(e), model, tokenizer)
             put(f"post_finetune-{e.index}", self.group(e), *self._load(str(self.tuned(e.finetune, e) / "model"), None))
-        put("control_finetune", self.facts, *self._load(str(self.tuned(self.plan.control, None) / "model"), None))
+        put("control_finetune", self.group(None), *self._load(str(self.tuned(self.plan.control, None) / "model"), None))
 
 
 def _save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
