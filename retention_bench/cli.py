@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retention_bench import __version__
-from retention_bench.errors import RetentionBenchError
+from retention_bench.errors import RetentionBenchError, UsageError
 
 if TYPE_CHECKING:
     from retention_bench.pipeline import Plan
@@ -48,7 +48,11 @@ def _json_option(what: str) -> Callable:
 
 
 @main.command()
-@click.option("--editor", required=True, help="The editor; see `retention-bench list editors`.")
+@click.option(
+    "--editor",
+    required=True,
+    help="The editor, by its name in the suite; see `retention-bench list editors --suite NAME`.",
+)
 @click.option("--finetune", required=True, help="The downstream fine-tune; see `retention-bench list finetunes`.")
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
 @click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
@@ -129,16 +133,32 @@ def evaluate(
 
 @main.command("list")
 @click.argument("what", type=click.Choice(["editors", "finetunes", "suites"]))
+@click.option("--suite", help="With editors: also those of a suite, by model, as `--editor` takes them.")
 @_json_option("the names")
-def list_(what: str, as_json: bool) -> None:
+def list_(what: str, suite: str | None, as_json: bool) -> None:
     """List the editors, the fine-tunes or the suites."""
+    if suite is not None and what != "editors":
+        raise UsageError(f"--suite goes with `list editors`, not with `list {what}`. Leave it out.")
     if what == "editors":
         from retention_bench.editors import editor_names as names
     elif what == "finetunes":
         from retention_bench.finetune import finetune_names as names
     else:
         from retention_bench.pipeline.suite import suite_names as names
-    click.echo(json.dumps(names()) if as_json else "\n".join(names()))
+    if suite is None:
+        click.echo(json.dumps(names()) if as_json else "\n".join(names()))
+        return
+    from retention_bench.pipeline.suite import load_suite
+
+    entries = {name: model.registered for name, model in load_suite(suite).models.items()}
+    if as_json:
+        click.echo(json.dumps({"editors": names(), "suite": suite, "models": entries}))
+        return
+    lines = names()
+    for model, editors in entries.items():
+        lines += ["", f"suite {suite}, model {model}:"]
+        lines += [f"  {name}" + (f" ({editor})" if name != editor else "") for name, editor in editors.items()]
+    click.echo("\n".join(lines))
 
 
 def _folder(planned: Plan) -> Path:

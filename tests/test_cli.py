@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError
+from retention_bench.pipeline.suite import PACKAGED
 
 
 def run(*words, env=None):
@@ -33,6 +35,50 @@ def test_help_is_quick_and_loads_no_model_library():
 def test_what_there_is_can_be_listed(what, one):
     assert one in run("list", what).output.split()
     assert one in json.loads(run("list", what, "--json").output)
+
+
+@pytest.fixture
+def own_suite(tmp_path):
+    """Suite atlas with two more names for FT on one of its models, and one for an editor that there is not."""
+    suite = yaml.safe_load((PACKAGED / "atlas.yaml").read_text())
+    editors = suite["models"]["atlas-gpt2"]["editors"]
+    editors["ft-paper"] = {"editor": "ft", "lr": 5e-5}
+    editors["ft-l"] = editors["ft"] | {"editor": "ft", "norm_constraint": 1e-3}
+    editors["wrong"] = {"editor": "ftt"}
+    editors["romee"] = {}
+    del editors["lora"]
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(suite).replace("../atlas/", f"{PACKAGED.parent / 'atlas'}/"))
+    return str(path)
+
+
+def test_a_suites_editors_are_listed_by_the_name_they_go_by(own_suite):
+    lines = run("list", "editors", "--suite", own_suite).output.splitlines()
+    assert {"alphaedit", "ft", "lora", "  ft", "  ft-paper (ft)", "  ft-l (ft)"} <= set(lines)
+    assert f"suite {own_suite}, model atlas-llama:" in lines
+    listed = json.loads(run("list", "editors", "--suite", own_suite, "--json").output)
+    assert listed["editors"] == json.loads(run("list", "editors", "--json").output)
+    assert listed["models"]["atlas-gpt2"]["ft-paper"] == "ft"
+    assert listed["models"]["atlas-llama"] == {"alphaedit": "alphaedit", "ft": "ft", "lora": "lora"}
+    refused = run("list", "finetunes", "--suite", own_suite)
+    assert refused.exit_code == 2
+    assert "--suite goes with `list editors`" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("editor", "says"),
+    [
+        ("ft-papr", "Unknown editor 'ft-papr'. Did you mean 'ft-paper'? Allowed: alphaedit, ft, ft-l, ft-paper"),
+        ("lora", "has no settings for the editor 'lora'; it has them for alphaedit, ft, ft-l"),
+        ("wrong", "editors.wrong: Unknown editor 'ftt'. Did you mean 'ft'?"),
+        ("romee", "editors.romee: Unknown editor 'romee'."),
+    ],
+)
+def test_an_editor_is_looked_up_in_the_suite(own_suite, tmp_path, editor, says):
+    words = ["--editor", editor, "--finetune", "tulu3", "--suite", own_suite, "--dry-run"]
+    result = run("evaluate", *words, env={"RETENTION_BENCH_STORE": str(tmp_path / "s")})
+    assert result.exit_code == 2
+    assert says in result.output
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from retention_bench.editors import Editor, make_editor
+from retention_bench.editors import Editor, editor_names, make_editor
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
-from retention_bench.finetune import Finetune, make_finetune
+from retention_bench.finetune import Finetune, finetune_names, make_finetune
 from retention_bench.pipeline.store import Store, file_sha256
 from retention_bench.pipeline.suite import ModelConfig, Suite
 
@@ -31,7 +31,7 @@ class Cell:
     Attributes:
         suite: The suite.
         model: A model of the suite, a folder or a Hub id; None for the suite's default.
-        editor: The editor's name.
+        editor: The editor's name in the suite.
         finetune: The fine-tune's name.
         seed: Seed of the split, the edits and the fine-tunes.
         device: `"cpu"` or `"cuda"`.
@@ -146,8 +146,13 @@ def plan(cell: Cell, store: Store) -> Plan:
     """
     suite = cell.suite
     model_name, model = suite.model(cell.model)
-    editor = make_editor(cell.editor, _settings("editor", cell.editor, model.editors, suite))
-    finetune = make_finetune(cell.finetune, _settings("fine-tune", cell.finetune, model.finetunes, suite))
+    settings = _settings("editor", cell.editor, editor_names(), model.editors, suite)
+    settings.pop("editor", None)
+    registered = _registered(cell.editor, model, suite)
+    editor = make_editor(registered, settings)
+    finetune = make_finetune(
+        cell.finetune, _settings("fine-tune", cell.finetune, finetune_names(), model.finetunes, suite)
+    )
     base = {
         "model": _model_fingerprint(model.path, model.revision),
         "dtype": model.dtype,
@@ -226,7 +231,7 @@ def plan(cell: Cell, store: Store) -> Plan:
             facts=facts_key,
             group=[group.start, group.stop],
             statistics=store.key("statistics", statistics.inputs) if statistics else None,
-            editor=cell.editor,
+            editor=registered,
             settings=_plain(editor),
             seed=cell.seed,
             **augmented,
@@ -252,6 +257,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         suite=suite.name,
         notice=suite.notice,
         model_name=model_name,
+        editor=cell.editor,
         scores=[store.key("score", part.inputs) for part in parts],
         paraphrase_source=source,
         seed=cell.seed,
@@ -262,15 +268,13 @@ def plan(cell: Cell, store: Store) -> Plan:
     )  # fmt: skip
 
 
-def _settings(kind: str, name: str, given: Mapping[str, dict[str, Any]], suite: Suite) -> dict[str, Any]:
+def _settings(
+    kind: str, name: str, registered: Collection[str], given: Mapping[str, dict[str, Any]], suite: Suite
+) -> dict[str, Any]:
     """The suite's settings for an editor or a fine-tune, its paths made absolute."""
-    from retention_bench.editors import editor_names
-    from retention_bench.finetune import finetune_names
-
-    names = editor_names() if kind == "editor" else finetune_names()
-    if name not in names:
-        raise unknown_name(kind, name, names)
     if name not in given:
+        if name not in registered:
+            raise unknown_name(kind, name, given)
         raise UsageError(
             f"The suite {suite.name!r} has no settings for the {kind} {name!r}; it has them for "
             f"{', '.join(sorted(given)) or 'none'}. Add them to a copy of its YAML file and give that with --suite."
@@ -279,6 +283,22 @@ def _settings(kind: str, name: str, given: Mapping[str, dict[str, Any]], suite: 
     if isinstance(settings.get("source"), str):
         settings["source"] = suite.locate(settings["source"])
     return settings
+
+
+def _registered(name: str, model: ModelConfig, suite: Suite) -> str:
+    """The registered editor that goes by a name in the suite.
+
+    Raises:
+        UsageError: There is no such editor; the entry is named.
+    """
+    registered = model.registered[name]
+    if registered not in editor_names():
+        error = unknown_name("editor", registered, editor_names())
+        raise UsageError(
+            f"The suite {suite.name!r}, editors.{name}: {error} An entry that goes by another name than its editor "
+            "names that with the key `editor`."
+        )
+    return registered
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def _provenance(plan: Plan, facts: FactSet) -> dict[str, Any]:
         "facts_sha256": facts.sha256,
         "finetune_data": plan.control.inputs["data"],
         "paraphrase_writer": plan.paraphrases.inputs.get("writer") if plan.paraphrases else None,
+        "editor": plan.experiments[0].edit.inputs["editor"],
         "editor_settings": plan.experiments[0].edit.inputs["settings"],
         "finetune_settings": plan.control.inputs["settings"],
         "seed": plan.cell.seed,

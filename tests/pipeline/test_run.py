@@ -93,6 +93,26 @@ def test_a_seed_or_a_setting_changes_the_keys_it_should(small_suite, tmp_path):
     assert store.key("statistics", first.statistics.inputs) == store.key("statistics", other.statistics.inputs)
 
 
+def test_a_suite_has_one_editor_with_several_settings(small_suite, tmp_path):
+    suite = yaml.safe_load(small_suite.read_text())
+    editors = suite["models"]["atlas-gpt2"]["editors"]
+    editors["same"] = editors["ft"] | {"editor": "ft"}
+    editors["slow"] = editors["ft"] | {"editor": "ft", "lr": 1e-5}
+    editors["ft"] |= {"editor": "ft"}
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    store = Store(tmp_path)
+    ft, same, slow = (plan(cell(path, editor=name), store) for name in ("ft", "same", "slow"))
+    assert (ft.editor, ft.editor.lr, slow.editor.lr) == (same.editor, 2e-3, 1e-5)
+    # The edit is the same whatever its name, the results carry the name.
+    assert ft.experiments[0].edit.inputs == same.experiments[0].edit.inputs
+    assert ft.experiments[0].edit.inputs["editor"] == slow.experiments[0].edit.inputs["editor"] == "ft"
+    assert len({store.key("results", p.results.inputs) for p in (ft, same, slow)}) == 3
+    assert slow.experiments[0].edit.title == "slow edit, model 1 of 2"
+    plain = plan(cell(small_suite, editor="ft"), store)
+    assert plain.experiments[0].edit.inputs == ft.experiments[0].edit.inputs
+
+
 def test_paraphrases_change_only_the_keys_that_they_should(small_suite, tmp_path):
     store = Store(tmp_path)
 
