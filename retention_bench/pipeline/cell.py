@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from retention_bench.editors import Editor, editor_names, make_editor
+from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
 from retention_bench.finetune import Finetune, finetune_names, make_finetune
@@ -21,7 +21,16 @@ from retention_bench.pipeline.store import Store, file_sha256
 from retention_bench.pipeline.suite import ModelConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
-VERSIONS = {"facts": 1, "statistics": 1, "paraphrases": 1, "edit": 1, "finetune": 1, "score": 1, "results": 2}
+VERSIONS = {
+    "facts": 1,
+    "statistics": 1,
+    "paraphrases": 1,
+    "fit": 1,
+    "edit": 1,
+    "finetune": 1,
+    "score": 1,
+    "results": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Plan:
         facts: The stage that filters and splits the facts.
         base_score: The stage that scores the base model.
         statistics: The stage that measures the key statistics, if the editor needs them.
+        fit: The stage that trains the editor, if it is one that trains first.
         paraphrases: The stage that finds more prompts for the edits, if there shall be any.
         paraphrase_source: Where they come from, a model by its name in the results; None if there are none.
         writer: The model that writes them, if one does, its path absolute.
@@ -115,6 +125,7 @@ class Plan:
     facts: Stage
     base_score: Stage
     statistics: Stage | None
+    fit: Stage | None
     paraphrases: Stage | None
     paraphrase_source: str | None
     writer: ModelConfig | None
@@ -126,8 +137,7 @@ class Plan:
     def stages(self) -> list[Stage]:
         """All stages in the order they run."""
         stages = [self.facts, *([self.paraphrases] if self.paraphrases else []), self.base_score]
-        if self.statistics:
-            stages.append(self.statistics)
+        stages += [stage for stage in (self.statistics, self.fit) if stage]
         for e in self.experiments:
             stages += [e.edit, e.edit_score, e.finetune, e.finetune_score]
         return [*stages, self.control, self.control_score, self.results]
@@ -180,6 +190,16 @@ def plan(cell: Cell, store: Store) -> Plan:
             layers=list(editor.statistics_layers),
         )
 
+    fit = None
+    if isinstance(editor, FittedEditor):
+        fit = stage(
+            "fit",
+            f"{cell.editor} training",
+            facts=facts_key,
+            editor=registered,
+            settings=_plain(editor),
+            seed=cell.seed,
+        )
     paraphrases, source, writer = None, None, None
     if cell.paraphrases:
         check_source(cell.paraphrase_source)
@@ -234,6 +254,7 @@ def plan(cell: Cell, store: Store) -> Plan:
             editor=registered,
             settings=_plain(editor),
             seed=cell.seed,
+            **({"fit": store.key("fit", fit.inputs)} if fit else {}),
             **augmented,
         )
         tune = tuned(f"{cell.finetune} fine-tune, {label}", edit)
@@ -263,7 +284,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         seed=cell.seed,
     )
     return Plan(
-        cell, model_name, model, editor, finetune, facts, base_score, statistics, paraphrases, source, writer,
+        cell, model_name, model, editor, finetune, facts, base_score, statistics, fit, paraphrases, source, writer,
         tuple(experiments), control, control_score, results,
     )  # fmt: skip
 

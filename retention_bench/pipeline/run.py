@@ -115,17 +115,9 @@ class _Bench:
         """The cell's facts: the edited ones first, then the intrinsic ones."""
 
         def compute(folder: Path) -> None:
-            from retention_bench.scoring import is_scorable
-
             suite = self.plan.cell.suite
-            pool = read_pool(suite.locate(suite.facts.source), suite.facts.revision)
+            pool, scorable = self._pool()
             model, tokenizer = self.base()
-            # A target that begins with a stop word could never be found; such facts are left out and counted.
-            scorable = FactSet.of(
-                f
-                for f in pool
-                if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
-            )
             if not len(scorable):
                 raise RetentionBenchError(
                     f"All {len(pool)} facts of {suite.facts.source} have a target whose first token is a stop word or "
@@ -159,6 +151,17 @@ class _Bench:
             write_text(folder / "known.json", json.dumps(counts, indent=2))
 
         return FactSet.read(self._get(self.plan.facts, compute) / "facts.jsonl")
+
+    def _pool(self) -> tuple[FactSet, FactSet]:
+        """The suite's facts, and those that the metric could find: no target begins with a stop word."""
+        from retention_bench.scoring import is_scorable
+
+        suite = self.plan.cell.suite
+        pool = read_pool(suite.locate(suite.facts.source), suite.facts.revision)
+        _, tokenizer = self.base()
+        return pool, FactSet.of(
+            f for f in pool if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
+        )
 
     def known(self) -> dict[str, Any]:
         """Counts of the known-fact filter and mean probabilities (the paper's Table 4)."""
@@ -224,6 +227,38 @@ class _Bench:
 
         return self._get(stage, compute)
 
+    @functools.cached_property
+    def fitted(self) -> Path | None:
+        """The folder that the editor's `fit` wrote, or None where it does not train."""
+        stage = self.plan.fit
+        if stage is None:
+            return None
+
+        def compute(folder: Path) -> None:
+            import torch
+
+            from retention_bench.editors import EditContext, FittedEditor
+
+            editor = self.plan.editor
+            assert isinstance(editor, FittedEditor)  # or there would be no such stage
+            _, scorable = self._pool()
+            # Facts about a subject that is edited or asked would give something of it away.
+            drawn = {fact.subject.casefold() for fact in self.facts}
+            facts = FactSet.of(f for f in scorable.edited if f.subject.casefold() not in drawn)
+            if not len(facts):
+                raise RetentionBenchError(
+                    f"{self.plan.cell.editor} trains before it edits, and of the {len(scorable)} facts in "
+                    f"{self.plan.cell.suite.facts.source} that can be scored none is left to train on: each has the "
+                    "subject of one that is edited or asked, or no target_new. Give more facts, or let fewer be edited."
+                )
+            work = self.store.scratch(stage.name, stage.inputs)
+            generator = torch.Generator().manual_seed(self.plan.cell.seed)
+            model, tokenizer = self.base()
+            editor.fit(model, tokenizer, facts, work, EditContext(generator=generator, progress=self.progress))
+            shutil.copytree(work, folder, dirs_exist_ok=True)
+
+        return self._get(stage, compute)
+
     def delta(self, experiment: Experiment) -> WeightDelta:
         """An experiment's edit."""
         from retention_bench.models import WeightDelta
@@ -233,7 +268,7 @@ class _Bench:
 
             from retention_bench.editors import EditContext, EditRequest, KeyStatistics, sample_context_templates
 
-            statistics = self.statistics
+            statistics, fitted = self.statistics, self.fitted
             model, tokenizer = self.base()
             generator = torch.Generator().manual_seed(self.plan.cell.seed)
             context = EditContext(
@@ -243,6 +278,7 @@ class _Bench:
                 ),
                 generator=generator,
                 progress=self.progress,
+                fitted=fitted,
             )
             requests = [EditRequest.from_fact(f, self.prompts.get(f.id, ())) for f in self.group(experiment).edited]
             self.plan.editor.edit(model, tokenizer, requests, context).save(folder / "delta.safetensors")
@@ -314,7 +350,7 @@ class _Bench:
         for e in p.experiments:
             edited = self.store.find(e.edit.name, e.edit.inputs) is not None
             if not edited:
-                _ = self.statistics  # announced before the edit that needs them
+                _ = self.statistics, self.fitted  # announced before the edit that needs them
             self.announce(e.edit.title, edited)
             self.delta(e)
             scored.append((e.index, "post_edit", self.score(e.edit_score, e, None)))
