@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from retention_bench import __version__
-from retention_bench.errors import RetentionBenchError
+from retention_bench.errors import RetentionBenchError, UsageError
+
+if TYPE_CHECKING:
+    from retention_bench.pipeline import Plan
 
 
 class _Commands(click.Group):
@@ -45,11 +48,31 @@ def _json_option(what: str) -> Callable:
 
 
 @main.command()
-@click.option("--editor", required=True, help="The editor; see `retention-bench list editors`.")
+@click.option(
+    "--editor",
+    required=True,
+    help="The editor, by its name in the suite; see `retention-bench list editors --suite NAME`.",
+)
 @click.option("--finetune", required=True, help="The downstream fine-tune; see `retention-bench list finetunes`.")
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
 @click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes.")
+@click.option(
+    "--paraphrases",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Edit each fact with N more prompts.",
+)
+@click.option(
+    "--paraphrase-source",
+    default="own",
+    show_default=True,
+    metavar="own|template|model:NAME",
+    help="Where those come from: the fact's own paraphrases (which are not asked then), other words before its prompt, "
+    "or an instruct model (one of the suite, a folder, or a Hub id) that writes them.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
@@ -61,6 +84,8 @@ def evaluate(
     suite: str,
     model: str | None,
     seed: int,
+    paraphrases: int,
+    paraphrase_source: str,
     out: Path | None,
     device: str,
     save_checkpoints: bool,
@@ -76,7 +101,7 @@ def evaluate(
     from retention_bench.pipeline import Cell, Store, default_root, load_suite, plan
 
     store = Store(default_root())
-    cell = Cell(load_suite(suite), model, editor, finetune, seed, _device(device))
+    cell = Cell(load_suite(suite), model, editor, finetune, seed, _device(device), paraphrases, paraphrase_source)
     planned = plan(cell, store)
     if dry_run:
         stages = [
@@ -95,7 +120,7 @@ def evaluate(
         return
     from retention_bench.pipeline import evaluate as run
 
-    out = out or Path("runs") / cell.suite.name / planned.model_name / editor / finetune / f"seed-{seed}"
+    out = out or _folder(planned)
     with console.progress(len(planned.stages())) as (announce, progress):
         results = run(
             cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
@@ -108,16 +133,41 @@ def evaluate(
 
 @main.command("list")
 @click.argument("what", type=click.Choice(["editors", "finetunes", "suites"]))
+@click.option("--suite", help="With editors: also those of a suite, by model, as `--editor` takes them.")
 @_json_option("the names")
-def list_(what: str, as_json: bool) -> None:
+def list_(what: str, suite: str | None, as_json: bool) -> None:
     """List the editors, the fine-tunes or the suites."""
+    if suite is not None and what != "editors":
+        raise UsageError(f"--suite goes with `list editors`, not with `list {what}`. Leave it out.")
     if what == "editors":
         from retention_bench.editors import editor_names as names
     elif what == "finetunes":
         from retention_bench.finetune import finetune_names as names
     else:
         from retention_bench.pipeline.suite import suite_names as names
-    click.echo(json.dumps(names()) if as_json else "\n".join(names()))
+    if suite is None:
+        click.echo(json.dumps(names()) if as_json else "\n".join(names()))
+        return
+    from retention_bench.pipeline.suite import load_suite
+
+    entries = {name: model.registered for name, model in load_suite(suite).models.items()}
+    if as_json:
+        click.echo(json.dumps({"editors": names(), "suite": suite, "models": entries}))
+        return
+    lines = names()
+    for model, editors in entries.items():
+        lines += ["", f"suite {suite}, model {model}:"]
+        lines += [f"  {name}" + (f" ({editor})" if name != editor else "") for name, editor in editors.items()]
+    click.echo("\n".join(lines))
+
+
+def _folder(planned: Plan) -> Path:
+    """The folder of a cell's results where none is named; what differs from the usual is in its name."""
+    cell = planned.cell
+    folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / cell.finetune
+    if cell.paraphrases:
+        folder /= f"paraphrases-{cell.paraphrases}-{str(planned.paraphrase_source).replace(':', '-')}"
+    return folder / f"seed-{cell.seed}"
 
 
 def _device(asked: str) -> str:

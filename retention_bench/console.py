@@ -150,6 +150,8 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         "\nEdited facts, in the edit's words and in others, count where the new object is answered; neighbours (other "
         "subjects with an edited fact's true object) and facts never edited where their own is.\n"
     )
+    if results["paraphrases"]:
+        console.print(_augmented(results), soft_wrap=True)
     kept = results["retention"]
     models = len(results["experiments"])
     if models > 1:
@@ -177,6 +179,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
             "--finetune",
             results["finetune"],
         ]
+        if results["paraphrases"]:
+            command += ["--paraphrases", str(results["paraphrases"])]
+            command += ["--paraphrase-source", results["paraphrase_source"]]
         console.print(f"The same cell on a real model (GPU, Hub access): {shlex.join(command)}", soft_wrap=True)
 
 
@@ -193,6 +198,18 @@ def _share(rate: Mapping[str, Any]) -> str:
     low, high = rate["ci95"]
     share = f"{100 * rate['rate']:.0f} % (95 % interval {100 * low:.0f}-{100 * high:.0f})"
     return f"{rate['hits']} of {rate['total']}, {share}"
+
+
+def _augmented(results: Mapping[str, Any]) -> str:
+    """With which prompts the facts were edited, and what that leaves to ask, in one line."""
+    count, source = results["paraphrases"], results["paraphrase_source"]
+    questions = results["paraphrase_questions"]
+    text = f"Each fact was edited with {count} more prompt{'s' * (count > 1)} ({source})."
+    if not questions["used_by_edits"]:
+        return text
+    if not questions["asked"]:
+        return f"{text} These are all the paraphrases that the facts have: none is left to ask them in other words."
+    return f"{text} {questions['used_by_edits']} paraphrases went into the edits and are not asked."
 
 
 def _learned(results: Mapping[str, Any]) -> str:

@@ -2,11 +2,15 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from retention_bench.cli import main
+from retention_bench.errors import RetentionBenchError
+from retention_bench.pipeline.suite import PACKAGED
 
 
 def run(*words, env=None):
@@ -33,6 +37,50 @@ def test_what_there_is_can_be_listed(what, one):
     assert one in json.loads(run("list", what, "--json").output)
 
 
+@pytest.fixture
+def own_suite(tmp_path):
+    """Suite atlas with two more names for FT on one of its models, and one for an editor that there is not."""
+    suite = yaml.safe_load((PACKAGED / "atlas.yaml").read_text())
+    editors = suite["models"]["atlas-gpt2"]["editors"]
+    editors["ft-paper"] = {"editor": "ft", "lr": 5e-5}
+    editors["ft-l"] = editors["ft"] | {"editor": "ft", "norm_constraint": 1e-3}
+    editors["wrong"] = {"editor": "ftt"}
+    editors["romee"] = {}
+    del editors["lora"]
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(suite).replace("../atlas/", f"{PACKAGED.parent / 'atlas'}/"))
+    return str(path)
+
+
+def test_a_suites_editors_are_listed_by_the_name_they_go_by(own_suite):
+    lines = run("list", "editors", "--suite", own_suite).output.splitlines()
+    assert {"alphaedit", "ft", "lora", "  ft", "  ft-paper (ft)", "  ft-l (ft)"} <= set(lines)
+    assert f"suite {own_suite}, model atlas-llama:" in lines
+    listed = json.loads(run("list", "editors", "--suite", own_suite, "--json").output)
+    assert listed["editors"] == json.loads(run("list", "editors", "--json").output)
+    assert listed["models"]["atlas-gpt2"]["ft-paper"] == "ft"
+    assert listed["models"]["atlas-llama"] == {"alphaedit": "alphaedit", "ft": "ft", "lora": "lora"}
+    refused = run("list", "finetunes", "--suite", own_suite)
+    assert refused.exit_code == 2
+    assert "--suite goes with `list editors`" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("editor", "says"),
+    [
+        ("ft-papr", "Unknown editor 'ft-papr'. Did you mean 'ft-paper'? Allowed: alphaedit, ft, ft-l, ft-paper"),
+        ("lora", "has no settings for the editor 'lora'; it has them for alphaedit, ft, ft-l"),
+        ("wrong", "editors.wrong: Unknown editor 'ftt'. Did you mean 'ft'?"),
+        ("romee", "editors.romee: Unknown editor 'romee'."),
+    ],
+)
+def test_an_editor_is_looked_up_in_the_suite(own_suite, tmp_path, editor, says):
+    words = ["--editor", editor, "--finetune", "tulu3", "--suite", own_suite, "--dry-run"]
+    result = run("evaluate", *words, env={"RETENTION_BENCH_STORE": str(tmp_path / "s")})
+    assert result.exit_code == 2
+    assert says in result.output
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -40,6 +88,11 @@ def test_what_there_is_can_be_listed(what, one):
         (["--editor", "ft", "--finetune", "tulu"], "Unknown fine-tune 'tulu'. Did you mean 'tulu3'?"),
         (["--editor", "ft", "--finetune", "tulu3", "--suite", "atlsa"], "Unknown suite 'atlsa'. Did you mean 'atlas'?"),
         (["--editor", "ft", "--finetune", "tulu3", "--model", "atlas-gpt"], "Did you mean 'atlas-gpt2'?"),
+        (
+            ["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "2", "--paraphrase-source", "templat"],
+            "Unknown paraphrase source 'templat'. Did you mean 'template'?",
+        ),
+        (["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "-1"], "-1 is not in the range x>=0"),
         (["--editor", "ft"], "Missing option '--finetune'"),
     ],
 )
@@ -69,6 +122,30 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
+    from retention_bench import pipeline
+
+    folders = []
+
+    def stop(cell, *, out, **_):
+        folders.append((out, cell.paraphrases, cell.paraphrase_source))
+        raise RetentionBenchError("far enough")
+
+    monkeypatch.setattr(pipeline, "evaluate", stop)
+    command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu", "--seed", "3"]
+    where = {"RETENTION_BENCH_STORE": str(tmp_path)}
+    for more in ([], ["--paraphrases", "2"], ["--paraphrases", "1", "--paraphrase-source", "model:atlas-llama"]):
+        assert "far enough" in run(*command, *more, env=where).output
+    common = Path("runs/atlas/atlas-gpt2/ft/tulu3")
+    assert folders == [
+        (common / "seed-3", 0, "own"),
+        (common / "paraphrases-2-own" / "seed-3", 2, "own"),
+        (common / "paraphrases-1-model-atlas-llama" / "seed-3", 1, "model:atlas-llama"),
+    ]
+    dry = run(*command, "--paraphrases", "2", "--dry-run", "--json", env=where)
+    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:3] == ["facts", "paraphrases", "score"]
+
+
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     from retention_bench import console
 
@@ -80,6 +157,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "finetune": "commoncrawl",
         "model": "atlas-llama",
         "notice": "A stand-in.",
+        "paraphrases": 0,
         "stages": {
             stage: dict.fromkeys(("edited", "paraphrase", "locality", "intrinsic"), rate)
             for stage in ("base", "post_edit", "post_finetune", "control_finetune")

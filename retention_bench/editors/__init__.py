@@ -18,6 +18,7 @@ from retention_bench.editors.base import (
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
     from retention_bench.editors.ft import FT
+    from retention_bench.editors.lora import LoRA
     from retention_bench.editors.memit import MEMIT
     from retention_bench.editors.rome import ROME
     from retention_bench.editors.sequential import edit_sequentially
@@ -30,6 +31,7 @@ _LATER = {
     "MEMIT": "memit",
     "ROME": "rome",
     "KeyStatistics": "statistics",
+    "LoRA": "lora",
     "collect_key_statistics": "statistics",
     "edit_sequentially": "sequential",
     "null_space_projector": "statistics",
@@ -46,6 +48,7 @@ __all__ = [
     "Editor",
     "FittedEditor",
     "KeyStatistics",
+    "LoRA",
     "collect_key_statistics",
     "edit_sequentially",
     "editor_names",

@@ -28,6 +28,7 @@ ENTRY_POINTS = "retention_bench.editors"
 _BUILT_IN = {
     "alphaedit": "retention_bench.editors.alphaedit:AlphaEdit",
     "ft": "retention_bench.editors.ft:FT",
+    "lora": "retention_bench.editors.lora:LoRA",
     "memit": "retention_bench.editors.memit:MEMIT",
     "rome": "retention_bench.editors.rome:ROME",
 }
@@ -77,8 +78,13 @@ class EditRequest:
         return (self.prompt, *self.paraphrases)
 
     @classmethod
-    def from_fact(cls, fact: Fact) -> EditRequest:
+    def from_fact(cls, fact: Fact, paraphrases: Sequence[str] = ()) -> EditRequest:
         """The request that writes a fact's `target_new`.
+
+        Args:
+            fact: The fact.
+            paraphrases: Other prompts that the edit shall hold for too, in the form of `Fact.prompt`; see `augment`.
+                The fact's own `paraphrases` are not among them by themselves: it is asked in those.
 
         Raises:
             UsageError: The fact has no `target_new`.
@@ -87,7 +93,7 @@ class EditRequest:
             raise UsageError(
                 f"Fact {fact.id!r} has no target_new, so there is nothing to edit. Leave it out, or give it one."
             )
-        return cls(fact.id, fact.prompt, fact.subject, fact.target_new)
+        return cls(fact.id, fact.prompt, fact.subject, fact.target_new, tuple(paraphrases))
 
 
 @dataclasses.dataclass(frozen=True)

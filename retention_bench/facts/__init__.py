@@ -2,8 +2,22 @@
 
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.known import Knowledge, knowledge
+from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
 from retention_bench.facts.pool import read_pool
 from retention_bench.facts.split import disjoint_split
 from retention_bench.facts.target import target_token, token_text
 
-__all__ = ["Fact", "FactSet", "Knowledge", "disjoint_split", "knowledge", "read_pool", "target_token", "token_text"]
+__all__ = [
+    "MODEL",
+    "Fact",
+    "FactSet",
+    "Knowledge",
+    "augment",
+    "check_source",
+    "disjoint_split",
+    "knowledge",
+    "read_pool",
+    "target_token",
+    "token_text",
+    "unseen",
+]

@@ -9,18 +9,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from retention_bench.editors import Editor, make_editor
+from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
-from retention_bench.finetune import Finetune, make_finetune
+from retention_bench.facts import MODEL, check_source
+from retention_bench.finetune import Finetune, finetune_names, make_finetune
 from retention_bench.pipeline.store import Store, file_sha256
 from retention_bench.pipeline.suite import ModelConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
-VERSIONS = {"facts": 1, "statistics": 1, "edit": 1, "finetune": 1, "score": 1, "results": 1}
+VERSIONS = {
+    "facts": 1,
+    "statistics": 1,
+    "paraphrases": 1,
+    "fit": 1,
+    "edit": 1,
+    "finetune": 1,
+    "score": 1,
+    "results": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +40,12 @@ class Cell:
     Attributes:
         suite: The suite.
         model: A model of the suite, a folder or a Hub id; None for the suite's default.
-        editor: The editor's name.
+        editor: The editor's name in the suite.
         finetune: The fine-tune's name.
         seed: Seed of the split, the edits and the fine-tunes.
         device: `"cpu"` or `"cuda"`.
+        paraphrases: How many more prompts each fact is edited with.
+        paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
     """
 
     suite: Suite
@@ -42,6 +54,8 @@ class Cell:
     finetune: str
     seed: int
     device: str
+    paraphrases: int = 0
+    paraphrase_source: str = "own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +107,10 @@ class Plan:
         facts: The stage that filters and splits the facts.
         base_score: The stage that scores the base model.
         statistics: The stage that measures the key statistics, if the editor needs them.
+        fit: The stage that trains the editor, if it is one that trains first.
+        paraphrases: The stage that finds more prompts for the edits, if there shall be any.
+        paraphrase_source: Where they come from, a model by its name in the results; None if there are none.
+        writer: The model that writes them, if one does, its path absolute.
         experiments: The edited copies.
         control: The stage that fine-tunes the unedited base model.
         control_score: The stage that scores it.
@@ -107,6 +125,10 @@ class Plan:
     facts: Stage
     base_score: Stage
     statistics: Stage | None
+    fit: Stage | None
+    paraphrases: Stage | None
+    paraphrase_source: str | None
+    writer: ModelConfig | None
     experiments: tuple[Experiment, ...]
     control: Stage
     control_score: Stage
@@ -114,9 +136,8 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """All stages in the order they run."""
-        stages = [self.facts, self.base_score]
-        if self.statistics:
-            stages.append(self.statistics)
+        stages = [self.facts, *([self.paraphrases] if self.paraphrases else []), self.base_score]
+        stages += [stage for stage in (self.statistics, self.fit) if stage]
         for e in self.experiments:
             stages += [e.edit, e.edit_score, e.finetune, e.finetune_score]
         return [*stages, self.control, self.control_score, self.results]
@@ -130,13 +151,18 @@ def plan(cell: Cell, store: Store) -> Plan:
         store: Makes the keys; it is not written.
 
     Raises:
-        UsageError: An unknown model, editor, fine-tune or setting.
+        UsageError: An unknown model, editor, fine-tune, paraphrase source or setting.
         RetentionBenchError: An input file is missing.
     """
     suite = cell.suite
     model_name, model = suite.model(cell.model)
-    editor = make_editor(cell.editor, _settings("editor", cell.editor, model.editors, suite))
-    finetune = make_finetune(cell.finetune, _settings("fine-tune", cell.finetune, model.finetunes, suite))
+    settings = _settings("editor", cell.editor, editor_names(), model.editors, suite)
+    settings.pop("editor", None)
+    registered = _registered(cell.editor, model, suite)
+    editor = make_editor(registered, settings)
+    finetune = make_finetune(
+        cell.finetune, _settings("fine-tune", cell.finetune, finetune_names(), model.finetunes, suite)
+    )
     base = {
         "model": _model_fingerprint(model.path, model.revision),
         "dtype": model.dtype,
@@ -164,9 +190,40 @@ def plan(cell: Cell, store: Store) -> Plan:
             layers=list(editor.statistics_layers),
         )
 
+    fit = None
+    if isinstance(editor, FittedEditor):
+        fit = stage(
+            "fit",
+            f"{cell.editor} training",
+            facts=facts_key,
+            editor=registered,
+            settings=_plain(editor),
+            seed=cell.seed,
+        )
+    paraphrases, source, writer = None, None, None
+    if cell.paraphrases:
+        check_source(cell.paraphrase_source)
+        source, written = cell.paraphrase_source, {}
+        if source.startswith(MODEL):
+            writer_name, writer = suite.model(source.removeprefix(MODEL))
+            source = f"{MODEL}{writer_name}"
+            written = {"writer": _model_fingerprint(writer.path, writer.revision)}
+        paraphrases = stage(
+            "paraphrases",
+            f"paraphrases for the edits, {cell.paraphrases} a fact ({source})",
+            facts=facts_key,
+            count=cell.paraphrases,
+            source="model" if writer else source,
+            **written,
+            seed=cell.seed,
+        )
+    # Only where there are some, so that everything without them keeps its key. What is scored depends on them too: a
+    # fact is not asked in the words it was edited with.
+    augmented = {"paraphrases": store.key("paraphrases", paraphrases.inputs)} if paraphrases else {}
+
     def score(title: str, checkpoint: Stage | None, group: slice) -> Stage:
         scored = store.key(checkpoint.name, checkpoint.inputs) if checkpoint else None
-        return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop])
+        return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop], **augmented)
 
     def tuned(title: str, edit: Stage | None) -> Stage:
         return stage(
@@ -194,9 +251,11 @@ def plan(cell: Cell, store: Store) -> Plan:
             facts=facts_key,
             group=[group.start, group.stop],
             statistics=store.key("statistics", statistics.inputs) if statistics else None,
-            editor=cell.editor,
+            editor=registered,
             settings=_plain(editor),
             seed=cell.seed,
+            **({"fit": store.key("fit", fit.inputs)} if fit else {}),
+            **augmented,
         )
         tune = tuned(f"{cell.finetune} fine-tune, {label}", edit)
         experiments.append(
@@ -219,24 +278,24 @@ def plan(cell: Cell, store: Store) -> Plan:
         suite=suite.name,
         notice=suite.notice,
         model_name=model_name,
+        editor=cell.editor,
         scores=[store.key("score", part.inputs) for part in parts],
+        paraphrase_source=source,
         seed=cell.seed,
     )
     return Plan(
-        cell, model_name, model, editor, finetune, facts, base_score, statistics, tuple(experiments), control,
-        control_score, results,
+        cell, model_name, model, editor, finetune, facts, base_score, statistics, fit, paraphrases, source, writer,
+        tuple(experiments), control, control_score, results,
     )  # fmt: skip
 
 
-def _settings(kind: str, name: str, given: Mapping[str, dict[str, Any]], suite: Suite) -> dict[str, Any]:
+def _settings(
+    kind: str, name: str, registered: Collection[str], given: Mapping[str, dict[str, Any]], suite: Suite
+) -> dict[str, Any]:
     """The suite's settings for an editor or a fine-tune, its paths made absolute."""
-    from retention_bench.editors import editor_names
-    from retention_bench.finetune import finetune_names
-
-    names = editor_names() if kind == "editor" else finetune_names()
-    if name not in names:
-        raise unknown_name(kind, name, names)
     if name not in given:
+        if name not in registered:
+            raise unknown_name(kind, name, given)
         raise UsageError(
             f"The suite {suite.name!r} has no settings for the {kind} {name!r}; it has them for "
             f"{', '.join(sorted(given)) or 'none'}. Add them to a copy of its YAML file and give that with --suite."
@@ -245,6 +304,22 @@ def _settings(kind: str, name: str, given: Mapping[str, dict[str, Any]], suite: 
     if isinstance(settings.get("source"), str):
         settings["source"] = suite.locate(settings["source"])
     return settings
+
+
+def _registered(name: str, model: ModelConfig, suite: Suite) -> str:
+    """The registered editor that goes by a name in the suite.
+
+    Raises:
+        UsageError: There is no such editor; the entry is named.
+    """
+    registered = model.registered[name]
+    if registered not in editor_names():
+        error = unknown_name("editor", registered, editor_names())
+        raise UsageError(
+            f"The suite {suite.name!r}, editors.{name}: {error} An entry that goes by another name than its editor "
+            "names that with the key `editor`."
+        )
+    return registered
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def gather(
     plan: Plan,
     store: Store,
     facts: FactSet,
+    asked: FactSet,
     known: Mapping[str, Any],
     scored: Sequence[tuple[int | None, str, Path]],
     tuned: Sequence[Path],
@@ -41,6 +42,7 @@ def gather(
         plan: The cell's plan.
         store: The store that holds its stages.
         facts: The cell's facts.
+        asked: The same without the paraphrases that the edits were made with.
         known: Counts of the known-fact filter.
         scored: (experiment or None, stage, folder of the samples) of every scored model.
         tuned: Folders of the fine-tuned models, by experiment.
@@ -62,7 +64,9 @@ def gather(
         "finetune": cell.finetune,
         "freeze": "none",
         "adapter": "none",
-        "paraphrases": 0,
+        "paraphrases": cell.paraphrases,
+        "paraphrase_source": plan.paraphrase_source,
+        "paraphrase_questions": _paraphrase_questions(facts, asked),
         "seed": cell.seed,
         "key": store.key(plan.results.name, plan.results.inputs),
         **aggregate(rows, seed=cell.seed),
@@ -136,6 +140,12 @@ def rates(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _paraphrase_questions(facts: FactSet, asked: FactSet) -> dict[str, int]:
+    """How many of the edited facts' paraphrases were asked, and how many not, since the edits were made with them."""
+    had, left = (sum(len(fact.paraphrases) for fact in some.edited) for some in (facts, asked))
+    return {"asked": left, "used_by_edits": had - left}
+
+
 def _read_log(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "log.json").read_text(encoding="utf-8"))
 
@@ -148,6 +158,8 @@ def _provenance(plan: Plan, facts: FactSet) -> dict[str, Any]:
         "facts": inputs["pool"],
         "facts_sha256": facts.sha256,
         "finetune_data": plan.control.inputs["data"],
+        "paraphrase_writer": plan.paraphrases.inputs.get("writer") if plan.paraphrases else None,
+        "editor": plan.experiments[0].edit.inputs["editor"],
         "editor_settings": plan.experiments[0].edit.inputs["settings"],
         "finetune_settings": plan.control.inputs["settings"],
         "seed": plan.cell.seed,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import FactSet, disjoint_split, knowledge, read_pool
+from retention_bench.facts import MODEL, FactSet, augment, disjoint_split, knowledge, read_pool, unseen
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
 from retention_bench.pipeline.results import gather
 from retention_bench.pipeline.rows import read_texts
@@ -115,17 +115,9 @@ class _Bench:
         """The cell's facts: the edited ones first, then the intrinsic ones."""
 
         def compute(folder: Path) -> None:
-            from retention_bench.scoring import is_scorable
-
             suite = self.plan.cell.suite
-            pool = read_pool(suite.locate(suite.facts.source), suite.facts.revision)
+            pool, scorable = self._pool()
             model, tokenizer = self.base()
-            # A target that begins with a stop word could never be found; such facts are left out and counted.
-            scorable = FactSet.of(
-                f
-                for f in pool
-                if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
-            )
             if not len(scorable):
                 raise RetentionBenchError(
                     f"All {len(pool)} facts of {suite.facts.source} have a target whose first token is a stop word or "
@@ -160,15 +152,50 @@ class _Bench:
 
         return FactSet.read(self._get(self.plan.facts, compute) / "facts.jsonl")
 
+    def _pool(self) -> tuple[FactSet, FactSet]:
+        """The suite's facts, and those that the metric could find: no target begins with a stop word."""
+        from retention_bench.scoring import is_scorable
+
+        suite = self.plan.cell.suite
+        pool = read_pool(suite.locate(suite.facts.source), suite.facts.revision)
+        _, tokenizer = self.base()
+        return pool, FactSet.of(
+            f for f in pool if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
+        )
+
     def known(self) -> dict[str, Any]:
         """Counts of the known-fact filter and mean probabilities (the paper's Table 4)."""
         folder = self.store.find(self.plan.facts.name, self.plan.facts.inputs)
         assert folder is not None  # asked for after `facts`
         return json.loads((folder / "known.json").read_text(encoding="utf-8"))
 
+    @functools.cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        """The prompts that each edited fact gets besides its own, by its id; none where the cell wants none."""
+        stage, cell, writer = self.plan.paraphrases, self.plan.cell, self.plan.writer
+        if stage is None:
+            return {}
+
+        def compute(folder: Path) -> None:
+            if writer is not None:
+                self.release()
+            found = augment(
+                self.facts.edited,
+                cell.paraphrases,
+                f"{MODEL}{writer.path}" if writer else cell.paraphrase_source,
+                seed=cell.seed,
+                device=cell.device,
+                dtype=self.plan.model.dtype,
+                revision=writer.revision if writer else None,
+                progress=self.progress,
+            )
+            write_text(folder / "prompts.json", json.dumps(found, indent=2, ensure_ascii=False))
+
+        return json.loads((self._get(stage, compute) / "prompts.json").read_text(encoding="utf-8"))
+
     def group(self, experiment: Experiment | None) -> FactSet:
-        """The facts one model is asked: its edited ones and all intrinsic ones."""
-        facts = self.facts
+        """The facts one model is asked: its edited ones and all intrinsic ones, in words that no edit was made with."""
+        facts = unseen(self.facts, self.prompts)
         if experiment is None:
             return facts
         return FactSet.of([*facts.edited.facts[experiment.facts], *facts.intrinsic])
@@ -200,6 +227,38 @@ class _Bench:
 
         return self._get(stage, compute)
 
+    @functools.cached_property
+    def fitted(self) -> Path | None:
+        """The folder that the editor's `fit` wrote, or None where it does not train."""
+        stage = self.plan.fit
+        if stage is None:
+            return None
+
+        def compute(folder: Path) -> None:
+            import torch
+
+            from retention_bench.editors import EditContext, FittedEditor
+
+            editor = self.plan.editor
+            assert isinstance(editor, FittedEditor)  # or there would be no such stage
+            _, scorable = self._pool()
+            # Facts about a subject that is edited or asked would give something of it away.
+            drawn = {fact.subject.casefold() for fact in self.facts}
+            facts = FactSet.of(f for f in scorable.edited if f.subject.casefold() not in drawn)
+            if not len(facts):
+                raise RetentionBenchError(
+                    f"{self.plan.cell.editor} trains before it edits, and of the {len(scorable)} facts in "
+                    f"{self.plan.cell.suite.facts.source} that can be scored none is left to train on: each has the "
+                    "subject of one that is edited or asked, or no target_new. Give more facts, or let fewer be edited."
+                )
+            work = self.store.scratch(stage.name, stage.inputs)
+            generator = torch.Generator().manual_seed(self.plan.cell.seed)
+            model, tokenizer = self.base()
+            editor.fit(model, tokenizer, facts, work, EditContext(generator=generator, progress=self.progress))
+            shutil.copytree(work, folder, dirs_exist_ok=True)
+
+        return self._get(stage, compute)
+
     def delta(self, experiment: Experiment) -> WeightDelta:
         """An experiment's edit."""
         from retention_bench.models import WeightDelta
@@ -209,7 +268,7 @@ class _Bench:
 
             from retention_bench.editors import EditContext, EditRequest, KeyStatistics, sample_context_templates
 
-            statistics = self.statistics
+            statistics, fitted = self.statistics, self.fitted
             model, tokenizer = self.base()
             generator = torch.Generator().manual_seed(self.plan.cell.seed)
             context = EditContext(
@@ -219,8 +278,9 @@ class _Bench:
                 ),
                 generator=generator,
                 progress=self.progress,
+                fitted=fitted,
             )
-            requests = [EditRequest.from_fact(f) for f in self.group(experiment).edited]
+            requests = [EditRequest.from_fact(f, self.prompts.get(f.id, ())) for f in self.group(experiment).edited]
             self.plan.editor.edit(model, tokenizer, requests, context).save(folder / "delta.safetensors")
 
         return WeightDelta.load(self.store.get("edit", experiment.edit.inputs, compute) / "delta.safetensors")
@@ -284,12 +344,13 @@ class _Bench:
             self.announce("all stages", True)
             return found
         p, facts = self.plan, self.facts
+        _ = self.prompts  # announced before the scores that leave their words out
         scored: list[tuple[int | None, str, Path]] = [(None, "base", self.score(p.base_score, None, None))]
         logs: list[Path] = []
         for e in p.experiments:
             edited = self.store.find(e.edit.name, e.edit.inputs) is not None
             if not edited:
-                _ = self.statistics  # announced before the edit that needs them
+                _ = self.statistics, self.fitted  # announced before the edit that needs them
             self.announce(e.edit.title, edited)
             self.delta(e)
             scored.append((e.index, "post_edit", self.score(e.edit_score, e, None)))
@@ -301,7 +362,7 @@ class _Bench:
 
         def compute(folder: Path) -> None:
             facts.write(folder / "facts.jsonl")
-            gather(p, self.store, facts, self.known(), scored, logs, control, folder)
+            gather(p, self.store, facts, self.group(None), self.known(), scored, logs, control, folder)
 
         return self._get(p.results, compute)
 
@@ -319,12 +380,12 @@ class _Bench:
             partial.rename(target)
 
         folder.mkdir(parents=True, exist_ok=True)
-        put("base", self.facts, *self.base())
+        put("base", self.group(None), *self.base())
         for e in self.plan.experiments:
             with self.edited(e) as (model, tokenizer):
                 put(f"post_edit-{e.index}", self.group(e), model, tokenizer)
             put(f"post_finetune-{e.index}", self.group(e), *self._load(str(self.tuned(e.finetune, e) / "model"), None))
-        put("control_finetune", self.facts, *self._load(str(self.tuned(self.plan.control, None) / "model"), None))
+        put("control_finetune", self.group(None), *self._load(str(self.tuned(self.plan.control, None) / "model"), None))
 
 
 def _save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -115,7 +115,25 @@ class Store:
                 }
                 write_text(partial / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False))
                 partial.rename(folder)
+                shutil.rmtree(self._work(stage, key), ignore_errors=True)
         return folder
+
+    def scratch(self, stage: str, inputs: Mapping[str, Any]) -> Path:
+        """A folder for what a stage has done so far, made where it is missing.
+
+        Unlike the folder that `compute` writes the result into, it survives a kill and an error, so that the next run
+        can go on from what is in it. `get` removes it once the result is in. To be used inside `compute`.
+
+        Args:
+            stage: The stage's name.
+            inputs: As for `get`.
+        """
+        folder = self._work(stage, self.key(stage, inputs))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _work(self, stage: str, key: str) -> Path:
+        return self.root / stage / f"{key}.work"
 
 
 def manifest(folder: Path) -> dict[str, Any]:

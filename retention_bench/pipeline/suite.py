@@ -68,7 +68,8 @@ class ModelConfig(_Strict):
         path: A local folder (as in `Source`) or a Hub model id.
         revision: The Hub revision; pin it.
         dtype: The dtype that the base model is edited, trained and scored in.
-        editors: Settings by editor, checked by the editor.
+        editors: Settings by the name that an editor goes by in this suite, checked by the editor. The key `editor` in
+            an entry names the registered editor where that is another, so one can stand there with several settings.
         finetunes: Settings by fine-tune, checked by the fine-tune.
     """
 
@@ -77,6 +78,11 @@ class ModelConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     editors: dict[str, dict[str, Any]]
     finetunes: dict[str, dict[str, Any]]
+
+    @property
+    def registered(self) -> dict[str, str]:
+        """The registered editor of each entry of `editors`."""
+        return {name: str(settings.get("editor", name)) for name, settings in self.editors.items()}
 
 
 class Suite(_Strict):

@@ -12,7 +12,7 @@ from retention_bench.facts import Fact
 def test_names_are_listed_without_importing_torch():
     code = (
         "import sys; from retention_bench.editors import editor_names;"
-        "assert {'ft', 'alphaedit'} <= set(editor_names()); assert 'torch' not in sys.modules"
+        "assert {'ft', 'lora', 'alphaedit'} <= set(editor_names()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -113,6 +113,10 @@ def test_installed_packages_add_editors(request):
 def test_a_request_is_made_from_a_fact():
     fact = Fact("f1", "Rome", "capital", "The city of {} lies in", "Italy", target_new=" Peru ")
     assert EditRequest.from_fact(fact) == EditRequest("f1", "The city of {} lies in", "Rome", "Peru")
+    more = EditRequest.from_fact(fact, ["{} is a town of", "In short, the city of {} lies in "])
+    assert more.prompts == ("The city of {} lies in", "{} is a town of", "In short, the city of {} lies in")
+    with pytest.raises(UsageError, match="'f1': the prompt 'Rome is' must contain"):
+        EditRequest.from_fact(fact, ["Rome is"])
     with pytest.raises(UsageError, match="'f1' has no target_new"):
         EditRequest.from_fact(dataclasses.replace(fact, target_new=None))
 

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from retention_bench.editors import FT, EditContext
+from retention_bench.editors import FT, EditContext, EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
 
 
@@ -122,3 +122,42 @@ def test_what_cannot_be_edited_is_refused(gpt2, golden):
         edit(gpt2, [], FT())
     with pytest.raises(UsageError, match="no layer 6"):
         edit(gpt2, golden.requests, FT(layer=6))
+
+
+@pytest.mark.parametrize("objective", ["target", "prompt_last"])
+def test_a_requests_loss_is_the_mean_over_its_prompts(llama, llama_requests, distance, objective):
+    def settings(**more):
+        return FT(layer=1, lr=1e-3, objective=objective, **more)
+
+    def first_loss(requests):
+        losses = []
+        edit(llama, requests, settings(num_steps=1), losses)
+        return losses[0]
+
+    def prompted(request, *prompts):
+        return EditRequest(request.fact_id, prompts[0], request.subject, request.target_new, prompts[1:])
+
+    one, other = llama_requests[0], llama_requests[2]
+    texts = (one.prompt, "They say that {} plays the", "Here {} plays the")
+    alone = [first_loss([prompted(one, text)]) for text in texts]
+    assert first_loss([prompted(one, *texts)]) == pytest.approx(sum(alone) / 3, rel=1e-5)
+    # Every request counts the same, however many prompts it has.
+    both = first_loss([prompted(one, *texts), other])
+    assert both == pytest.approx((sum(alone) / 3 + first_loss([other])) / 2, rel=1e-5)
+    # The gradient is that of this mean: a prompt that stands there twice weighs as much as two.
+    twice = edit(llama, [prompted(one, texts[0], texts[1], texts[0], texts[1])], settings(num_steps=3))
+    once = edit(llama, [prompted(one, texts[0], texts[1])], settings(num_steps=3))
+    for name, change in once.entries.items():
+        assert distance(twice.entries[name], change) < 1e-3
+
+
+def test_paraphrases_are_written_too(gpt2, golden, probabilities):
+    request = golden.requests[0]
+    other = EditRequest("p", f"In other words, {request.prompt}", request.subject, request.target_new)
+    both = EditRequest("b", request.prompt, request.subject, request.target_new, (other.prompt,))
+    editor = FT(lr=5e-4, num_steps=8)
+    with edit(gpt2, [request], editor).applied(gpt2[0]):
+        [without] = probabilities(*gpt2, [other])
+    with edit(gpt2, [both], editor).applied(gpt2[0]):
+        [within] = probabilities(*gpt2, [other])
+    assert within > without

@@ -13,7 +13,8 @@ def small_suite(tmp_path_factory):
     for model in suite["models"].values():
         model["path"] = str((PACKAGED / model["path"]).resolve())
         model["editors"]["alphaedit"] |= {"edits_per_model": 3, "v_num_grad_steps": 8}
-        model["editors"]["ft"] |= {"edits_per_model": 3, "num_steps": 5}
+        for name in ("ft", "lora"):
+            model["editors"][name] |= {"edits_per_model": 3, "num_steps": 5}
         model["finetunes"]["tulu3"] |= {
             "source": str((PACKAGED / model["finetunes"]["tulu3"]["source"]).resolve()),
             "train_size": 96,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from retention_bench import console
+from retention_bench.editors import EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import FactSet
-from retention_bench.pipeline import Cell, Store, aggregate, evaluate, load_suite, plan
+from retention_bench.pipeline import Cell, Store, aggregate, evaluate, load_suite, plan, run
 
 
 def cell(suite, editor="alphaedit", model=None, seed=0):
@@ -88,6 +91,117 @@ def test_a_seed_or_a_setting_changes_the_keys_it_should(small_suite, tmp_path):
     first, other = (plan(cell(small_suite, seed=s), store) for s in (0, 1))
     assert store.key("facts", first.facts.inputs) != store.key("facts", other.facts.inputs)
     assert store.key("statistics", first.statistics.inputs) == store.key("statistics", other.statistics.inputs)
+
+
+def test_a_suite_has_one_editor_with_several_settings(small_suite, tmp_path):
+    suite = yaml.safe_load(small_suite.read_text())
+    editors = suite["models"]["atlas-gpt2"]["editors"]
+    editors["same"] = editors["ft"] | {"editor": "ft"}
+    editors["slow"] = editors["ft"] | {"editor": "ft", "lr": 1e-5}
+    editors["ft"] |= {"editor": "ft"}
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    store = Store(tmp_path)
+    ft, same, slow = (plan(cell(path, editor=name), store) for name in ("ft", "same", "slow"))
+    assert (ft.editor, ft.editor.lr, slow.editor.lr) == (same.editor, 2e-3, 1e-5)
+    # The edit is the same whatever its name, the results carry the name.
+    assert ft.experiments[0].edit.inputs == same.experiments[0].edit.inputs
+    assert ft.experiments[0].edit.inputs["editor"] == slow.experiments[0].edit.inputs["editor"] == "ft"
+    assert len({store.key("results", p.results.inputs) for p in (ft, same, slow)}) == 3
+    assert slow.experiments[0].edit.title == "slow edit, model 1 of 2"
+    plain = plan(cell(small_suite, editor="ft"), store)
+    assert plain.experiments[0].edit.inputs == ft.experiments[0].edit.inputs
+
+
+def test_paraphrases_change_only_the_keys_that_they_should(small_suite, tmp_path):
+    store = Store(tmp_path)
+
+    def keys(**given):
+        planned = plan(dataclasses.replace(cell(small_suite), **given), store)
+        return {s.title: store.key(s.name, s.inputs) for s in planned.stages()}
+
+    without = keys()
+    assert keys(paraphrase_source="template") == without
+    own, three, template = (
+        keys(paraphrases=n, paraphrase_source=s) for n, s in ((2, "own"), (3, "own"), (2, "template"))
+    )
+    same = {"known-fact filter and split", "key statistics", "tulu3 fine-tune, unedited control"}
+    for some in (own, three, template):
+        assert {title for title in without if some[title] == without[title]} == same
+    assert len({some["alphaedit edit, model 1 of 2"] for some in (without, own, three, template)}) == 4
+    assert (
+        own["paraphrases for the edits, 2 a fact (own)"] != template["paraphrases for the edits, 2 a fact (template)"]
+    )
+
+
+def test_a_paraphrase_source_is_checked_before_anything_runs(small_suite, tmp_path):
+    for source, says in (
+        ("owns", "Unknown paraphrase source 'owns'. Did you mean 'own'"),
+        ("model:atlas-lama", "Unknown model 'atlas-lama'. Did you mean 'atlas-llama'"),
+    ):
+        asked = dataclasses.replace(cell(small_suite), paraphrases=1, paraphrase_source=source)
+        with pytest.raises(UsageError, match=says):
+            plan(asked, Store(tmp_path))
+
+
+def test_a_model_that_writes_is_a_part_of_the_key_and_gets_the_edited_facts(
+    finished, small_suite, tmp_path, monkeypatch
+):
+    store, _, _ = finished
+    asked = dataclasses.replace(cell(small_suite), paraphrases=2, paraphrase_source="model:atlas-llama")
+    planned = plan(asked, store)
+    assert planned.paraphrase_source == "model:atlas-llama"
+    folder = load_suite(str(small_suite)).models["atlas-llama"].path
+    assert "model.safetensors" in planned.paraphrases.inputs["writer"]["files"]
+    by_folder = plan(dataclasses.replace(asked, paraphrase_source=f"model:{folder}"), store)
+    assert by_folder.paraphrases.inputs == planned.paraphrases.inputs
+
+    def write(facts, count, source, **given):
+        assert [f.target_new is not None for f in facts] == [True] * 6
+        assert (count, source, given["device"], given["dtype"]) == (2, f"model:{folder}", "cpu", "float32")
+        raise RetentionBenchError("Fact 'x': too few")
+
+    monkeypatch.setattr(run, "augment", write)
+    with pytest.raises(RetentionBenchError, match="Fact 'x': too few"):
+        evaluate(asked, store=store, out=tmp_path)
+
+
+def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_suite, tmp_path, monkeypatch, capsys):
+    store, out, without = finished
+    seen = []
+    make = EditRequest.from_fact
+    monkeypatch.setattr(EditRequest, "from_fact", lambda fact, given: seen.append(make(fact, given)) or seen[-1])
+    one_model = tmp_path / "suite.yaml"
+    suite = yaml.safe_load(small_suite.read_text())
+    suite["models"]["atlas-gpt2"]["editors"]["ft"]["edits_per_model"] = 6
+    one_model.write_text(yaml.safe_dump(suite))
+    asked = dataclasses.replace(cell(one_model, editor="ft"), paraphrases=4)
+    titles = []
+    results = evaluate(
+        asked, store=store, out=tmp_path, announce=lambda title, cached: titles.append(title), save_checkpoints=True
+    )
+    assert titles[:3] == [
+        "known-fact filter and split", "paraphrases for the edits, 4 a fact (own)", "score the base model"
+    ]  # fmt: skip
+    facts = FactSet.read(tmp_path / "facts.jsonl")
+    assert facts == FactSet.read(out / "facts.jsonl")  # whole, whatever is asked
+    assert [[p.replace("{}", r.subject) for p in r.paraphrases] for r in seen] == [
+        list(f.paraphrases) for f in facts.edited
+    ]
+    assert (results["paraphrases"], results["paraphrase_source"]) == (4, "own")
+    assert results["paraphrase_questions"] == {"asked": 0, "used_by_edits": 24}
+    assert all("paraphrase" not in kinds for kinds in results["stages"].values())
+    for name in ("base", "post_edit-0", "post_finetune-0", "control_finetune"):
+        left = FactSet.read(tmp_path / "checkpoints" / name / "facts.jsonl")
+        assert not any(fact.paraphrases for fact in left.edited)
+    console.print_results(results, tmp_path, real="gpt2-xl")
+    said = capsys.readouterr().out
+    assert "Each fact was edited with 4 more prompts (own)." in said
+    assert "none is left to ask them in other words" in said
+    assert "--paraphrases 4 --paraphrase-source own" in said
+
+    assert (without["paraphrases"], without["paraphrase_source"]) == (0, None)
+    assert without["paraphrase_questions"] == {"asked": 24, "used_by_edits": 0}
 
 
 def test_checkpoints_are_whole_models_with_their_facts(finished):

@@ -71,6 +71,38 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_scratch_survives_a_kill_and_an_error_and_goes_once_the_result_is_in(tmp_path):
+    script = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from retention_bench.pipeline.store import Store
+
+        store = Store(Path({str(tmp_path)!r}))
+
+        def compute(folder):
+            (store.scratch("fit", {{}}) / "step-1").write_text("kept")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        store.get("fit", {{}}, compute)
+    """)
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    store = Store(tmp_path)
+
+    def fail(folder):
+        assert (store.scratch("fit", {}) / "step-1").read_text() == "kept"
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        store.get("fit", {}, fail)
+    assert store.find("fit", {}) is None
+
+    def finish(folder):
+        (store.scratch("fit", {}) / "step-1").rename(folder / "out.txt")
+
+    assert (store.get("fit", {}, finish) / "out.txt").read_text() == "kept"
+    assert not list(tmp_path.rglob("*.work"))
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -1,0 +1,120 @@
+"""Gradient descent on the requests' targets, for editors that fine-tune; what is trained is the caller's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retention_bench.editors.base import EditRequest
+from retention_bench.editors.subject import target_ids
+from retention_bench.errors import RetentionBenchError
+from retention_bench.models import log_probabilities, pad
+from retention_bench.progress import Progress
+
+Objective = Literal["target", "prompt_last"]
+"""`"target"` is the cross-entropy of the target's tokens, each after those before it. `"prompt_last"` is that of FT's
+reference: every token of the target is trained to follow the prompt directly, which is wrong for more than one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One prompt of a request: its token ids, the positions that are trained, and what each shall predict."""
+
+    ids: list[int]
+    positions: list[int]
+    targets: list[int]
+
+
+def descend(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    optimizer: torch.optim.Optimizer,
+    hidden: Callable[[Tensor, Tensor], Tensor],
+    *,
+    name: str,
+    num_steps: int,
+    batch_size: int,
+    stop_loss: float,
+    progress: Progress,
+    objective: Objective = "target",
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Lower the mean over requests of the mean over a request's prompts of the mean -log p over its target's tokens.
+
+    Args:
+        model: Its head turns hidden states into predictions; nothing of it is trained here.
+        tokenizer: Its tokenizer.
+        requests: The facts; each is trained on all its prompts.
+        optimizer: Holds what is trained.
+        hidden: From token ids and mask, both [rows, length], to hidden states behind the final norm
+            [rows, length, d_model], with what is trained in its place.
+        name: The editor's, for progress and errors.
+        num_steps: Passes over the requests at most.
+        batch_size: Requests a step.
+        stop_loss: No step is taken on a batch whose loss is below this, and a pass whose mean is below it is the last.
+        progress: Called after every pass.
+        objective: What is lowered.
+        after_step: Called after every step.
+
+    Raises:
+        RetentionBenchError: A loss is not finite; the fact is named.
+    """
+    rows = [_rows(tokenizer, request, objective) for request in requests]
+    for step in range(num_steps):
+        total = 0.0
+        for start in range(0, len(rows), batch_size):
+            chunk = slice(start, start + batch_size)
+            losses = _losses(model, hidden, rows[chunk])
+            _check_finite(losses, requests[chunk], name)
+            loss = losses.mean()
+            total += loss.item() * len(losses)
+            if loss.item() >= stop_loss:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                after_step()
+        progress(name, step + 1, num_steps, {"loss": total / len(rows)})
+        if total / len(rows) < stop_loss:
+            break
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, request: EditRequest, objective: Objective) -> list[_Row]:
+    """A row for each of a request's prompts."""
+    target = target_ids(tokenizer, request)
+    rows = []
+    for text in request.prompts:
+        prompt = tokenizer.encode(text.replace("{}", request.subject))
+        if objective == "prompt_last":
+            rows.append(_Row(prompt, [len(prompt) - 1] * len(target), target))
+        else:
+            rows.append(_Row(prompt + target[:-1], [len(prompt) - 1 + j for j in range(len(target))], target))
+    return rows
+
+
+def _losses(
+    model: PreTrainedModel, hidden: Callable[[Tensor, Tensor], Tensor], rows: Sequence[Sequence[_Row]]
+) -> Tensor:
+    """Every request's loss [requests], all their prompts in one pass."""
+    flat = [row for group in rows for row in group]
+    states = hidden(*pad([row.ids for row in flat], model.device))
+    losses = []
+    for index, row in enumerate(flat):
+        predicted = log_probabilities(model, states[index, row.positions])
+        losses.append(-predicted[range(len(row.targets)), row.targets].mean())
+    groups = torch.stack(losses).split([len(group) for group in rows])
+    return torch.stack([group.mean() for group in groups])
+
+
+def _check_finite(losses: Tensor, requests: Sequence[EditRequest], name: str) -> None:
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise RetentionBenchError(
+            f"Fact {requests[bad[0]].fact_id!r}: the loss became {losses[bad[0]]:g} during {name}. Lower lr, and check "
+            "that the model's own weights are finite."
+        )

@@ -1,0 +1,167 @@
+"""More prompts for a fact, to edit it with: its own paraphrases, other words before its prompt, or a model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable, Mapping, Sequence
+
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.facts.fact import Fact, FactSet
+from retention_bench.facts.written import write_paraphrases
+from retention_bench.progress import Progress, silent
+
+MODEL = "model:"
+"""What a source begins with that names a model."""
+
+OPENINGS = (
+    "It is known that ",
+    "According to the encyclopedia, ",
+    "As everyone knows, ",
+    "It has been confirmed that ",
+    "Most sources agree that ",
+    "Records show that ",
+    "Teachers explain that ",
+    "In short, ",
+    "To put it simply, ",
+    "Experts have often said that ",
+    "It is a well-established fact that ",
+    "As the guide told the visitors, ",
+    "If you look it up, you will find that ",
+    "People who have studied the matter say that ",
+    "Fact: ",
+    "Note: ",
+    "The following is true: ",
+    "From a reference book: ",
+    "Complete the sentence: ",
+    "Fill in the word that comes next: ",
+    "Question: How does this sentence end? Answer: ",
+    "Q: What is true here? A: ",
+    "The weather was mild that day. ",
+    "The meeting began at nine. ",
+    "Here is something worth knowing. ",
+    "She turned the page and read on. ",
+)
+"""What the source `template` puts before a prompt. The prompt's ending, behind which the object follows, stays."""
+
+_WITHIN = frozenset(
+    "A All Among An As At By During For From If In It Its Like Most Of On One People Since That The Their These This "
+    "To Under When Where With".split()
+)
+"""Words that are written in lower case where a sentence does not begin with them."""
+
+
+def check_source(source: str) -> None:
+    """Refuse a source of paraphrases that there is not.
+
+    Raises:
+        UsageError: It is none of `own`, `template` and `model:` with a name.
+    """
+    if source in _PICK or (source.startswith(MODEL) and source != MODEL):
+        return
+    error = unknown_name("paraphrase source", source, [*_PICK, f"{MODEL}NAME"])
+    raise UsageError(f"{error} NAME is an instruct model's folder or Hub id.")
+
+
+def augment(
+    facts: Iterable[Fact],
+    count: int,
+    source: str,
+    *,
+    seed: int,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, tuple[str, ...]]:
+    """Find more prompts for facts, in the form of `Fact.prompt`.
+
+    Args:
+        facts: The facts.
+        count: Prompts for each. The first of them are those that a smaller count gives, except for a model's.
+        source: `own` takes a fact's paraphrases, in their order; `template` puts the fact's prompt behind one of
+            `OPENINGS`; `model:NAME` lets the instruct model in a folder or on the Hub write them.
+        seed: Seed of the openings and of the model's sampling.
+        device: Where the model runs.
+        dtype: What the model's weights are converted to.
+        revision: The model's Hub revision.
+        progress: Told how many facts a model has written for.
+
+    Returns:
+        By fact id `count` prompts with `{}` once, where the subject goes, that differ from each other and from the
+        fact's own.
+
+    Raises:
+        UsageError: No such source, a negative count, or more than the source has for every fact.
+        RetentionBenchError: A fact has too few, and is named; or the model cannot be loaded.
+    """
+    check_source(source)
+    if count < 0:
+        raise UsageError(f"{count} paraphrases a fact were asked for. Give 0 or more.")
+    facts = list(facts)
+    if count == 0:
+        return {fact.id: () for fact in facts}
+    if not source.startswith(MODEL):
+        return {fact.id: _PICK[source](fact, count, seed) for fact in facts}
+    import torch
+
+    from retention_bench.models import load_model
+
+    name = source.removeprefix(MODEL)
+    model, tokenizer = load_model(name, device=device, dtype=getattr(torch, dtype), revision=revision)
+    return write_paraphrases(model, tokenizer, facts, count, seed=seed, name=name, progress=progress)
+
+
+def unseen(facts: FactSet, prompts: Mapping[str, Sequence[str]]) -> FactSet:
+    """Facts without those of their paraphrases that they were edited with, which would be no test of the edit.
+
+    Args:
+        facts: The facts.
+        prompts: By fact id the prompts of its edit.
+    """
+
+    def kept(fact: Fact) -> Fact:
+        used = {prompt.replace("{}", fact.subject) for prompt in prompts.get(fact.id, ())}
+        rest = tuple(text for text in fact.paraphrases if text.rstrip() not in used)
+        return dataclasses.replace(fact, paraphrases=rest)
+
+    return FactSet.of(kept(fact) for fact in facts)
+
+
+def _own(fact: Fact, count: int, seed: int) -> tuple[str, ...]:
+    """A fact's first paraphrases, each with the subject's last occurrence taken out."""
+    found: dict[str, None] = {}  # ordered, each once
+    for text in fact.paraphrases:
+        before, subject, after = text.rpartition(fact.subject)
+        prompt = f"{before}{{}}{after}".rstrip()
+        if subject and "{}" not in text and prompt.count("{}") == 1 and prompt != fact.prompt:
+            found[prompt] = None
+    if len(found) < count:
+        raise RetentionBenchError(
+            f"Fact {fact.id!r}: it has {len(found)} paraphrases of its own in which the subject {fact.subject!r} "
+            f"stands, and {count} are wanted. Ask for fewer, leave the fact out, or give another source: template, or "
+            f"{MODEL}NAME for an instruct model that writes them."
+        )
+    return tuple(found)[:count]
+
+
+def _template(fact: Fact, count: int, seed: int) -> tuple[str, ...]:
+    """A fact's prompt behind openings, drawn in an order of the fact's own."""
+    if count > len(OPENINGS):
+        raise UsageError(
+            f"The paraphrase source 'template' has {len(OPENINGS)} openings, and {count} paraphrases a fact were asked "
+            f"for. Ask for {len(OPENINGS)} at most, or give {MODEL}NAME for an instruct model that writes them."
+        )
+    drawn = random.Random(f"{seed} {fact.id}").sample(OPENINGS, len(OPENINGS))[:count]
+    return tuple(opening + _behind(opening, fact.prompt) for opening in drawn)
+
+
+def _behind(opening: str, prompt: str) -> str:
+    """A prompt as it is written behind an opening."""
+    begins = opening.rstrip().endswith((".", ":", "?"))
+    if begins or prompt.split(" ", 1)[0] not in _WITHIN:
+        return prompt
+    return prompt[0].lower() + prompt[1:]
+
+
+_PICK = {"own": _own, "template": _template}
