@@ -1,4 +1,4 @@
-"""How the settings of suite atlas were chosen: AlphaEdit and FT over layers, limits and group sizes, in one run.
+"""How the settings of suite atlas were chosen: AlphaEdit, FT and LoRA over layers, limits and group sizes, in one run.
 
     python benchmarks/atlas_settings.py atlas-gpt2|atlas-llama|FOLDER grid|seeds
 
@@ -33,6 +33,7 @@ SEEDS = range(5)
 SHOWN = {
     "layers": "layers",
     "layer": "layer",
+    "modules": "modules",
     "lr": "lr",
     "clamp_norm_factor": "clamp",
     "nullspace_threshold": "threshold",
@@ -78,7 +79,8 @@ def main(name: str, table: str) -> None:
         began = time.monotonic()
         facts = disjoint_split(known, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=seed)
         templates = sample_context_templates(model, tokenizer, torch.Generator().manual_seed(seed))
-        context = EditContext(statistics=statistics, templates=templates)
+        generator = torch.Generator().manual_seed(seed)
+        context = EditContext(statistics=statistics, templates=templates, generator=generator)
         try:
             rates = measure(model, tokenizer, make_editor(editor, settings), facts, context)
             figures = "  ".join(f"{kind} {rate:.2f}" for kind, rate in rates.items())
@@ -87,11 +89,12 @@ def main(name: str, table: str) -> None:
         what = "  ".join(f"{short} {settings[setting]}" for setting, short in SHOWN.items() if setting in settings)
         print(f"seed {seed}  {editor:9}  {what:60}  {figures}  ({time.monotonic() - began:.0f} s)", flush=True)
 
-    alphaedit, ft = config.editors["alphaedit"], config.editors["ft"]
+    alphaedit, ft, lora = (config.editors[editor] for editor in ("alphaedit", "ft", "lora"))
     if table == "seeds":
         for seed in SEEDS:
             show("alphaedit", alphaedit, seed)
             show("ft", ft, seed)
+            show("lora", lora, seed)
         return
     for clamp, threshold in itertools.product((0.75, 2.0), (0.02, 0.1)):
         show("alphaedit", alphaedit | {"clamp_norm_factor": clamp, "nullspace_threshold": threshold}, GRID_SEED)
@@ -102,6 +105,12 @@ def main(name: str, table: str) -> None:
     for layer, lr in itertools.product((0, 1, 2), (5e-4, 1e-3, 2e-3)):
         show("ft", ft | {"layer": layer, "lr": lr}, GRID_SEED)
     show("ft", ft | {"lr": 5e-5}, GRID_SEED)  # the paper's
+    for lr in (1e-3, 2e-3, 5e-3):
+        show("lora", lora | {"modules": "projection", "lr": lr}, GRID_SEED)
+    for layers in ([0, 1], [1]):
+        show("lora", lora | {"modules": "projection", "layers": layers, "lr": 5e-3}, GRID_SEED)
+    for lr in (1e-3, 5e-3):
+        show("lora", lora | {"modules": "all-linear", "lr": lr}, GRID_SEED)
 
 
 if __name__ == "__main__":
