@@ -18,12 +18,14 @@ from retention_bench.editors.base import (
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
     from retention_bench.editors.ft import FT
+    from retention_bench.editors.malmen import MALMEN
     from retention_bench.editors.statistics import KeyStatistics, collect_key_statistics, null_space_projector
     from retention_bench.editors.templates import sample_context_templates
 
 _LATER = {
     "AlphaEdit": "alphaedit",
     "FT": "ft",
+    "MALMEN": "malmen",
     "KeyStatistics": "statistics",
     "collect_key_statistics": "statistics",
     "null_space_projector": "statistics",
@@ -32,6 +34,7 @@ _LATER = {
 
 __all__ = [
     "FT",
+    "MALMEN",
     "AlphaEdit",
     "EditContext",
     "EditRequest",

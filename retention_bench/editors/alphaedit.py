@@ -5,28 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
 from retention_bench.editors.keys import block_outputs, mean_keys
-from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
+from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
 from retention_bench.editors.statistics import KeyStatistics, null_space_projector
 from retention_bench.editors.subject import check_requests
 from retention_bench.editors.value import optimise_values
 from retention_bench.errors import UsageError
 from retention_bench.models import LowRank, WeightDelta, frozen, is_in_out, projection, projection_name
-
-
-def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
-    if list(layers) != sorted(set(layers)):
-        raise ValueError("Layers should ascend, each once")
-    return layers
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class AlphaEdit:
         L2: Ridge of the solve; the paper's formula has 1, its code 10.
     """
 
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(_ascending)]
+    layers: Layers
     edits_per_model: Count | None = None
     v_lr: Positive = 0.5
     v_num_grad_steps: Count = 20

@@ -28,6 +28,7 @@ ENTRY_POINTS = "retention_bench.editors"
 _BUILT_IN = {
     "alphaedit": "retention_bench.editors.alphaedit:AlphaEdit",
     "ft": "retention_bench.editors.ft:FT",
+    "malmen": "retention_bench.editors.malmen:MALMEN",
 }
 
 

@@ -2,13 +2,23 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 """A whole number, 1 or more."""
 
 Layer = Annotated[int, Field(strict=True, ge=0)]
 """The index of a layer, counted from 0."""
+
+
+def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if list(layers) != sorted(set(layers)):
+        raise ValueError("Layers should ascend, each once")
+    return layers
+
+
+Layers = Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(_ascending)]
+"""One or more layers, ascending."""
 
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 """A finite number above 0."""

@@ -45,18 +45,25 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Te
     return ids, mask
 
 
-def last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def last_hidden(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, weights: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """Hidden states behind the final norm.
 
     Args:
         model: The model.
         ids: Token ids [rows, length], padded on the right.
         mask: 1 for tokens, 0 for padding [rows, length].
+        weights: By full parameter name, what stands for the model's own in this pass; gradients flow into them.
 
     Returns:
         [rows, length, d_model] in the model's dtype.
     """
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if weights is None:
+        return model.base_model(**inputs).last_hidden_state
+    inner = {name.removeprefix(f"{model.base_model_prefix}."): weight for name, weight in weights.items()}
+    return torch.func.functional_call(model.base_model, inner, kwargs=inputs).last_hidden_state
 
 
 def log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -116,7 +123,14 @@ def record(
     return found, out[0] if out else None
 
 
-def hidden_from(model: PreTrainedModel, layer: int, output: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+def hidden_from(
+    model: PreTrainedModel,
+    layer: int,
+    output: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Run only the blocks above a layer, as if that layer's block had put out `output`; gradients flow into it.
 
     Args:
@@ -125,6 +139,7 @@ def hidden_from(model: PreTrainedModel, layer: int, output: Tensor, ids: Tensor,
         output: What stands for the layer's block output [rows, length, d_model], in the model's dtype.
         ids: The rows' token ids [rows, length], padded on the right.
         mask: 1 for tokens, 0 for padding [rows, length].
+        weights: As for `last_hidden`.
 
     Returns:
         Hidden states behind the final norm [rows, length, d_model].
@@ -132,7 +147,7 @@ def hidden_from(model: PreTrainedModel, layer: int, output: Tensor, ids: Tensor,
     replaced: dict[int, Callable[..., Tensor]] = dict.fromkeys(range(layer), _hand_through)
     replaced[layer] = lambda *args, **kwargs: output
     with _forwards(model, replaced):
-        return last_hidden(model, ids, mask)
+        return last_hidden(model, ids, mask, weights)
 
 
 def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
