@@ -71,7 +71,8 @@ class HyperNetwork:
     def of(cls, state: Mapping[str, Tensor], device: torch.device) -> HyperNetwork:
         """The network whose `state` this is, on a device."""
         weights, normaliser = {}, {}
-        for name, tensor in state.items():
+        # Sorted, for an optimiser knows weights by their place, and a file gives them back in its own order.
+        for name, tensor in sorted(state.items()):
             part, _, inner = name.partition(".")
             if part == "normalizer":
                 normaliser[inner] = tensor.detach().to(device, copy=True)
