@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
     from retention_bench.editors.ft import FT
     from retention_bench.editors.lora import LoRA
+    from retention_bench.editors.malmen import MALMEN
     from retention_bench.editors.memit import MEMIT
     from retention_bench.editors.rome import ROME
     from retention_bench.editors.sequential import edit_sequentially
@@ -30,6 +31,7 @@ _LATER = {
     "FT": "ft",
     "MEMIT": "memit",
     "ROME": "rome",
+    "MALMEN": "malmen",
     "KeyStatistics": "statistics",
     "LoRA": "lora",
     "collect_key_statistics": "statistics",
@@ -40,6 +42,7 @@ _LATER = {
 
 __all__ = [
     "FT",
+    "MALMEN",
     "MEMIT",
     "ROME",
     "AlphaEdit",

@@ -29,6 +29,7 @@ _BUILT_IN = {
     "alphaedit": "retention_bench.editors.alphaedit:AlphaEdit",
     "ft": "retention_bench.editors.ft:FT",
     "lora": "retention_bench.editors.lora:LoRA",
+    "malmen": "retention_bench.editors.malmen:MALMEN",
     "memit": "retention_bench.editors.memit:MEMIT",
     "rome": "retention_bench.editors.rome:ROME",
 }

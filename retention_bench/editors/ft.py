@@ -1,4 +1,4 @@
-"""FT: fine-tune one layer's MLP down-projection on the new facts (EDITORS "6"; the baseline of ROME, appendix E.2)."""
+"""FT: fine-tune one layer's MLP down-projection on the new facts (the baseline of ROME, appendix E.2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retention_bench.editors.base import EditContext, EditRequest
 from retention_bench.editors.descent import Objective, descend
 from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
 from retention_bench.editors.subject import check_requests
-from retention_bench.models import WeightDelta, frozen, projection, projection_name
+from retention_bench.models import WeightDelta, frozen, last_hidden, projection, projection_name
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,18 @@ class FT:
         # never changes, and steps that are too small for half precision still add up.
         before = {prefix + name: p.detach().float() for name, p in projection(model, self.layer).named_parameters()}
         trained = {name: weight.clone().requires_grad_() for name, weight in before.items()}
+
+        def hidden(ids: Tensor, mask: Tensor) -> Tensor:
+            weights = {name: weight.to(model.dtype) for name, weight in trained.items()}
+            return last_hidden(model, ids, mask, weights=weights)
+
         with frozen(model):
             descend(
                 model,
                 tokenizer,
                 requests,
                 torch.optim.Adam(trained.values(), lr=self.lr, weight_decay=self.weight_decay),
-                lambda ids, mask: _hidden(model, trained, ids, mask),
+                hidden,
                 name="FT",
                 num_steps=self.num_steps,
                 batch_size=self.batch_size,
@@ -88,11 +93,3 @@ class FT:
         if self.norm_constraint is not None:
             for name, weight in trained.items():
                 weight.clamp_(before[name] - self.norm_constraint, before[name] + self.norm_constraint)
-
-
-def _hidden(model: PreTrainedModel, weights: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-    """As `last_hidden`, with `weights` in the place of the model's."""
-    base, prefix = model.base_model, f"{model.base_model_prefix}."
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    inner = {name.removeprefix(prefix): weight.to(model.dtype) for name, weight in weights.items()}
-    return torch.func.functional_call(base, inner, kwargs=inputs).last_hidden_state

@@ -10,23 +10,18 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 Layer = Annotated[int, Field(strict=True, ge=0)]
 """The index of a layer, counted from 0."""
 
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-"""A finite number above 0."""
 
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-"""A finite number, 0 or more."""
-
-
-def ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Check that layers ascend.
-
-    Raises:
-        ValueError: They do not, or one comes twice.
-    """
+def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
     if list(layers) != sorted(set(layers)):
         raise ValueError("Layers should ascend, each once")
     return layers
 
 
-Layers = Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(ascending)]
-"""Indices of layers, ascending, at least one."""
+Layers = Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(_ascending)]
+"""One or more layers, ascending."""
+
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+"""A finite number above 0."""
+
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+"""A finite number, 0 or more."""

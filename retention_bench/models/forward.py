@@ -45,18 +45,36 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Te
     return ids, mask
 
 
-def last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def last_hidden(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    start: tuple[int, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Hidden states behind the final norm.
 
     Args:
         model: The model.
         ids: Token ids [rows, length], padded on the right.
         mask: 1 for tokens, 0 for padding [rows, length].
+        start: A layer and what stands for its block's output [rows, length, d_model]; only the blocks above it run.
+        weights: By full parameter name, what stands for the model's own in this pass; gradients flow into them.
 
     Returns:
         [rows, length, d_model] in the model's dtype.
     """
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    own = f"{model.base_model_prefix}."
+    inner = {name.removeprefix(own): weight for name, weight in (weights or {}).items()}
+    replaced: dict[torch.nn.Module, Callable[..., Tensor]] = {}
+    if start is not None:
+        layer, output = start
+        replaced = {block(model, below): hand_through for below in range(layer)}
+        replaced[block(model, layer)] = lambda *args, **kwargs: output
+    with replaced_forwards(model, replaced):
+        return torch.func.functional_call(model.base_model, inner, kwargs=inputs).last_hidden_state
 
 
 def log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -111,19 +129,15 @@ def record(
     def key_reader(layer: int) -> Callable[[Tensor], None]:
         return lambda key: found.update({layer: key})
 
-    replaced: dict[torch.nn.Module, Callable[..., Any]] = {}
-    if start is not None:
-        replaced |= {block(model, layer): hand_through for layer in range(start[0])}
-        replaced[block(model, start[0])] = lambda *args, **kwargs: start[1]
     with contextlib.ExitStack() as stack:
         for layer in keys:
             stack.enter_context(hooked(projection(model, layer), input=key_reader(layer)))
         if output is not None:
             stack.enter_context(hooked(block(model, output), output=out.append))
         top = max([*keys, *([] if output is None else [output])])
-        replaced |= {block(model, layer): hand_through for layer in range(top + 1, num_layers(model))}
-        stack.enter_context(replaced_forwards(model, replaced))
-        last_hidden(model, ids, mask)
+        above = {block(model, layer): hand_through for layer in range(top + 1, num_layers(model))}
+        stack.enter_context(replaced_forwards(model, above))
+        last_hidden(model, ids, mask, start=start)
     return found, out[0] if out else None
 
 

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from retention_bench.models import block, frozen, last_hidden, log_probabilities, pad, projection, record
+from retention_bench.models import (
+    block,
+    frozen,
+    last_hidden,
+    log_probabilities,
+    pad,
+    projection,
+    projection_name,
+    record,
+)
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -57,6 +66,21 @@ def test_last_hidden_feeds_the_head(model):
     with torch.no_grad():
         got = log_probabilities(model, last_hidden(model, IDS, MASK))
         torch.testing.assert_close(got, model(input_ids=IDS, attention_mask=MASK).logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_other_weights_can_stand_for_the_models_own(model, layer):
+    name = f"{projection_name(model, 2)}.weight"
+    other = torch.randn_like(model.get_parameter(name)).requires_grad_()
+    own = model.get_parameter(name).detach().clone()
+    start = None if layer is None else (layer, record(model, IDS, MASK, output=layer)[1])
+    hidden = last_hidden(model, IDS, MASK, start=start, weights={name: other})
+    [gradient] = torch.autograd.grad(hidden[0, 2, 3], other)
+    assert gradient.norm() > 0
+    torch.testing.assert_close(model.get_parameter(name), own, rtol=0, atol=0)
+    with torch.no_grad():
+        model.get_parameter(name).copy_(other)
+        torch.testing.assert_close(hidden, last_hidden(model, IDS, MASK), rtol=1e-4, atol=1e-5)
 
 
 def test_partial_passes_leave_no_trace_even_when_they_fail(model):
