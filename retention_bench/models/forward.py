@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from retention_bench.models.families import block, head, num_layers, projection
+from retention_bench.models.families import block, final_norm, head, num_layers, projection
 
 
 @contextlib.contextmanager
@@ -78,6 +78,8 @@ def record(
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Run the model up to the last layer asked for, and read what passes there.
 
+    Where the last thing asked for is a key, that layer's own projection does not run; the final norm never does.
+
     Args:
         model: The model.
         ids: Token ids [rows, length], padded on the right.
@@ -112,6 +114,9 @@ def record(
             stack.callback(block(model, output).register_forward_hook(read_output).remove)
         top = max([*keys, *([] if output is None else [output])])
         stack.enter_context(_forwards(model, dict.fromkeys(range(top + 1, num_layers(model)), _hand_through)))
+        stack.enter_context(_forward(final_norm(model), _hand_through))
+        if output != top:
+            stack.enter_context(_forward(projection(model, top), _nothing(model.config.hidden_size)))
         last_hidden(model, ids, mask)
     return found, out[0] if out else None
 
@@ -139,16 +144,29 @@ def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
+def _nothing(size: int) -> Callable[[Tensor], Tensor]:
+    """A forward in a projection's place that puts out zeros [..., size]."""
+    return lambda keys: keys.new_zeros(*keys.shape[:-1], size)
+
+
 @contextlib.contextmanager
 def _forwards(model: PreTrainedModel, replacements: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
     """Give blocks another `forward`; afterwards each has its own again."""
     with contextlib.ExitStack() as stack:
         for layer, forward in replacements.items():
-            # In the instance's own dict, where a dispatched model already keeps a wrapped forward.
-            attributes = vars(block(model, layer))
-            if "forward" in attributes:
-                stack.callback(attributes.__setitem__, "forward", attributes["forward"])
-            else:
-                stack.callback(attributes.__delitem__, "forward")
-            attributes["forward"] = forward
+            stack.enter_context(_forward(block(model, layer), forward))
         yield
+
+
+@contextlib.contextmanager
+def _forward(module: torch.nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Give a module another `forward`; afterwards it has its own again."""
+    # In the instance's own dict, where a dispatched model already keeps a wrapped forward.
+    attributes = vars(module)
+    own = {name: attributes[name] for name in ("forward",) if name in attributes}
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        attributes.update(own)

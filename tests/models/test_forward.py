@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from retention_bench.models import block, frozen, hidden_from, last_hidden, log_probabilities, pad, projection, record
+from retention_bench.models import (
+    block,
+    final_norm,
+    frozen,
+    hidden_from,
+    last_hidden,
+    log_probabilities,
+    pad,
+    projection,
+    record,
+)
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -42,6 +52,23 @@ def test_does_not_run_blocks_above_what_is_asked_for(model):
     runs.clear()
     hidden_from(model, 1, torch.zeros(2, 5, 16), IDS, MASK)
     assert runs == [2, 3]
+
+
+def test_a_key_is_read_without_its_own_projection_and_what_is_above(model):
+    for unused in (projection(model, 1), block(model, 2), final_norm(model)):
+        for parameter in unused.parameters():
+            parameter.data.fill_(float("nan"))
+    before = states(model)
+    keys, _ = record(model, IDS, MASK, keys=[0, 1])
+    assert keys[1].isfinite().all()
+
+    def products(**asked):
+        with torch.profiler.profile() as profile:
+            record(model, IDS, MASK, **asked)
+        return sum(event.count for event in profile.key_averages() if event.key in ("aten::addmm", "aten::linear"))
+
+    assert products(keys=[1]) == products(output=1) - 1
+    assert states(model) == before
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
