@@ -17,15 +17,16 @@ from retention_bench.editors.base import (
 
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
+    from retention_bench.editors.collection import collect_key_statistics
     from retention_bench.editors.ft import FT
-    from retention_bench.editors.statistics import KeyStatistics, collect_key_statistics, null_space_projector
+    from retention_bench.editors.statistics import KeyStatistics, null_space_projector
     from retention_bench.editors.templates import sample_context_templates
 
 _LATER = {
     "AlphaEdit": "alphaedit",
     "FT": "ft",
     "KeyStatistics": "statistics",
-    "collect_key_statistics": "statistics",
+    "collect_key_statistics": "collection",
     "null_space_projector": "statistics",
     "sample_context_templates": "templates",
 }

@@ -72,7 +72,8 @@ class AlphaEdit:
     ) -> WeightDelta:
         """Write all requests in one solve a layer; see `Editor.edit`. The delta has low rank.
 
-        Keys in `context.remembered` are kept from being written over.
+        Keys in `context.remembered` are kept from being written over; where there are any, the model is taken to carry
+        their edits, and the statistics, the unedited model's, are compared with it by layers and sizes only.
 
         Raises:
             UsageError: No requests, no statistics or those of another model, or a layer that the model lacks.
@@ -173,7 +174,8 @@ class AlphaEdit:
                 f"AlphaEdit needs the key statistics of layers {list(self.layers)}. "
                 "Make them with collect_key_statistics and put them into the EditContext."
             )
-        context.statistics.check(model, self.layers)
+        # Keys remembered from earlier edits say that the model carries those, which its statistics know nothing of.
+        context.statistics.check(model, self.layers, edited=bool(context.remembered))
         return context.statistics
 
 
