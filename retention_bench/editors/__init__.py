@@ -17,13 +17,14 @@ from retention_bench.editors.base import (
 
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
+    from retention_bench.editors.collection import collect_key_statistics
     from retention_bench.editors.ft import FT
     from retention_bench.editors.lora import LoRA
     from retention_bench.editors.malmen import MALMEN
     from retention_bench.editors.memit import MEMIT
     from retention_bench.editors.rome import ROME
     from retention_bench.editors.sequential import edit_sequentially
-    from retention_bench.editors.statistics import KeyStatistics, collect_key_statistics, null_space_projector
+    from retention_bench.editors.statistics import KeyStatistics, null_space_projector
     from retention_bench.editors.templates import sample_context_templates
 
 _LATER = {
@@ -34,8 +35,8 @@ _LATER = {
     "MALMEN": "malmen",
     "KeyStatistics": "statistics",
     "LoRA": "lora",
-    "collect_key_statistics": "statistics",
     "edit_sequentially": "sequential",
+    "collect_key_statistics": "collection",
     "null_space_projector": "statistics",
     "sample_context_templates": "templates",
 }

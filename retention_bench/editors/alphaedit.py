@@ -63,7 +63,8 @@ class AlphaEdit:
     ) -> WeightDelta:
         """Write all requests in one solve a layer; see `Editor.edit`. The delta has low rank.
 
-        Keys in `context.remembered` are kept from being written over.
+        Keys in `context.remembered` are kept from being written over; where there are any, the model is taken to carry
+        their edits, and the statistics, the unedited model's, are compared with it by layers and sizes only.
 
         Raises:
             UsageError: No requests, no statistics or those of another model, or a layer that the model lacks.

@@ -59,5 +59,8 @@ def edit_sequentially(
             if isinstance(editor, RememberingEditor):
                 remembered = editor.remember(model, tokenizer, requests, context)
                 context = dataclasses.replace(context, remembered=remembered)
+            if context.statistics is not None:
+                # They were compared with the unedited model; from now on its keys differ on purpose.
+                context = dataclasses.replace(context, statistics=dataclasses.replace(context.statistics, probe={}))
             deltas.append(delta)
     return deltas

@@ -1,23 +1,75 @@
-"""Second moments of the keys over ordinary text, and the directions of key space that text does not use."""
+"""Second moments of the keys over ordinary text: which model they belong to, files, shards, unused directions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext
-from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.models import frozen, key_size, pad, read_tensors, record, write_tensors
-from retention_bench.progress import Progress, silent
+from retention_bench.editors.npz import SAMPLE, check_resemblance, read_second_moment
+from retention_bench.errors import UsageError
+from retention_bench.models import frozen, key_size, projection_name, read_tensors, record, write_tensors
+
+TOLERANCE = 0.02
+"""How far, relatively, a model's mean keys on the probe may lie from those that were kept with the statistics.
+
+Measured on atlas-gpt2, atlas-llama and the tests' golden GPT-2 against the same weights in float32: bfloat16 0.001 to
+0.005 (it grows with depth), float16 below 0.001, another attention kernel below 0.0001. Above the first layer, 20 steps
+of fine-tuning at a learning rate of 2e-5 gave 0.014 to 0.65, one fact written by AlphaEdit 0.03 to 0.12, random weights
+of the same shape over 1. A layer below everything that changed keeps its keys, and its statistics hold.
+"""
 
 _KIND = "set of key statistics"
-_VERSION = 1
-_GROUP = 100  # texts that are sorted by length together, so that a batch has little padding
+_VERSION = 2
+_PROBE = 32  # token ids 1 to this, whatever they stand for: no tokenizer has a part
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """How statistics were measured; merged parts agree in all of it but `texts` and `shard`.
+
+    Attributes:
+        texts: Number of texts; None where not known.
+        max_length: Tokens of a text that count; None where not known.
+        dtype: The model's, for example `"float32"`.
+        modules: The projection's full name by layer.
+        shard: (i, n) for every text whose index is i modulo n; None for all texts.
+        settings: What the caller files the whole measurement under: JSON values.
+    """
+
+    texts: int | None = None
+    max_length: int | None = None
+    dtype: str | None = None
+    modules: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    shard: tuple[int, int] | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """What a second moment's eigenvalues say.
+
+    Attributes:
+        trace: Their sum, the keys' mean squared norm.
+        largest: The largest.
+        smallest: The smallest; a little below zero by rounding where the moment is singular.
+        rank: How many are above rounding: the largest times size times float32's epsilon.
+        condition: The largest over the smallest; infinite where the moment is singular.
+        below: How many are below the limit that was asked for: directions that text hardly uses.
+    """
+
+    trace: float
+    largest: float
+    smallest: float
+    rank: int
+    condition: float
+    below: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,17 +80,29 @@ class KeyStatistics:
         moments: By layer E[k k^T], float32 [d_mlp, d_mlp], on the CPU.
         tokens: Number of tokens that the expectation was taken over.
         source: What it was computed from, for people.
+        probe: By layer the model's mean key on a fixed row of tokens, float32 [d_mlp]; see `probe_keys`. Without it
+            `check` compares layers and sizes only.
+        measured: How they were measured.
     """
 
     moments: Mapping[int, Tensor]
     tokens: int
     source: str = ""
+    probe: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
+    measured: Measurement = Measurement()
 
-    def check(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
-        """Refuse statistics that cannot be this model's.
+    def check(self, model: PreTrainedModel, layers: Sequence[int], *, edited: bool = False) -> None:
+        """Refuse statistics that cannot be this model's; runs one row of 32 tokens where there is a probe.
+
+        Args:
+            model: The model; it is left as it was found.
+            layers: The layers whose statistics are needed.
+            edited: The model carries edits already, so that its keys differ from the measured ones on purpose: compare
+                layers and sizes only.
 
         Raises:
-            UsageError: A layer is missing or its keys have another size than the model's.
+            UsageError: A layer is missing, its keys have another size than the model's, or the model's keys on the
+                probe are farther from the kept ones than `TOLERANCE`.
         """
         for layer in layers:
             size = key_size(model, layer)
@@ -52,11 +116,124 @@ class KeyStatistics:
                     f"The key statistics of layer {layer} are for keys of size {self.moments[layer].shape[0]}, the "
                     f"model's have {size}: they belong to another model. Collect them on the model that is edited."
                 )
+        probed = [] if edited else [layer for layer in layers if layer in self.probe]
+        for layer, keys in (probe_keys(model, probed) if probed else {}).items():
+            away = _distance(keys, self.probe[layer])
+            if not away <= TOLERANCE:
+                raise UsageError(
+                    f"The key statistics were measured on another model: its keys of layer {layer} on a probe differ "
+                    f"by {100 * away:.1f} % from this model's, and {100 * TOLERANCE:g} % is what another dtype or "
+                    "device may make. Collect them on the unedited model that is edited."
+                )
+
+    def spectrum(self, layer: int, *, limit: float = 2e-2) -> Spectrum:
+        """Summarise the eigenvalues of a layer's moment, taken in float64.
+
+        Args:
+            layer: One of the layers.
+            limit: Eigenvalues below it are counted; AlphaEdit's threshold.
+        """
+        values = torch.linalg.eigvalsh(self.moments[layer].double())
+        smallest, largest = values[0].item(), values[-1].item()
+        rounding = largest * len(values) * torch.finfo(torch.float32).eps
+        return Spectrum(
+            trace=values.sum().item(),
+            largest=largest,
+            smallest=smallest,
+            rank=int((values > rounding).sum()),
+            condition=largest / smallest if smallest > rounding else float("inf"),
+            below=int((values < limit).sum()),
+        )
+
+    @classmethod
+    def merged(cls, parts: Sequence[KeyStatistics]) -> KeyStatistics:
+        """The statistics over all texts of several, each weighted by its tokens.
+
+        Args:
+            parts: All shards of one measurement, in any order, or statistics over different texts.
+
+        Raises:
+            UsageError: Nothing to merge, shards that are missing, given twice or of different measurements, or parts
+                of different models, layers or settings.
+        """
+        if not parts:
+            raise UsageError("No key statistics were given to merge.")
+        first = parts[0]
+        for part in parts[1:]:
+            _check_alike(first, part)
+        shards = sorted(part.measured.shard for part in parts if part.measured.shard)
+        if shards:
+            count = shards[0][1]
+            if shards != [(index, count) for index in range(count)] or len(shards) != len(parts):
+                named = ", ".join("/".join(map(str, shard)) for shard in shards)
+                raise UsageError(
+                    f"The shards {named} are not the whole of one measurement. Merge 0/{count} to "
+                    f"{count - 1}/{count}, each once."
+                )
+        tokens = sum(part.tokens for part in parts)
+        moments = {}
+        for layer in first.moments:
+            total = torch.zeros_like(first.moments[layer], dtype=torch.float64)
+            for part in parts:
+                total.add_(part.moments[layer], alpha=part.tokens / tokens)
+            moments[layer] = total.float()
+        counts = [part.measured.texts for part in parts]
+        texts = None if None in counts else sum(count for count in counts if count is not None)
+        sources = "; ".join(dict.fromkeys(part.source for part in parts if part.source))
+        return cls(moments, tokens, sources, first.probe, dataclasses.replace(first.measured, texts=texts, shard=None))
+
+    @classmethod
+    def from_npz(
+        cls,
+        files: Mapping[int, Path | str],
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        texts: Sequence[str] = SAMPLE,
+        source: str = "",
+    ) -> KeyStatistics:
+        """Read covariance files of ROME's, MEMIT's or AlphaEdit's own code (`layer_stats`).
+
+        Args:
+            files: The `.npz` file of each layer.
+            model: The model that they should belong to. It is run over `texts`, refuses what is another model's or
+                another layer's, and gives the result its probe. A relative of the model, such as one fine-tuned from
+                it, cannot be told apart by this.
+            tokenizer: The model's tokenizer; given with it.
+            texts: Text to compare on, a few hundred tokens of it; nearer to what the files were measured on is better.
+            source: What they were measured on, for people.
+
+        Raises:
+            UsageError: No files, files over different numbers of tokens, or files that are not this model's.
+            RetentionBenchError: A file is missing, not of that form, or its matrix is no second moment.
+        """
+        if not files:
+            raise UsageError("No .npz files were given to read key statistics from.")
+        read = {layer: read_second_moment(path) for layer, path in sorted(files.items())}
+        counts = {layer: tokens for layer, (_, tokens) in read.items()}
+        if len(set(counts.values())) > 1:
+            raise UsageError(
+                f"The files were measured over different numbers of tokens, by layer {counts}: not on the same texts. "
+                "Give files of one run."
+            )
+        moments = {layer: moment for layer, (moment, _) in read.items()}
+        tokens = next(iter(counts.values()))
+        if model is None:
+            return cls(moments, tokens, source)
+        if tokenizer is None:
+            raise UsageError("A model without its tokenizer was given to compare key statistics with. Give both.")
+        layers = list(moments)
+        cls(moments, tokens).check(model, layers)
+        check_resemblance(model, tokenizer, moments, texts)
+        return cls(moments, tokens, source, probe_keys(model, layers), describe(model, layers))
 
     def save(self, path: Path | str) -> None:
         """Write as safetensors: to a temporary name first, then renamed, so no reader sees half a file."""
-        tensors = {str(layer): moment for layer, moment in self.moments.items()}
-        write_tensors(path, tensors, kind=_KIND, version=_VERSION, tokens=self.tokens, source=self.source)
+        tensors = {f"moment.{layer}": moment for layer, moment in self.moments.items()}
+        tensors |= {f"probe.{layer}": keys for layer, keys in self.probe.items()}
+        measured = dataclasses.asdict(self.measured)
+        about: dict[str, Any] = {"tokens": self.tokens, "source": self.source, "measured": measured}
+        write_tensors(path, tensors, kind=_KIND, version=_VERSION, **about)
 
     @classmethod
     def load(cls, path: Path | str) -> KeyStatistics:
@@ -66,7 +243,14 @@ class KeyStatistics:
             RetentionBenchError: There is no such file, it holds no statistics or of another version, or it is broken.
         """
         tensors, about = read_tensors(path, kind=_KIND, version=_VERSION)
-        return cls({int(layer): moment for layer, moment in tensors.items()}, about["tokens"], about["source"])
+        parts: dict[str, dict[int, Tensor]] = {"moment": {}, "probe": {}}
+        for name, tensor in sorted(tensors.items(), key=lambda item: int(item[0].partition(".")[2])):
+            part, _, layer = name.partition(".")
+            parts[part][int(layer)] = tensor
+        measured = about["measured"]
+        measured["modules"] = {int(layer): name for layer, name in measured["modules"].items()}
+        measured["shard"] = tuple(measured["shard"]) if measured["shard"] else None
+        return cls(parts["moment"], about["tokens"], about["source"], parts["probe"], Measurement(**measured))
 
 
 def required_statistics(
@@ -82,76 +266,37 @@ def required_statistics(
             f"{editor} needs the key statistics of layers {list(layers)}. "
             "Make them with collect_key_statistics and put them into the EditContext."
         )
-    context.statistics.check(model, layers)
+    # Keys remembered from earlier edits say that the model carries those, which its statistics know nothing of.
+    context.statistics.check(model, layers, edited=bool(context.remembered))
     return context.statistics
 
 
-def collect_key_statistics(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    layers: Sequence[int],
-    *,
-    max_length: int,
-    batch_tokens: int = 4096,
-    dtype: torch.dtype = torch.float64,
-    source: str = "",
-    progress: Progress = silent,
-) -> KeyStatistics:
-    """Measure the second moment of the keys over texts, for all layers in one pass (ROME, appendix E.1; `layer_stats`).
-
-    One text is one sequence, cut at `max_length`; padding is masked and every other token counts, a BOS token too.
+def probe_keys(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Tensor]:
+    """A model's mean keys on a fixed row of tokens: what tells models of one shape apart.
 
     Args:
-        model: The unedited model.
-        tokenizer: Its tokenizer; special tokens are added as it adds them.
-        texts: The texts.
+        model: The model; it is left as it was found.
         layers: The layers.
-        max_length: Tokens of a text that count.
-        batch_tokens: Tokens a forward pass, padding included; at least one text goes in.
-        dtype: What batches are summed up in.
-        source: What the texts are, for people; kept in the result.
-        progress: Told the texts done.
 
     Returns:
-        The statistics.
-
-    Raises:
-        UsageError: No layers, a layer that the model lacks, or `max_length` beyond the model's positions.
-        RetentionBenchError: The texts hold no token, or a key is not finite.
+        By layer [d_mlp], float32 on the CPU: the mean over the tokens 1 to 32, modulo the size of the vocabulary.
     """
-    if not layers:
-        raise UsageError("No layers were given to collect key statistics for.")
-    positions = model.config.max_position_embeddings
-    if not 1 <= max_length <= positions:
-        raise UsageError(f"max_length is {max_length}; the model has {positions} positions. Give 1 to {positions}.")
-    texts = list(texts)
-    sums = {}
-    for layer in layers:
-        size = key_size(model, layer)
-        sums[layer] = torch.zeros(size, size, dtype=dtype, device=model.device)
-    tokens = done = 0
+    ids = torch.arange(1, _PROBE + 1, device=model.device).remainder(model.config.vocab_size)[None]
     with frozen(model):
-        for batch in _batches(tokenizer, texts, max_length, batch_tokens):
-            done += len(batch)
-            rows = [row for row in batch if row]
-            if rows:
-                ids, mask = pad(rows, model.device)
-                keys, _ = record(model, ids, mask, keys=layers)
-                for layer in layers:
-                    counted = keys[layer][mask.bool()].float()
-                    sums[layer] += counted.T @ counted
-                tokens += int(mask.sum())
-            progress("key statistics", done, len(texts), {"tokens": tokens})
-    if not tokens:
-        raise RetentionBenchError("The texts for the key statistics hold no token. Give texts that are not empty.")
-    moments = {layer: (total / tokens).float().cpu() for layer, total in sums.items()}
-    for layer, moment in moments.items():
-        if not moment.isfinite().all():
-            raise RetentionBenchError(
-                f"The keys of layer {layer} are not all finite numbers. Check the model's weights and dtype."
-            )
-    return KeyStatistics(moments, tokens, source)
+        keys, _ = record(model, ids, torch.ones_like(ids), keys=layers)
+    return {layer: keys[layer][0].float().mean(0).cpu() for layer in layers}
+
+
+def describe(model: PreTrainedModel, layers: Sequence[int], **known: Any) -> Measurement:
+    """The `Measurement` on a model, with its dtype and the projections' names.
+
+    Args:
+        model: The model.
+        layers: The layers.
+        known: The other fields.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Measurement(dtype=dtype, modules={layer: projection_name(model, layer) for layer in layers}, **known)
 
 
 def null_space_projector(moment: Tensor, threshold: float) -> Tensor:
@@ -177,16 +322,33 @@ def null_space_projector(moment: Tensor, threshold: float) -> Tensor:
     return unused @ unused.T
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, batch_tokens: int
-) -> Iterator[list[list[int]]]:
-    """Token rows in batches of similar length."""
-    for start in range(0, len(texts), _GROUP):
-        encoded = tokenizer(texts[start : start + _GROUP], truncation=True, max_length=max_length)["input_ids"]
-        batch: list[list[int]] = []
-        for row in sorted(encoded, key=len):
-            if batch and len(row) * (len(batch) + 1) > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        yield batch
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Relative distance; NaN where a number is."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def _check_alike(first: KeyStatistics, other: KeyStatistics) -> None:
+    """Refuse parts that do not belong together."""
+    shapes = [{layer: len(moment) for layer, moment in part.moments.items()} for part in (first, other)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"Key statistics of different layers or sizes cannot be merged: size of the keys by layer is {shapes[0]} "
+            f"in one and {shapes[1]} in another."
+        )
+    plain = [dataclasses.replace(part.measured, texts=None, shard=None) for part in (first, other)]
+    for field in dataclasses.fields(Measurement):
+        ours, theirs = (getattr(measured, field.name) for measured in plain)
+        if ours != theirs:
+            raise UsageError(
+                f"Key statistics that were measured differently cannot be merged: {field.name} is {ours} in one and "
+                f"{theirs} in another."
+            )
+    if set(first.probe) != set(other.probe):
+        raise UsageError("Key statistics with and without a probe of their model cannot be merged: collect them anew.")
+    for layer, keys in first.probe.items():
+        away = _distance(other.probe[layer], keys)
+        if not away <= TOLERANCE:
+            raise UsageError(
+                f"Key statistics of different models cannot be merged: their keys of layer {layer} on a probe differ "
+                f"by {100 * away:.1f} %."
+            )

@@ -107,6 +107,8 @@ def record(
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Run the model up to the last layer asked for, and read what passes there.
 
+    Where the last thing asked for is a key, that layer's own projection does not run.
+
     Args:
         model: The model.
         ids: Token ids [rows, length], padded on the right.
@@ -135,8 +137,12 @@ def record(
         if output is not None:
             stack.enter_context(hooked(block(model, output), output=out.append))
         top = max([*keys, *([] if output is None else [output])])
-        above = {block(model, layer): hand_through for layer in range(top + 1, num_layers(model))}
-        stack.enter_context(replaced_forwards(model, above))
+        unused: dict[torch.nn.Module, Callable[..., Any]]
+        unused = {block(model, layer): hand_through for layer in range(top + 1, num_layers(model))}
+        if output != top:
+            size = model.config.hidden_size
+            unused[projection(model, top)] = lambda key: key.new_zeros(*key.shape[:-1], size)
+        stack.enter_context(replaced_forwards(model, unused))
         last_hidden(model, ids, mask, start=start)
     return found, out[0] if out else None
 

@@ -68,6 +68,16 @@ def test_remembered_keys_are_the_references(gpt2, golden, context, distance):
     assert all(torch.equal(again[layer][:3], remembered[layer]) for layer in range(3))
 
 
+def test_a_model_with_edits_is_told_apart_unless_their_keys_are_remembered(gpt2, golden, context):
+    first, second = golden.requests[:3], golden.requests[3:]
+    editor = dataclasses.replace(REFERENCE, v_num_grad_steps=3)
+    with editor.edit(*gpt2, first, context).applied(gpt2[0]):
+        with pytest.raises(UsageError, match="measured on another model"):
+            editor.edit(*gpt2, second, context)
+        remembered = editor.remember(*gpt2, first, context)
+        editor.edit(*gpt2, second, dataclasses.replace(context, remembered=remembered))
+
+
 def test_remembered_keys_are_kept(gpt2, golden, context):
     first, second = golden.requests[:3], golden.requests[3:]
     editor = dataclasses.replace(REFERENCE, v_num_grad_steps=3)

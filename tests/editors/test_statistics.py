@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,9 @@ from hypothesis import strategies as st
 
 from retention_bench.editors import KeyStatistics, collect_key_statistics, null_space_projector
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.models import WeightDelta, projection
+from retention_bench.models import WeightDelta, load_model, projection
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 TEXTS = [
     "Mira plays the violin.",
@@ -55,7 +59,12 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, gpt2, gpt2_statistics):
     gpt2_statistics.save(path)
     loaded = KeyStatistics.load(path)
     assert (loaded.tokens, loaded.source) == (17604, "golden texts")
-    assert all(torch.equal(loaded.moments[layer], moment) for layer, moment in gpt2_statistics.moments.items())
+    for part in ("moments", "probe"):
+        assert list(getattr(loaded, part)) == [0, 1, 2]
+        assert all(torch.equal(getattr(loaded, part)[k], v) for k, v in getattr(gpt2_statistics, part).items())
+    assert loaded.measured == gpt2_statistics.measured
+    assert (loaded.measured.texts, loaded.measured.max_length, loaded.measured.dtype) == (1400, 128, "float32")
+    assert loaded.measured.modules[2] == "transformer.h.2.mlp.c_proj"
     loaded.check(gpt2[0], [0, 1, 2])
     assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
 
@@ -69,11 +78,59 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path):
         KeyStatistics.load(path)
 
 
-def test_statistics_of_another_model_are_refused(llama, gpt2_statistics):
+def test_statistics_of_another_shape_are_refused(llama, gpt2_statistics):
     with pytest.raises(UsageError, match="keys of size 512, the model's have 64: they belong to another model"):
         gpt2_statistics.check(llama[0], [0])
     with pytest.raises(UsageError, match=r"cover layers \[0, 1, 2\], not layer 3"):
         gpt2_statistics.check(llama[0], [3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_is_the_same_model(gpt2_statistics, dtype):
+    model, _ = load_model(str(GOLDEN / "model-gpt2"), dtype=dtype)
+    gpt2_statistics.check(model, [0, 1, 2])
+
+
+def test_statistics_of_another_model_of_the_shape_are_refused(gpt2, gpt2_statistics, untouched):
+    torch.manual_seed(1)
+    other = type(gpt2[0])(gpt2[0].config)  # in training mode, with dropout
+    message = (
+        r"measured on another model: its keys of layer 1 on a probe differ by \d+\.\d % .*2 % is what another dtype"
+    )
+    with untouched(other), pytest.raises(UsageError, match=message):
+        gpt2_statistics.check(other, [1])
+    gpt2_statistics.check(other, [1], edited=True)
+    with pytest.raises(UsageError, match="not layer 3"):
+        gpt2_statistics.check(other, [3], edited=True)
+
+
+def test_an_edited_model_is_told_from_the_unedited_one_above_the_edit(gpt2, gpt2_statistics):
+    model, _ = gpt2
+    name = "transformer.h.1.mlp.c_proj.weight"
+    weight = model.get_parameter(name)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    with WeightDelta({name: 0.5 * noise * weight.norm() / noise.norm()}).applied(model):
+        gpt2_statistics.check(model, [0, 1])  # their keys are what they were
+        with pytest.raises(UsageError, match="keys of layer 2 on a probe differ"):
+            gpt2_statistics.check(model, [2])
+    gpt2_statistics.check(model, [0, 1, 2])
+
+
+def test_statistics_made_by_hand_are_compared_by_layers_and_sizes(gpt2):
+    statistics = KeyStatistics({0: torch.eye(512)}, 1)
+    statistics.check(gpt2[0], [0])
+    with pytest.raises(UsageError, match="not layer 1"):
+        statistics.check(gpt2[0], [1])
+
+
+def test_a_spectrum_counts_what_the_eigenvalues_are():
+    values = torch.tensor([0.0, 1e-3, 1e-2, 1.0, 4.0])
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    moment = (basis * values.double()) @ basis.T
+    found = KeyStatistics({7: moment.float()}, 1).spectrum(7)
+    assert (found.rank, found.below, found.condition) == (4, 3, float("inf"))
+    assert (found.trace, found.largest) == pytest.approx((5.011, 4.0), rel=1e-5)
+    assert KeyStatistics({7: (moment + torch.eye(5)).float()}, 1).spectrum(7).condition == pytest.approx(5, rel=1e-5)
 
 
 @pytest.mark.parametrize(

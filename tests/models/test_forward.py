@@ -53,6 +53,17 @@ def test_does_not_run_blocks_above_what_is_asked_for(model):
     assert runs == [1, 2]
 
 
+def test_a_key_is_read_without_its_own_projection(model):
+    def products(**asked):
+        with torch.profiler.profile() as profile:
+            record(model, IDS, MASK, **asked)
+        return sum(event.count for event in profile.key_averages() if event.key in ("aten::addmm", "aten::linear"))
+
+    before = states(model)
+    assert products(keys=[1]) < products(output=1)
+    assert states(model) == before
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 def test_starting_above_a_layer_gives_what_a_whole_pass_has(model, layer):
     whole, top = record(model, IDS, MASK, keys=[3], output=3)

@@ -1,0 +1,222 @@
+"""How key statistics are measured: cut off and resumed, in shards, in several passes."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retention_bench.editors import KeyStatistics, collect_key_statistics
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.models import projection
+
+TEXTS = [f"Mira plays the violin {'in the old town ' * (i % 4)}with Jon Ek, who reads book {i}." for i in range(250)]
+
+
+def collect(model, texts=TEXTS, layers=(0, 2), **kwargs):
+    return collect_key_statistics(*model, texts, list(layers), **{"max_length": 24, "batch_tokens": 300} | kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(llama):
+    return collect(llama)
+
+
+class CutError(Exception):
+    pass
+
+
+def cut_after(texts):
+    """A progress callback that cuts the run off."""
+
+    def progress(stage, done, total, figures=None):
+        if done > texts:
+            raise CutError
+
+    return progress
+
+
+def same(first, second):
+    return first.tokens == second.tokens and all(
+        torch.equal(second.moments[layer], moment) for layer, moment in first.moments.items()
+    )
+
+
+@pytest.mark.parametrize("after", [0, 120, 240])
+@pytest.mark.parametrize("memory", [None, 64 * 64 * 8])
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(llama, whole, tmp_path, untouched, after, memory):
+    path = tmp_path / "checkpoint"
+    arguments = {"checkpoint": path, "checkpoint_every": 0, "memory": memory}
+    with untouched(llama[0]), pytest.raises(CutError):
+        collect(llama, progress=cut_after(after), **arguments)
+    assert path.exists() == (after > 0)
+    asked = []
+    resumed = collect(llama, progress=lambda stage, done, total, figures=None: asked.append(done), **arguments)
+    assert asked[0] > (after // 100) * 100  # what was done is not done again
+    assert same(whole, resumed)
+    assert resumed.measured == whole.measured
+
+
+def test_a_run_cut_off_in_its_second_pass_goes_on_there(llama, whole, tmp_path):
+    arguments = {"checkpoint": tmp_path / "c", "checkpoint_every": 0, "memory": 64 * 64 * 8}
+
+    def cut(stage, done, total, figures=None):
+        if "pass 2 of 2" in stage and done > 120:
+            raise CutError
+
+    with pytest.raises(CutError):
+        collect(llama, progress=cut, **arguments)
+    stages = []
+    resumed = collect(llama, progress=lambda stage, *_: stages.append(stage), **arguments)
+    assert set(stages) == {"key statistics, pass 2 of 2"}
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"max_length": 20}, "its max_length is 24, this one's 20"),
+        ({"layers": [0]}, r"its layers is \[0, 2\], this one's \[0\]"),
+        ({"shard": (0, 2)}, "its shard is None"),
+        ({"texts": ["another", *TEXTS[1:]]}, "its texts are others"),
+        ({"texts": TEXTS[:60]}, "its texts are others|it had 100 texts already, and this one has 60"),
+        ({"texts": TEXTS[:30]}, "it had 100 texts already, and this one has 30"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path, change, why):
+    arguments = {"checkpoint": tmp_path / "c", "checkpoint_every": 0}
+    with pytest.raises(CutError):
+        collect(llama, progress=cut_after(110), **arguments)
+    with pytest.raises(RetentionBenchError, match=f"of another run: ({why}).*Delete it"):
+        collect(llama, **arguments | change)
+
+
+def test_a_checkpoint_of_another_model_is_refused(llama, tmp_path):
+    model, _ = llama
+    arguments = {"checkpoint": tmp_path / "c", "checkpoint_every": 0}
+    with pytest.raises(CutError):
+        collect(llama, progress=cut_after(110), **arguments)
+    weight = projection(model, 0).weight.data
+    saved = weight.clone()
+    try:
+        weight.add_(0.01)
+        with pytest.raises(RetentionBenchError, match="other weights"):
+            collect(llama, **arguments)
+    finally:
+        weight.copy_(saved)
+
+
+def test_checkpoints_keep_to_their_interval(llama, tmp_path):
+    collect(llama, checkpoint=tmp_path / "c", checkpoint_every=3600)
+    assert not (tmp_path / "c").exists()
+
+
+def test_texts_may_come_as_a_stream(llama, whole):
+    seen = []
+    streamed = collect(llama, iter(TEXTS), progress=lambda *args: seen.append(args[1:3]))
+    assert same(whole, streamed)
+    assert streamed.measured.texts == 250
+    assert all(done <= total for done, total in seen)
+    seen.clear()
+    collect(llama, iter(TEXTS), total=250, progress=lambda *args: seen.append(args[1:3]))
+    assert seen[0][1] == seen[-1][0] == 250
+
+
+def test_passes_that_the_texts_cannot_be_read_for_are_refused(llama):
+    with pytest.raises(UsageError, match="take 2 passes over the texts, and these can be read only once"):
+        collect(llama, iter(TEXTS), memory=64 * 64 * 8)
+    with pytest.raises(UsageError, match="sums of layer 0 take 32768 bytes, and memory is 100"):
+        collect(llama, memory=100)
+    assert same(collect(llama, memory=64 * 64 * 4, dtype=torch.float32), collect(llama, dtype=torch.float32))
+
+
+def test_texts_that_change_between_passes_are_refused(llama):
+    class Fickle:
+        def __init__(self):
+            self.times = itertools.count()
+
+        def __iter__(self):
+            return iter(TEXTS[next(self.times) :])
+
+    with pytest.raises(RetentionBenchError, match="not the same in two passes"):
+        collect(llama, Fickle(), memory=64 * 64 * 8)
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(1, 5), st.integers(5, 40))
+def test_the_merged_shards_are_the_whole(llama, count, texts):
+    expected = collect(llama, TEXTS[:texts], source="s", settings={"a": 1})
+    shards = [
+        collect(llama, TEXTS[:texts], source="s", settings={"a": 1}, shard=(index, count)) for index in range(count)
+    ]
+    merged = KeyStatistics.merged(shards[::-1])
+    assert (merged.tokens, merged.source, merged.measured) == (expected.tokens, "s", expected.measured)
+    for layer, moment in expected.moments.items():
+        torch.testing.assert_close(merged.moments[layer], moment, rtol=1e-5, atol=1e-7)
+        assert torch.equal(merged.probe[layer], expected.probe[layer])
+
+
+def test_what_does_not_belong_together_is_not_merged(llama, whole):
+    first, second = (collect(llama, TEXTS[:9], shard=(index, 2)) for index in (0, 1))
+    for parts, why in [
+        ([], "No key statistics"),
+        ([first], "shards 0/2 are not the whole.*0/2 to 1/2"),
+        ([first, first], "shards 0/2, 0/2 are not the whole"),
+        ([first, second, whole], "not the whole"),
+        ([whole, collect(llama, layers=[0])], "different layers or sizes"),
+        ([whole, collect(llama, max_length=20)], "max_length is 24 in one and 20"),
+        ([whole, collect(llama, settings={"device": "cuda"})], "settings is {} in one"),
+        ([whole, dataclasses.replace(whole, probe={})], "with and without a probe"),
+        (
+            [whole, dataclasses.replace(whole, probe={k: v + 0.1 * v.norm() for k, v in whole.probe.items()})],
+            r"different models.*keys of layer 0 on a probe differ by \d+",
+        ),
+    ]:
+        with pytest.raises(UsageError, match=why):
+            KeyStatistics.merged(parts)
+    other = collect(llama, TEXTS[:40], source="other texts")
+    both = KeyStatistics.merged([whole, other])
+    assert (both.tokens, both.measured.texts) == (whole.tokens + other.tokens, 290)
+    assert both.source == "other texts"
+
+
+def test_a_shard_that_is_none_is_refused(llama):
+    with pytest.raises(UsageError, match=r"no shard 2/2. Of N shards"):
+        collect(llama, shard=(2, 2))
+
+
+@pytest.mark.parametrize("layers", [[2], [1]])
+def test_moments_of_wide_keys_are_whole_and_symmetric(make_tokenizer, make_model, layers):
+    """Several blocks, the last one narrower: sizes that no block divides."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = make_tokenizer("gpt2", TEXTS, vocab_size=300)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=3, n_head=2, n_inner=300))
+    found = collect_key_statistics(model, tokenizer, TEXTS[:20], layers, max_length=32).moments[layers[0]]
+    rows = []
+    projection(model, layers[0]).register_forward_pre_hook(lambda _, args: rows.append(args[0][0]))
+    with torch.no_grad():
+        for text in TEXTS[:20]:
+            model.eval()(torch.tensor([tokenizer.encode(text)[:32]]))
+    keys = torch.cat(rows).double()
+    torch.testing.assert_close(found, (keys.T @ keys / len(keys)).float(), rtol=1e-4, atol=1e-8)
+    assert torch.equal(found, found.T)
+
+
+def test_keys_that_are_not_finite_end_the_run_early(llama):
+    model, tokenizer = llama
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight.data
+    saved = weight.clone()
+    seen = []
+    try:
+        weight[3, 3] = float("inf")
+        with pytest.raises(RetentionBenchError, match="keys of layer 0 are not all finite numbers, in the first 100"):
+            collect_key_statistics(
+                model, tokenizer, TEXTS, [0], max_length=24, progress=lambda *args: seen.append(args[1])
+            )
+    finally:
+        weight.copy_(saved)
+    assert max(seen) == 100
