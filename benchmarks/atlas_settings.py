@@ -1,4 +1,4 @@
-"""How the settings of suite atlas were chosen: AlphaEdit, FT and LoRA over layers, limits and group sizes, in one run.
+"""How the settings of suite atlas were chosen: editors over layers, limits and group sizes, in one run.
 
     python benchmarks/atlas_settings.py atlas-gpt2|atlas-llama|FOLDER grid|seeds
 
@@ -10,19 +10,23 @@ chosen on.
 
 import itertools
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 from retention_bench.editors import (
     EditContext,
     EditRequest,
+    FittedEditor,
+    KeyStatistics,
     collect_key_statistics,
     make_editor,
     sample_context_templates,
 )
 from retention_bench.errors import UsageError
-from retention_bench.facts import FactSet, disjoint_split, knowledge, read_pool
+from retention_bench.facts import Fact, FactSet, disjoint_split, knowledge, read_pool
 from retention_bench.models import load_model
 from retention_bench.pipeline import load_suite
 from retention_bench.pipeline.rows import read_texts
@@ -37,14 +41,32 @@ SHOWN = {
     "lr": "lr",
     "clamp_norm_factor": "clamp",
     "nullspace_threshold": "threshold",
+    "mom2_update_weight": "lambda",
     "v_num_grad_steps": "steps",
     "edits_per_model": "group",
 }
 """Settings that a line names, and how."""
 
 
-def measure(model, tokenizer, editor, facts: FactSet, context: EditContext) -> dict[str, float]:
+def measure(
+    model, tokenizer, editor, facts: FactSet, pool: list[Fact], statistics: KeyStatistics, seed: int
+) -> dict[str, float]:
     """Rates by kind of question after the edit, pooled over the editor's groups."""
+    generator = torch.Generator().manual_seed(seed)
+    templates = sample_context_templates(model, tokenizer, generator, lengths=editor.template_lengths)
+    generator = torch.Generator().manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        context = EditContext(statistics, templates, generator, fitted=Path(folder))
+        if isinstance(editor, FittedEditor):
+            # As the pipeline does: on what is not about a subject that is edited or asked.
+            drawn = {fact.subject.casefold() for fact in facts}
+            others = FactSet.of(fact for fact in pool if fact.subject.casefold() not in drawn)
+            editor.fit(model, tokenizer, others, Path(folder), context)
+        return edit_and_score(model, tokenizer, editor, facts, context)
+
+
+def edit_and_score(model, tokenizer, editor, facts: FactSet, context: EditContext) -> dict[str, float]:
+    """Edit and score group after group, each in a fresh copy of the model."""
     size = editor.edits_per_model or len(facts.edited)
     hits: dict[str, list[bool]] = {}
     for start in range(0, len(facts.edited), size):
@@ -78,24 +100,19 @@ def main(name: str, table: str) -> None:
     def show(editor: str, settings: dict, seed: int) -> None:
         began = time.monotonic()
         facts = disjoint_split(known, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=seed)
-        templates = sample_context_templates(model, tokenizer, torch.Generator().manual_seed(seed))
-        generator = torch.Generator().manual_seed(seed)
-        context = EditContext(statistics=statistics, templates=templates, generator=generator)
         try:
-            rates = measure(model, tokenizer, make_editor(editor, settings), facts, context)
+            rates = measure(model, tokenizer, make_editor(editor, settings), facts, pool, statistics, seed)
             figures = "  ".join(f"{kind} {rate:.2f}" for kind, rate in rates.items())
         except UsageError as error:  # no direction of the keys is below the threshold
             figures = str(error)
         what = "  ".join(f"{short} {settings[setting]}" for setting, short in SHOWN.items() if setting in settings)
         print(f"seed {seed}  {editor:9}  {what:60}  {figures}  ({time.monotonic() - began:.0f} s)", flush=True)
 
-    alphaedit, ft, lora = (config.editors[editor] for editor in ("alphaedit", "ft", "lora"))
     if table == "seeds":
-        for seed in SEEDS:
-            show("alphaedit", alphaedit, seed)
-            show("ft", ft, seed)
-            show("lora", lora, seed)
+        for seed, (editor, settings) in itertools.product(SEEDS, sorted(config.editors.items())):
+            show(editor, settings, seed)
         return
+    alphaedit, ft, lora, memit, rome = (config.editors[n] for n in ("alphaedit", "ft", "lora", "memit", "rome"))
     for clamp, threshold in itertools.product((0.75, 2.0), (0.02, 0.1)):
         show("alphaedit", alphaedit | {"clamp_norm_factor": clamp, "nullspace_threshold": threshold}, GRID_SEED)
     for layers in ([0], [0, 1, 2], [1, 2], [2, 3]):
@@ -111,6 +128,13 @@ def main(name: str, table: str) -> None:
         show("lora", lora | {"modules": "projection", "layers": layers, "lr": 5e-3}, GRID_SEED)
     for lr in (1e-3, 5e-3):
         show("lora", lora | {"modules": "all-linear", "lr": lr}, GRID_SEED)
+    for weight in (20_000.0, 1000.0, 100.0):
+        show("memit", memit | {"mom2_update_weight": weight}, GRID_SEED)
+    for clamp, group in ((0.75, 10), (2.0, 10), (2.0, 25)):
+        show("memit", memit | {"clamp_norm_factor": clamp, "edits_per_model": group}, GRID_SEED)
+    for layer in (0, 1, 2):
+        show("rome", rome | {"layer": layer}, GRID_SEED)
+    show("rome", rome | {"mom2_adjustment": False}, GRID_SEED)
 
 
 if __name__ == "__main__":
