@@ -1,6 +1,7 @@
 """How the settings of suite atlas were chosen: editors over layers, limits and group sizes, in one run.
 
-    python benchmarks/atlas_settings.py atlas-gpt2|atlas-llama|FOLDER grid|seeds
+    python benchmarks/atlas_settings.py atlas-gpt2|atlas-llama|FOLDER grid
+    python benchmarks/atlas_settings.py atlas-gpt2|atlas-llama|FOLDER seeds [EDITOR,...] [SEED,...]
 
 Prints, for each setting, the share of 50 edits that took (efficacy), of their paraphrases, and of neighbouring and
 intrinsic facts that the model still knows right after the edit: `grid` on the facts that one seed draws, `seeds` for
@@ -33,7 +34,6 @@ from retention_bench.pipeline.rows import read_texts
 from retention_bench.scoring import is_scorable, score
 
 GRID_SEED = 7
-SEEDS = range(5)
 SHOWN = {
     "layers": "layers",
     "layer": "layer",
@@ -78,7 +78,7 @@ def edit_and_score(model, tokenizer, editor, facts: FactSet, context: EditContex
     return {kind: sum(h) / len(h) for kind, h in hits.items()}
 
 
-def main(name: str, table: str) -> None:
+def main(name: str, table: str, editors: str = "", seeds: str = "0,1,2,3,4") -> None:
     """Measure one of the two tables on one model."""
     suite = load_suite("atlas")
     name, config = suite.model(name)
@@ -97,8 +97,10 @@ def main(name: str, table: str) -> None:
         free = ", ".join(f"{(values < limit).sum()} below {limit:g}" for limit in (0.02, 0.1))
         print(f"layer {layer}: of {len(values)} directions of the keys {free}")
 
-    def show(editor: str, settings: dict, seed: int) -> None:
+    def show(entry: str, settings: dict, seed: int) -> None:
         began = time.monotonic()
+        settings = dict(settings)
+        editor = settings.pop("editor", entry)
         facts = disjoint_split(known, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=seed)
         try:
             rates = measure(model, tokenizer, make_editor(editor, settings), facts, pool, statistics, seed)
@@ -106,11 +108,11 @@ def main(name: str, table: str) -> None:
         except UsageError as error:  # no direction of the keys is below the threshold
             figures = str(error)
         what = "  ".join(f"{short} {settings[setting]}" for setting, short in SHOWN.items() if setting in settings)
-        print(f"seed {seed}  {editor:9}  {what:60}  {figures}  ({time.monotonic() - began:.0f} s)", flush=True)
+        print(f"seed {seed}  {entry:9}  {what:60}  {figures}  ({time.monotonic() - began:.0f} s)", flush=True)
 
     if table == "seeds":
-        for seed, (editor, settings) in itertools.product(SEEDS, sorted(config.editors.items())):
-            show(editor, settings, seed)
+        for seed, editor in itertools.product(seeds.split(","), editors.split(",") if editors else config.editors):
+            show(editor, config.editors[editor], int(seed))
         return
     alphaedit, ft, lora, memit, rome = (config.editors[n] for n in ("alphaedit", "ft", "lora", "memit", "rome"))
     for clamp, threshold in itertools.product((0.75, 2.0), (0.02, 0.1)):
