@@ -85,12 +85,13 @@ class Store:
         Raises:
             RetentionBenchError: The store cannot be written, or its disk is full.
         """
-        found = self.find(stage, inputs)
-        if found is not None:
-            return found
         key = self.key(stage, inputs)
         folder = self.root / stage / key
-        partial = folder.with_name(f"{key}.partial")
+        partial, work = (folder.with_name(f"{key}.{kind}") for kind in ("partial", "work"))
+        found = self.find(stage, inputs)
+        if found is not None:
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed right after it had finished
+            return found
         with _disk_errors(f"the {stage} stage", self.root):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f"{key}.lock")):
@@ -115,6 +116,24 @@ class Store:
                 }
                 write_text(partial / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False))
                 partial.rename(folder)
+                shutil.rmtree(work, ignore_errors=True)
+        return folder
+
+    def scratch(self, stage: str, inputs: Mapping[str, Any]) -> Path:
+        """A folder for what lets a stage go on where it was cut off, such as a checkpoint; for use within `compute`.
+
+        It lies beside the result and outlives failures and kills; `get` removes it once the result is in. `get` holds
+        the stage's lock meanwhile, so nobody else works in it.
+
+        Args:
+            stage: The stage's name.
+            inputs: As given to `get`.
+
+        Returns:
+            The folder, which exists.
+        """
+        folder = self.root / stage / f"{self.key(stage, inputs)}.work"
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
 

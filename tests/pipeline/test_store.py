@@ -51,6 +51,29 @@ def test_a_failed_stage_leaves_nothing_and_can_be_run_again(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "out.txt"]
 
 
+def test_scratch_outlives_failures_and_goes_with_the_result(tmp_path):
+    store, tries = Store(tmp_path), []
+
+    def compute(folder):
+        work = store.scratch("edit", {"a": 1}) / "checkpoint"
+        tries.append(work.read_text() if work.exists() else None)
+        work.write_text("half way")
+        if len(tries) == 1:
+            raise KeyboardInterrupt
+        (folder / "out.txt").write_text("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get("edit", {"a": 1}, compute)
+    store.get("edit", {"a": 2}, write("another"))
+    folder = store.get("edit", {"a": 1}, compute)
+    assert tries == [None, "half way"]
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "out.txt"]
+    assert not list(tmp_path.rglob("*.work"))
+    store.scratch("edit", {"a": 1})  # as if a kill had come between the result and the sweeping
+    store.get("edit", {"a": 1}, compute)
+    assert not list(tmp_path.rglob("*.work"))
+
+
 def test_what_a_killed_run_left_is_swept_away(tmp_path):
     script = textwrap.dedent(f"""
         import os, signal
