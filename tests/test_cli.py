@@ -2,10 +2,12 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import retention_bench
 from retention_bench.cli import main
 
 
@@ -67,6 +69,35 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
+
+
+ATLAS = Path(retention_bench.__file__).parent / "atlas"
+
+
+def test_statistics_are_measured_found_again_and_inspected(tmp_path):
+    words = [
+        "statistics", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
+        "--corpus", str(ATLAS / "data" / "corpus.jsonl.gz"), "--samples", "30", "--max-length", "64",
+    ]  # fmt: skip
+    env = {"RETENTION_BENCH_STORE": str(tmp_path)}
+    assert "not there yet" in run(*words, "--dry-run", env=env).output
+    first = run(*words, env=env)
+    assert first.exit_code == 0, first.output
+    file = first.stdout.strip()
+    assert Path(file).is_file()
+    again = run(*words, "--json", env=env)
+    assert json.loads(again.stdout) == {"file": file, "in_store": True}
+    assert "from the store" in again.stderr
+    shown = run("statistics", "--inspect", file, env=env)
+    assert "the first 30 texts of corpus.jsonl.gz" in shown.stdout
+    assert "below 0.02" in shown.stdout
+    assert json.loads(run("statistics", "--inspect", file, "--json", env=env).stdout)["texts"] == 30
+
+
+def test_statistics_without_what_they_need_are_a_usage_error(tmp_path):
+    result = run("statistics", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error: --model is missing" in result.stderr
 
 
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
