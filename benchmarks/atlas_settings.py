@@ -30,7 +30,7 @@ from retention_bench.errors import UsageError
 from retention_bench.facts import Fact, FactSet, disjoint_split, knowledge, read_pool
 from retention_bench.models import load_model
 from retention_bench.pipeline import load_suite
-from retention_bench.pipeline.rows import read_texts
+from retention_bench.pipeline.rows import Texts
 from retention_bench.scoring import is_scorable, score
 
 GRID_SEED = 7
@@ -90,7 +90,7 @@ def main(name: str, table: str, editors: str = "", seeds: str = "0,1,2,3,4") -> 
     ]
     known = FactSet.of(k.fact for k in knowledge(model, tokenizer, FactSet.of(pool)) if k.margin >= suite.facts.margin)
     print(f"{name}: {len(known)} of {len(pool)} facts known")
-    texts = read_texts(suite.locate(suite.statistics.source), None, None, suite.statistics.texts)
+    texts = Texts(suite.locate(suite.statistics.source), None, None, suite.statistics.texts)
     statistics = collect_key_statistics(model, tokenizer, texts, range(4), max_length=suite.statistics.max_length)
     for layer, moment in statistics.moments.items():
         values = torch.linalg.eigvalsh(moment.double())

@@ -109,6 +109,35 @@ def print_plan(stages: Sequence[Mapping[str, Any]], store: Path) -> None:
     console.print(f"Store: {store}", soft_wrap=True)
 
 
+def print_statistics(about: Mapping[str, Any]) -> None:
+    """Print what a file of key statistics holds.
+
+    Args:
+        about: As `pipeline.statistics.inspect` returns it.
+    """
+    console = Console(highlight=False)
+    shard = about["shard"]
+    parts = {
+        "source": about["source"] or "not stated",
+        "tokens": f"{about['tokens']:,}" + (f" of {about['texts']:,} texts" if about["texts"] else ""),
+        "cut at": f"{about['max_length']} tokens a text" if about["max_length"] else "not stated",
+        "model's dtype": about["dtype"] or "not stated",
+        "shard": f"{shard[0]}/{shard[1]}: merge it with the others before use" if shard else "whole",
+        "probe": "tells the model" if about["probe"] else "none: only layers and sizes are compared with a model",
+    }
+    console.print(about["file"], soft_wrap=True)
+    for name, value in parts.items():
+        console.print(f"  {name:14} {value}", soft_wrap=True, markup=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("layer", "size", "trace", "largest", "smallest", "rank", "condition", "below 0.02"):
+        table.add_column(column, justify="right")
+    for layer, found in about["layers"].items():
+        condition = "infinite" if found["condition"] is None else f"{found['condition']:.3g}"
+        figures = (f"{found[name]:.4g}" for name in ("trace", "largest", "smallest"))
+        table.add_row(layer, f"{found['size']}", *figures, f"{found['rank']}", condition, f"{found['below']}")
+    console.print(table)
+
+
 def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) -> None:
     """Print a cell's results so that they are understood without the paper.
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import retention_bench
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError
 from retention_bench.pipeline.suite import PACKAGED
@@ -59,7 +60,10 @@ def test_a_suites_editors_are_listed_by_the_name_they_go_by(own_suite):
     listed = json.loads(run("list", "editors", "--suite", own_suite, "--json").output)
     assert listed["editors"] == json.loads(run("list", "editors", "--json").output)
     assert listed["models"]["atlas-gpt2"]["ft-paper"] == "ft"
-    assert listed["models"]["atlas-llama"] == {"alphaedit": "alphaedit", "ft": "ft", "lora": "lora"}
+    assert (
+        listed["models"]["atlas-llama"] | {"alphaedit": "alphaedit", "r-rome": "rome"}
+        == listed["models"]["atlas-llama"]
+    )
     refused = run("list", "finetunes", "--suite", own_suite)
     assert refused.exit_code == 2
     assert "--suite goes with `list editors`" in refused.output
@@ -144,6 +148,35 @@ def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatc
     ]
     dry = run(*command, "--paraphrases", "2", "--dry-run", "--json", env=where)
     assert [s["stage"] for s in json.loads(dry.output)["stages"]][:3] == ["facts", "paraphrases", "score"]
+
+
+ATLAS = Path(retention_bench.__file__).parent / "atlas"
+
+
+def test_statistics_are_measured_found_again_and_inspected(tmp_path):
+    words = [
+        "statistics", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
+        "--corpus", str(ATLAS / "data" / "corpus.jsonl.gz"), "--samples", "30", "--max-length", "64",
+    ]  # fmt: skip
+    env = {"RETENTION_BENCH_STORE": str(tmp_path)}
+    assert "not there yet" in run(*words, "--dry-run", env=env).output
+    first = run(*words, env=env)
+    assert first.exit_code == 0, first.output
+    file = first.stdout.strip()
+    assert Path(file).is_file()
+    again = run(*words, "--json", env=env)
+    assert json.loads(again.stdout) == {"file": file, "in_store": True}
+    assert "from the store" in again.stderr
+    shown = run("statistics", "--inspect", file, env=env)
+    assert "the first 30 texts of corpus.jsonl.gz" in shown.stdout
+    assert "below 0.02" in shown.stdout
+    assert json.loads(run("statistics", "--inspect", file, "--json", env=env).stdout)["texts"] == 30
+
+
+def test_statistics_without_what_they_need_are_a_usage_error(tmp_path):
+    result = run("statistics", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error: --model is missing" in result.stderr
 
 
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):

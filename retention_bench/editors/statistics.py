@@ -118,7 +118,7 @@ class KeyStatistics:
                 )
         probed = [] if edited else [layer for layer in layers if layer in self.probe]
         for layer, keys in (probe_keys(model, probed) if probed else {}).items():
-            away = _distance(keys, self.probe[layer])
+            away = distance(keys, self.probe[layer])
             if not away <= TOLERANCE:
                 raise UsageError(
                     f"The key statistics were measured on another model: its keys of layer {layer} on a probe differ "
@@ -299,6 +299,11 @@ def describe(model: PreTrainedModel, layers: Sequence[int], **known: Any) -> Mea
     return Measurement(dtype=dtype, modules={layer: projection_name(model, layer) for layer in layers}, **known)
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative distance; NaN where a number is."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def null_space_projector(moment: Tensor, threshold: float) -> Tensor:
     """The projector onto the directions of key space that text hardly uses (AlphaEdit, section 3.2, equation 7).
 
@@ -322,11 +327,6 @@ def null_space_projector(moment: Tensor, threshold: float) -> Tensor:
     return unused @ unused.T
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """Relative distance; NaN where a number is."""
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 def _check_alike(first: KeyStatistics, other: KeyStatistics) -> None:
     """Refuse parts that do not belong together."""
     shapes = [{layer: len(moment) for layer, moment in part.moments.items()} for part in (first, other)]
@@ -346,7 +346,7 @@ def _check_alike(first: KeyStatistics, other: KeyStatistics) -> None:
     if set(first.probe) != set(other.probe):
         raise UsageError("Key statistics with and without a probe of their model cannot be merged: collect them anew.")
     for layer, keys in first.probe.items():
-        away = _distance(other.probe[layer], keys)
+        away = distance(other.probe[layer], keys)
         if not away <= TOLERANCE:
             raise UsageError(
                 f"Key statistics of different models cannot be merged: their keys of layer {layer} on a probe differ "

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
 from retention_bench.finetune import Finetune, finetune_names, make_finetune
 from retention_bench.pipeline.store import Store, file_sha256
-from retention_bench.pipeline.suite import ModelConfig, Suite
+from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
 VERSIONS = {
     "facts": 1,
-    "statistics": 1,
+    "statistics": 2,
     "paraphrases": 1,
     "fit": 1,
-    "edit": 1,
+    "edit": 2,
     "finetune": 1,
     "score": 1,
     "results": 2,
@@ -163,11 +164,7 @@ def plan(cell: Cell, store: Store) -> Plan:
     finetune = make_finetune(
         cell.finetune, _settings("fine-tune", cell.finetune, finetune_names(), model.finetunes, suite)
     )
-    base = {
-        "model": _model_fingerprint(model.path, model.revision),
-        "dtype": model.dtype,
-        "device": cell.device,
-    }
+    base = model_inputs(model, cell.device)
 
     def stage(name: str, title: str, **inputs: Any) -> Stage:
         return Stage(name, title, {"version": VERSIONS[name], **base, **inputs})
@@ -182,13 +179,8 @@ def plan(cell: Cell, store: Store) -> Plan:
     facts_key = store.key("facts", facts.inputs)
     statistics = None
     if editor.statistics_layers:
-        statistics = stage(
-            "statistics",
-            "key statistics",
-            corpus=source_fingerprint(suite.locate(suite.statistics.source), suite.statistics.revision),
-            **suite.statistics.model_dump(include={"config", "texts", "max_length"}),
-            layers=list(editor.statistics_layers),
-        )
+        corpus = suite.statistics.model_copy(update={"source": suite.locate(suite.statistics.source)})
+        statistics = statistics_stage(model, cell.device, corpus, editor.statistics_layers)
 
     fit = None
     if isinstance(editor, FittedEditor):
@@ -289,6 +281,53 @@ def plan(cell: Cell, store: Store) -> Plan:
     )  # fmt: skip
 
 
+def statistics_stage(
+    model: ModelConfig,
+    device: str,
+    corpus: StatisticsConfig,
+    layers: Sequence[int],
+    shard: tuple[int, int] | None = None,
+) -> Stage:
+    """The stage that measures key statistics, the same for whoever asks for them.
+
+    Args:
+        model: The model, its path absolute.
+        device: `"cpu"` or `"cuda"`.
+        corpus: The texts, their source absolute.
+        layers: The layers.
+        shard: (i, n) for every text whose index is i modulo n; None for all texts.
+
+    Raises:
+        UsageError: The corpus does not exist or has no revision, or the model's family is not supported.
+        RetentionBenchError: The model's files are missing.
+    """
+    from retention_bench.models import family
+
+    config = json.loads(_config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    names = family(str(config.get("model_type")))
+    layers = sorted(set(layers))
+    inputs = {
+        "version": VERSIONS["statistics"],
+        **model_inputs(model, device),
+        "corpus": source_fingerprint(corpus.source, corpus.revision),
+        **corpus.model_dump(include={"config", "texts", "max_length"}),
+        "layers": layers,
+        "modules": [f"{names.blocks}.{layer}.{names.projection}" for layer in layers],
+    }
+    if shard is None:
+        return Stage("statistics", "key statistics", inputs)
+    return Stage("statistics", f"key statistics, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)})
+
+
+def model_inputs(model: ModelConfig, device: str) -> dict[str, Any]:
+    """What a stage's key has of the model: its files, its dtype and where it runs.
+
+    Raises:
+        RetentionBenchError: The model's files are missing.
+    """
+    return {"model": _model_fingerprint(model.path, model.revision), "dtype": model.dtype, "device": device}
+
+
 def _settings(
     kind: str, name: str, registered: Collection[str], given: Mapping[str, dict[str, Any]], suite: Suite
 ) -> dict[str, Any]:
@@ -338,7 +377,9 @@ def source_fingerprint(source: str, revision: str | None) -> dict[str, Any]:
     if path.is_file():
         return {"sha256": file_sha256(path)}
     if path.is_absolute() or source.startswith("."):
-        raise UsageError(f"There is no data file at {source}. Correct the suite's `source`, or put the file there.")
+        raise UsageError(
+            f"There is no data file at {source}. Correct the path (`source` in a suite), or put the file there."
+        )
     if revision is None:
         raise UsageError(f"The Hub data set {source!r} needs a `revision` (a commit), so that its rows cannot change.")
     return {"hub": source, "revision": revision}
@@ -351,18 +392,30 @@ def _model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
     if folder.is_dir():
         named = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"))
         if not named:
-            raise RetentionBenchError(
-                f"The folder {path} holds no model. It needs config.json, *.safetensors and a tokenizer."
-            )
+            raise _no_model(path)
         return {"files": {p.name: file_sha256(p) for p in named}}
+    return {"hub": path, "revision": _config_file(path, revision).parent.name}
+
+
+def _config_file(path: str, revision: str | None) -> Path:
+    """The model's `config.json`, fetched from the Hub where the model is not a folder."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise _no_model(path)
+        return Path(path) / "config.json"
     from huggingface_hub import hf_hub_download
 
     try:
-        config = hf_hub_download(path, "config.json", revision=revision)
+        return Path(hf_hub_download(path, "config.json", revision=revision))
     except (OSError, ValueError) as error:
         raise RetentionBenchError(
             f"The model {path!r} could not be fetched from the Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Check the id, the network and, for a gated model, `hf auth login`; or give a local folder with --model."
         ) from error
-    return {"hub": path, "revision": Path(config).parent.name}
+
+
+def _no_model(path: str) -> RetentionBenchError:
+    return RetentionBenchError(
+        f"The folder {path} holds no model. It needs config.json, *.safetensors and a tokenizer."
+    )

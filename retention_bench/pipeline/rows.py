@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -11,28 +12,39 @@ from pathlib import Path
 from retention_bench.errors import RetentionBenchError
 
 
-def read_texts(source: str, revision: str | None, config: str | None, count: int) -> list[str]:
-    """The first texts of a corpus with a column `text`.
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The first texts of a corpus with a column `text`; read anew, one by one, each time they are gone through.
 
-    Args:
+    Attributes:
         source: A local `.jsonl` or `.jsonl.gz` file, or a Hub data set id, which is streamed.
         revision: The Hub revision.
         config: The Hub data set's configuration.
         count: How many texts to read at most.
-
-    Raises:
-        RetentionBenchError: A row has no text, or there are no rows.
     """
-    rows = _local(Path(source)) if Path(source).is_file() else _hub(source, revision, config)
-    texts = []
-    for number, row in enumerate(itertools.islice(rows, count), start=1):
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise RetentionBenchError(f"{source}, row {number}: a corpus row needs a `text` that is not empty.")
-        texts.append(text)
-    if not texts:
-        raise RetentionBenchError(f"The corpus {source} holds no rows.")
-    return texts
+
+    source: str
+    revision: str | None
+    config: str | None
+    count: int
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the texts.
+
+        Raises:
+            RetentionBenchError: A row has no text, or there are no rows.
+        """
+        path, number = Path(self.source), 0
+        rows = _local(path) if path.is_file() else _hub(self.source, self.revision, self.config)
+        for number, row in enumerate(itertools.islice(rows, self.count), start=1):
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise RetentionBenchError(
+                    f"{self.source}, row {number}: a corpus row needs a `text` that is not empty."
+                )
+            yield text
+        if not number:
+            raise RetentionBenchError(f"The corpus {self.source} holds no rows.")
 
 
 def _local(path: Path) -> Iterator[object]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import MODEL, FactSet, augment, disjoint_split, knowledge, read_pool, unseen
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
+from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.results import gather
-from retention_bench.pipeline.rows import read_texts
+from retention_bench.pipeline.statistics import measure
 from retention_bench.pipeline.store import Store, exclusive, write_text
 from retention_bench.progress import Progress, silent
 
@@ -78,17 +79,8 @@ class _Bench:
         return found or self.store.get(stage.name, stage.inputs, compute)
 
     def _load(self, path: str, revision: str | None) -> tuple[Any, Any]:
-        import torch
-        import transformers
-
-        from retention_bench.models import load_model
-
-        # Our own progress says what is going on.
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
         # Training keeps the dtype; the recipes' mixed precision is the fine-tune's own affair.
-        dtype = getattr(torch, self.plan.model.dtype)
-        return load_model(path, device=self.plan.cell.device, dtype=dtype, revision=revision)
+        return load(path, revision, dtype=self.plan.model.dtype, device=self.plan.cell.device)
 
     def base(self) -> tuple[Any, Any]:
         """The base model and its tokenizer, loaded once."""
@@ -202,30 +194,14 @@ class _Bench:
 
     @functools.cached_property
     def statistics(self) -> Path | None:
-        """The folder of the key statistics, or None where the editor needs none."""
+        """The file of the key statistics, or None where the editor needs none."""
         stage = self.plan.statistics
         if stage is None:
             return None
-        layers = stage.inputs["layers"]
-
-        def compute(folder: Path) -> None:
-            from retention_bench.editors import collect_key_statistics
-
-            suite = self.plan.cell.suite
-            model, tokenizer = self.base()
-            config = suite.statistics
-            texts = read_texts(suite.locate(config.source), config.revision, config.config, config.texts)
-            collect_key_statistics(
-                model,
-                tokenizer,
-                texts,
-                layers,
-                max_length=config.max_length,
-                source=f"{len(texts)} texts of {suite.statistics.source}",
-                progress=self.progress,
-            ).save(folder / "statistics.safetensors")
-
-        return self._get(stage, compute)
+        suite = self.plan.cell.suite
+        corpus = suite.statistics.model_copy(update={"source": suite.locate(suite.statistics.source)})
+        self.announce(stage.title, self.store.find(stage.name, stage.inputs) is not None)
+        return measure(self.store, stage, self.base, corpus, progress=self.progress)
 
     @functools.cached_property
     def fitted(self) -> Path | None:
@@ -272,7 +248,7 @@ class _Bench:
             model, tokenizer = self.base()
             generator = torch.Generator().manual_seed(self.plan.cell.seed)
             context = EditContext(
-                statistics=KeyStatistics.load(statistics / "statistics.safetensors") if statistics else None,
+                statistics=KeyStatistics.load(statistics) if statistics else None,
                 templates=sample_context_templates(
                     model, tokenizer, generator, lengths=self.plan.editor.template_lengths
                 ),

@@ -85,12 +85,13 @@ class Store:
         Raises:
             RetentionBenchError: The store cannot be written, or its disk is full.
         """
-        found = self.find(stage, inputs)
-        if found is not None:
-            return found
         key = self.key(stage, inputs)
         folder = self.root / stage / key
-        partial = folder.with_name(f"{key}.partial")
+        partial, work = (folder.with_name(f"{key}.{kind}") for kind in ("partial", "work"))
+        found = self.find(stage, inputs)
+        if found is not None:
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed right after it had finished
+            return found
         with _disk_errors(f"the {stage} stage", self.root):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f"{key}.lock")):
@@ -115,7 +116,7 @@ class Store:
                 }
                 write_text(partial / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False))
                 partial.rename(folder)
-                shutil.rmtree(self._work(stage, key), ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
         return folder
 
     def scratch(self, stage: str, inputs: Mapping[str, Any]) -> Path:
@@ -128,12 +129,9 @@ class Store:
             stage: The stage's name.
             inputs: As for `get`.
         """
-        folder = self._work(stage, self.key(stage, inputs))
+        folder = self.root / stage / f"{self.key(stage, inputs)}.work"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-
-    def _work(self, stage: str, key: str) -> Path:
-        return self.root / stage / f"{key}.work"
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""Load a model for a stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    path: str, revision: str | None, *, dtype: str, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_model` by the names that a suite uses, without the library's own bars and warnings.
+
+    Args:
+        path: A local folder, or a Hub id.
+        revision: The Hub revision.
+        dtype: The name of a torch dtype.
+        device: Where the model goes.
+
+    Raises:
+        RetentionBenchError: As `load_model`.
+    """
+    import torch
+    import transformers
+
+    from retention_bench.models import load_model
+
+    # Our own progress says what is going on.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return load_model(path, device=device, dtype=getattr(torch, dtype), revision=revision)
