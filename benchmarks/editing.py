@@ -303,6 +303,10 @@ def main() -> None:
             )
             if not apart < TOLERANCE:
                 raise SystemExit(f"{part}: the two sides differ by {apart:.1e}, more than {TOLERANCE:g}.")
+    if options.device == "cpu" and options.shape == "gpt2":
+        print("\nKey statistics of five layers:", flush=True)
+        script = Path(__file__).with_name("key_statistics.py")
+        subprocess.run([sys.executable, str(script), str(torch.get_num_threads())], check=True)
 
 
 if __name__ == "__main__":
