@@ -279,9 +279,11 @@ def probe_keys(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Tenso
         layers: The layers.
 
     Returns:
-        By layer [d_mlp], float32 on the CPU: the mean over the tokens 1 to 32, modulo the size of the vocabulary.
+        By layer [d_mlp], float32 on the CPU: the mean over the tokens 1 to 32, modulo the size of the vocabulary, or as
+        many as the model has positions for.
     """
-    ids = torch.arange(1, _PROBE + 1, device=model.device).remainder(model.config.vocab_size)[None]
+    length = min(_PROBE, model.config.max_position_embeddings)
+    ids = torch.arange(1, length + 1, device=model.device).remainder(model.config.vocab_size)[None]
     with frozen(model):
         keys, _ = record(model, ids, torch.ones_like(ids), keys=layers)
     return {layer: keys[layer][0].float().mean(0).cpu() for layer in layers}
