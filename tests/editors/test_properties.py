@@ -16,6 +16,7 @@ from retention_bench.editors import (
     EditContext,
     EditRequest,
     KeyStatistics,
+    LoRA,
     collect_key_statistics,
     null_space_projector,
 )
@@ -28,6 +29,7 @@ TEMPLATES = ("Then the old man came. {}", "Because. {}")
 EDITORS = {
     "alphaedit": AlphaEdit(layers=(0, 2), L2=0.1, v_num_grad_steps=4, nullspace_threshold=0.3),
     "ft": FT(layer=1, lr=1e-3, num_steps=4),
+    "lora": LoRA(layers=(1,), num_steps=4),
     "memit": MEMIT(layers=(0, 2), mom2_update_weight=50.0, v_num_grad_steps=4),
     "rome": ROME(layer=1, v_num_grad_steps=4, v_lr=0.1),
 }
