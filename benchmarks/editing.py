@@ -1,12 +1,13 @@
-"""How fast facts are edited, against a plain loop of the same mathematics as the references run it; ratios of one run.
+"""How fast facts are edited, against a plain loop of the references' mathematics; ratios of one run.
 
     python benchmarks/editing.py [--facts 50] [--steps 20] [--device cpu|cuda] [--shape gpt2|gpt2-xl] [--layers 0-4]
 
-On a GPT-2-shaped model with random weights: the value optimisation, the keys of all edited layers, the solves of MEMIT
-and AlphaEdit, and the key statistics (`key_statistics.py`). The plain loop takes one fact at a time and runs the whole
-model for each step, over all positions, with logits of the whole vocabulary at every position: what `compute_z`,
-`compute_ks` and `execute_memit` of the references do. Both sides must give the same numbers, or the script ends with
-an error. Each side of a part runs in a process of its own, one after the other, so that its peak memory is its own.
+On a GPT-2-shaped model with random weights: the value optimisation, the keys of all edited layers, the solves of
+MEMIT and AlphaEdit, and the key statistics (`key_statistics.py`). The plain loop takes one fact at a time and runs
+the whole model for each step, over all positions, with logits of the whole vocabulary at every position, as
+`compute_z` of the references does. (`compute_ks` puts up to 128 contexts into a pass; here it is a fact's.) Both
+sides must give the same numbers, or the script ends with an error. Each side of a part runs in a process of its own,
+one after the other, so that its peak memory is its own.
 
 Rows are as long as CounterFact's with MEMIT's context templates: 80 % of the prompts begin with the subject, which has
 2 to 6 tokens and 1 to 6 tokens behind it; a template has 10 tokens.
@@ -157,7 +158,7 @@ def plain_value(model, tokenizer, request, templates, layer, steps, device) -> t
 
 @torch.no_grad()
 def plain_keys(model, tokenizer, requests, templates, layers, device) -> dict[int, torch.Tensor]:
-    """The mean keys layer by layer, each with a pass of the whole model over every fact."""
+    """The mean keys layer by layer, with a pass of the whole model for every fact."""
     found: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     for layer in layers:
         for request in requests:
