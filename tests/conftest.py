@@ -123,10 +123,10 @@ SIZES = {
 """What makes a tiny model of each family in `FAMILIES`: 4 layers, d_model 16, d_mlp 24."""
 
 
-def family_model(family: str, vocabulary: int) -> PreTrainedModel:
-    """A tiny random model of a family in `SIZES`; the same weights each time."""
+def family_model(family: str, vocabulary: int, **changes: object) -> PreTrainedModel:
+    """A tiny random model of a family in `SIZES`, its config changed as asked; the same weights each time."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=vocabulary, initializer_range=0.2, **SIZES[family])
+    config = AutoConfig.for_model(family, vocab_size=vocabulary, initializer_range=0.2, **SIZES[family] | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -128,7 +128,7 @@ def _solve(
 
     The paper's equation 14 asks for X in (P (K K' + M M') + L2 I) X = P K R', with the keys K and residuals R of the
     new facts and the keys M of earlier ones as columns. X lies in the span of P A, A = [K M], so with X = P A Y it is
-    enough that (A' P A + L2 I) Y = [R'; 0]: a symmetric system with an unknown a fact, and no d_mlp x d_mlp solve.
+    enough that (A' P A + L2 I) Y = [I; 0] R': a symmetric system with an unknown a fact, and no d_mlp x d_mlp solve.
 
     Args:
         keys: K', [facts, d_mlp].
@@ -138,13 +138,13 @@ def _solve(
         remembered: M', [earlier facts, d_mlp], or None.
 
     Returns:
-        P A [d_mlp, rank] and Y [rank, d_model], whose product is X, in float64.
+        Two factors [d_mlp, facts] and [facts, d_model], whose product is X, in float64. Their rank is that of the new
+        facts, however many are remembered.
     """
     rows = keys.double()
-    wanted = residual.double()
     if remembered is not None:
         rows = torch.cat([rows, remembered.to(rows)])
-        wanted = torch.cat([wanted, wanted.new_zeros(len(remembered), wanted.shape[1])])
     projected = projector @ rows.T
     system = rows @ projected + L2 * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    return projected, torch.linalg.solve(system, wanted)
+    new = torch.eye(len(rows), len(keys), dtype=rows.dtype, device=rows.device)
+    return projected @ torch.linalg.solve(system, new), residual.double()

@@ -103,11 +103,12 @@ def _losses(
     """Every request's loss [requests], all their prompts in one pass."""
     flat = [row for group in rows for row in group]
     states = hidden(*pad([row.ids for row in flat], model.device))
-    losses = []
-    for index, row in enumerate(flat):
-        predicted = log_probabilities(model, states[index, row.positions])
-        losses.append(-predicted[range(len(row.targets)), row.targets].mean())
-    groups = torch.stack(losses).split([len(group) for group in rows])
+    # The head runs once for all rows: its matrix is the largest of the model.
+    counts = [len(row.targets) for row in flat]
+    numbers = [index for index, count in enumerate(counts) for _ in range(count)]
+    predicted = log_probabilities(model, states[numbers, [place for row in flat for place in row.positions]])
+    picked = predicted[range(len(numbers)), [token for row in flat for token in row.targets]]
+    groups = torch.stack([-part.mean() for part in picked.split(counts)]).split([len(group) for group in rows])
     return torch.stack([group.mean() for group in groups])
 
 

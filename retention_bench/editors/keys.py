@@ -57,6 +57,7 @@ class SubjectStates:
 
         Raises:
             UsageError: The model has no such layer.
+            ValueError: The layer is below one that was asked for before.
         """
         bare = self._read(self._bare, layer)
         others = self._read(self._others, layer) if self._others else bare[:0]
@@ -85,13 +86,17 @@ class SubjectStates:
         """Every request's block output in its bare prompt.
 
         Args:
-            layer: The block's layer; it may be above those asked for.
+            layer: The block's layer, at or above the last that `keys` was asked for.
 
         Returns:
             [requests, d_model] in float32 on the model's device.
+
+        Raises:
+            ValueError: The layer is below that one.
         """
         parts = []
         for chunk in self._bare:
+            chunk.check(layer)
             _, output = record(self._model, chunk.ids, chunk.mask, output=layer, start=chunk.state)
             assert output is not None
             parts.append(chunk.at_subjects(output))
@@ -101,6 +106,7 @@ class SubjectStates:
         """The keys of the chunks' rows [rows, d_mlp]; what enters the layer's block is kept for the next call."""
         parts = []
         for chunk in chunks:
+            chunk.check(layer)
             advance = layer - 1 if layer and (chunk.state is None or chunk.state[0] < layer - 1) else None
             keys, output = record(self._model, chunk.ids, chunk.mask, keys=[layer], output=advance, start=chunk.state)
             if advance is not None and output is not None:
@@ -124,6 +130,11 @@ class _Chunk:
     mask: Tensor
     subjects: Tensor
     state: tuple[int, Tensor] | None = None
+
+    def check(self, layer: int) -> None:
+        """Refuse a layer whose input is not known any more: what was read there would be wrong."""
+        if self.state is not None and layer <= self.state[0]:
+            raise ValueError(f"layer {layer} was asked for after layer {self.state[0] + 1}; ask in ascending order")
 
     def at_subjects(self, states: Tensor) -> Tensor:
         return states[torch.arange(len(states), device=states.device), self.subjects].float()

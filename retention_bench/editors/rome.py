@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -19,7 +18,7 @@ from retention_bench.editors.statistics import required_statistics
 from retention_bench.editors.subject import check_requests
 from retention_bench.editors.value import optimise_values
 from retention_bench.errors import RetentionBenchError
-from retention_bench.models import LowRank, WeightDelta, frozen, is_in_out, projection, projection_name
+from retention_bench.models import LowRank, WeightDelta, frozen, is_in_out, projection, projection_name, restoring
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,9 @@ class ROME:
             # Once for all requests: the statistics stay those of the unedited model.
             moment = required_statistics("ROME", model, context, (self.layer,)).moments[self.layer]
             factor = cholesky(moment.to(model.device, torch.float64), self.layer)
-        delta = WeightDelta({})
-        with frozen(model), contextlib.ExitStack() as edits:
+        name = f"{projection_name(model, self.layer)}.weight"
+        lefts, rights = [], []
+        with frozen(model), restoring(model, [name]):
             for done, request in enumerate(requests):
                 [value] = optimise_values(
                     model,
@@ -106,11 +106,12 @@ class ROME:
                     )
                 if not is_in_out(linear):
                     left, right = right.T, left.T
-                step = WeightDelta({f"{projection_name(model, self.layer)}.weight": LowRank(left, right)})
-                edits.enter_context(step.applied(model))
-                delta += step
-                context.progress("ROME", done + 1, len(requests), {"norm": sum(step.norms().values())})
-        return delta
+                step = WeightDelta({name: LowRank(left, right)})
+                step.apply_(model)
+                lefts.append(left)
+                rights.append(right)
+                context.progress("ROME", done + 1, len(requests), {"norm": step.norms()[name]})
+        return WeightDelta({name: LowRank(torch.cat(lefts, 1), torch.cat(rights, 0))})
 
     def _rank_one(
         self, keys: Tensor, value: Tensor, linear: torch.nn.Module, factor: Tensor | None

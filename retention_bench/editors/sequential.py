@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, Editor, EditRequest
-from retention_bench.models import WeightDelta
+from retention_bench.models import WeightDelta, restoring
 
 
 @runtime_checkable
@@ -51,11 +51,15 @@ def edit_sequentially(
     Raises:
         RetentionBenchError: As `Editor.edit`.
     """
-    deltas = []
+    deltas: list[WeightDelta] = []
+    saved: set[str] = set()
     with contextlib.ExitStack() as edits:
         for requests in batches:
             delta = editor.edit(model, tokenizer, requests, context)
-            edits.enter_context(delta.applied(model))
+            # Saved once, not once a batch, or the copies would fill the memory.
+            edits.enter_context(restoring(model, delta.entries.keys() - saved))
+            saved |= delta.entries.keys()
+            delta.apply_(model)
             if isinstance(editor, RememberingEditor):
                 remembered = editor.remember(model, tokenizer, requests, context)
                 context = dataclasses.replace(context, remembered=remembered)

@@ -121,7 +121,7 @@ def unseen(facts: FactSet, prompts: Mapping[str, Sequence[str]]) -> FactSet:
     """
 
     def kept(fact: Fact) -> Fact:
-        used = {prompt.replace("{}", fact.subject) for prompt in prompts.get(fact.id, ())}
+        used = {prompt.replace("{}", fact.subject).rstrip() for prompt in prompts.get(fact.id, ())}
         rest = tuple(text for text in fact.paraphrases if text.rstrip() not in used)
         return dataclasses.replace(fact, paraphrases=rest)
 

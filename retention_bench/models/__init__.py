@@ -1,6 +1,6 @@
 """Models: loading, where a family keeps its parts, partial forward passes, and what an edit adds to the weights."""
 
-from retention_bench.models.delta import LowRank, WeightDelta
+from retention_bench.models.delta import LowRank, WeightDelta, restoring
 from retention_bench.models.families import (
     Family,
     block,
@@ -38,5 +38,6 @@ __all__ = [
     "projection_name",
     "read_tensors",
     "record",
+    "restoring",
     "write_tensors",
 ]

@@ -93,15 +93,10 @@ class WeightDelta:
         Raises:
             RetentionBenchError: As `apply_`.
         """
-        targets = self._targets(model)
-        saved = [parameter.data.clone() for parameter, _ in targets]
-        try:
-            for parameter, entry in targets:
-                _add_(parameter.data, entry)
+        self._targets(model)  # refuses another model's delta before anything is saved
+        with restoring(model, self.entries):
+            self.apply_(model)
             yield
-        finally:
-            for (parameter, _), original in zip(targets, saved, strict=True):
-                parameter.data.copy_(original)
 
     def apply_to(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Apply to a stream of weights; tensors without a summand pass through as they are.
@@ -164,6 +159,23 @@ class WeightDelta:
         return [(parameters[name], entry) for name, entry in self.entries.items()]
 
 
+@contextlib.contextmanager
+def restoring(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
+    """For the time of a `with` block parameters may change; afterwards they have their own bits again.
+
+    Args:
+        model: The model.
+        names: Full names of the parameters. Each is copied once, however many deltas are applied within.
+    """
+    parameters = [model.get_parameter(name) for name in names]
+    saved = [parameter.data.clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, original in zip(parameters, saved, strict=True):
+            parameter.data.copy_(original)
+
+
 def _checked(name: str, entry: Tensor | LowRank) -> Tensor | LowRank:
     """The entry on the CPU in float32."""
     if isinstance(entry, LowRank):
@@ -201,6 +213,9 @@ def _dense(entry: Tensor | LowRank) -> Tensor:
 def _sum(name: str, first: Tensor | LowRank, second: Tensor | LowRank) -> Tensor | LowRank:
     _check_shape(name, second, first)
     if isinstance(first, LowRank) and isinstance(second, LowRank):
+        rows, columns = first.shape
+        if (first.left.shape[1] + second.left.shape[1]) * (rows + columns) > rows * columns:
+            return _dense(first) + _dense(second)  # the factors would take more than the matrix
         return LowRank(torch.cat([first.left, second.left], 1), torch.cat([first.right, second.right], 0))
     return _dense(first) + _dense(second)
 

@@ -45,6 +45,8 @@ def test_runs_are_the_references(gpt2, golden, context, distance, probabilities,
     with untouched(gpt2[0]):
         deltas = edit_sequentially(REFERENCE, *gpt2, batches, context)
     assert len(deltas) == len(batches)
+    for requests, delta in zip(batches, deltas, strict=True):  # what is remembered adds nothing to the rank
+        assert {entry.left.shape[1] for entry in delta.entries.values()} == {len(requests)}
     for index, delta in enumerate(deltas):
         assert list(delta.entries) == [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in range(3)]
         for layer, entry in enumerate(delta.entries.values()):

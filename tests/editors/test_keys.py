@@ -53,6 +53,14 @@ def test_contexts_stand_in_order(llama, llama_requests, plain_key, distance):
             assert distance(keys[number, place], SubjectStates(model, tokenizer, [alone], ()).mean_keys(1)[0]) < 1e-5
 
 
+def test_a_layer_below_the_last_is_refused(llama, llama_requests):
+    states = SubjectStates(*llama, llama_requests, TEMPLATES)
+    states.keys(3)
+    for read in (states.keys, states.outputs):
+        with pytest.raises(ValueError, match="layer 0 was asked for after layer 3"):
+            read(0)
+
+
 def test_a_layer_that_is_not_there_is_refused(llama, llama_requests):
     with pytest.raises(UsageError, match="no layer 4"):
         SubjectStates(*llama, llama_requests, ()).keys(4)

@@ -1,4 +1,4 @@
-"""What holds for every editor, whatever its mathematics."""
+"""What holds for every editor that needs no training, whatever its mathematics; MALMEN has its own in test_malmen."""
 
 import copy
 import dataclasses

@@ -6,6 +6,7 @@ from retention_bench.models import Suffixes, block, frozen, log_probabilities, m
 
 ROWS = [[5, 6, 7, 8, 9], [11, 12, 13], [20, 21, 22, 23], [30]]
 BEGINS = [2, 0, 3, 0]
+LENGTHS = [24, 17, 9, 12]
 
 
 def whole(model, row, layer, site, begin, change):
@@ -29,14 +30,32 @@ def whole(model, row, layer, site, begin, change):
 @pytest.mark.parametrize("site", ["block", "mlp"])
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_passes_are_those_of_whole_rows(model, site, layer):
+    compare(model, ROWS, BEGINS, layer, site)
+
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize("site", ["block", "mlp"])
+@pytest.mark.parametrize(("family", "changes"), [("mistral", {}), ("gemma2", MIXED), ("gemma3_text", MIXED)])
+def test_sliding_windows_are_counted_over_prefix_and_suffix(make_family_model, family, changes, site):
+    """A window that hides part of the prefix, and part of the suffix itself."""
+    rows = [
+        [5 + (7 * number + place * place) % 290 for place in range(length)] for number, length in enumerate(LENGTHS)
+    ]
+    compare(make_family_model(family, 300, sliding_window=4, **changes), rows, [15, 10, 8, 0], 1, site)
+
+
+def compare(model, rows, begins, layer, site):
+    """What `Suffixes` gives for a change against whole rows: outputs, log-probabilities and their gradient."""
     change = torch.linspace(-1, 1, 16).requires_grad_()
     with frozen(model):
-        suffixes = Suffixes.of(model, ROWS, BEGINS, layer, site)
+        suffixes = Suffixes.of(model, rows, begins, layer, site)
         moved = suffixes.output.clone()
         moved[:, 0] = moved[:, 0] + change
         for _ in range(2):  # a pass leaves the cache as it was
             found = log_probabilities(model, suffixes.hidden(model, moved))
-        for number, (row, begin) in enumerate(zip(ROWS, BEGINS, strict=True)):
+        for number, (row, begin) in enumerate(zip(rows, begins, strict=True)):
             output, expected = whole(model, row, layer, site, begin, change)
             length = len(row) - begin
             torch.testing.assert_close(suffixes.output[number, :length], output, rtol=1e-4, atol=1e-5)
