@@ -6,11 +6,11 @@ until `train` is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from retention_bench.finetune.base import Example, Finetune, TuningData, finetune_names, make_finetune
+from retention_bench.finetune.base import Example, Finetune, TuningContext, TuningData, finetune_names, make_finetune
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
 
 if TYPE_CHECKING:
-    from retention_bench.finetune.training import FinetuneLog, train
+    from retention_bench.finetune.training import FinetuneLog, Watch, train
 
 __all__ = [
     "ContaminationFilter",
@@ -21,7 +21,9 @@ __all__ = [
     "Mention",
     "Removed",
     "Terms",
+    "TuningContext",
     "TuningData",
+    "Watch",
     "finetune_names",
     "make_finetune",
     "train",
@@ -30,7 +32,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # `retention-bench list finetunes` names the tasks without waiting for torch and TRL.
-    if name in ("FinetuneLog", "train"):
+    if name in ("FinetuneLog", "Watch", "train"):
         from retention_bench.finetune import training
 
         return getattr(training, name)

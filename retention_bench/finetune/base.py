@@ -6,11 +6,12 @@ import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pydantic
 
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
 
 ENTRY_POINTS = "retention_bench.finetunes"
@@ -21,17 +22,39 @@ BUILT_IN = {
 }
 
 
+Metric = Literal["validation_loss", "validation_accuracy"]
+"""What the stop rule looks at: the mean loss of a target token or row in nats, which ends a run when it is below the
+threshold; or the share of validation rows whose every target is the most probable one, which does when it is above."""
+
+
 class Example(NamedTuple):
     """One tokenised row.
 
     Attributes:
         input_ids: Token ids.
         labels: As long as `input_ids`: the token's own id where it counts in the loss, else -100. The shift by one
-            position is the model's business.
+            position is the model's business. For a task with classes the row's class alone.
     """
 
     input_ids: list[int]
     labels: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningContext:
+    """What a task is handed to prepare its rows with.
+
+    Attributes:
+        tokenizer: The model's fast tokenizer; left as it is.
+        terms: What no row may mention.
+        seed: Decides which rows are drawn, and in which order.
+        unknown: For a task that `asks_base`, those of the facts in its source that the base model does not answer.
+    """
+
+    tokenizer: Any
+    terms: Terms
+    seed: int
+    unknown: Sequence[Fact] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +73,9 @@ class TuningData:
 
 
 class Finetune(Protocol):
-    """A downstream task: a frozen dataclass whose fields are plain settings, with its data and its metric.
+    """A downstream task: a frozen dataclass whose fields are plain settings, and its data.
 
-    `train` reads the settings below and calls `prepare` once, then `measure` and `reached` at every evaluation.
+    `train` reads the settings below and calls `prepare` once. `Settings` has all of them but the first four.
     """
 
     @property
@@ -60,8 +83,16 @@ class Finetune(Protocol):
         """The task's name in suites and results."""
 
     @property
-    def metric(self) -> str:
-        """What `measure` returns, for example `"validation_loss"`."""
+    def metric(self) -> Metric:
+        """What the stop rule looks at."""
+
+    @property
+    def classes(self) -> int | None:
+        """How many outputs a linear head on the last token's state has; None: trained is the model's own head."""
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether the source is a fact pool, and the rows are its facts that the base model does not answer."""
 
     @property
     def source(self) -> str:
@@ -70,6 +101,10 @@ class Finetune(Protocol):
     @property
     def revision(self) -> str | None:
         """The Hub data set's revision."""
+
+    @property
+    def config(self) -> str | None:
+        """The Hub data set's configuration."""
 
     @property
     def batch_size(self) -> int:
@@ -92,6 +127,22 @@ class Finetune(Protocol):
         """AdamW's betas."""
 
     @property
+    def adapter_rank(self) -> int:
+        """Rank of adapters."""
+
+    @property
+    def adapter_alpha(self) -> int:
+        """An adapter's change is scaled by this over its rank."""
+
+    @property
+    def adapter_lr(self) -> float:
+        """Learning rate of adapters."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row that count."""
+
+    @property
     def eval_every(self) -> int:
         """Optimiser steps between two evaluations."""
 
@@ -103,14 +154,8 @@ class Finetune(Protocol):
     def max_steps(self) -> int:
         """The budget: optimiser steps after which the run ends in any case."""
 
-    def prepare(self, tokenizer: Any, terms: Terms, seed: int) -> TuningData:
+    def prepare(self, context: TuningContext) -> TuningData:
         """Read, filter, sample and tokenise the rows; the same for the same arguments."""
-
-    def measure(self, model: Any, validation: Sequence[Example]) -> float:
-        """The metric on the validation rows; leaves the model as it is."""
-
-    def reached(self, value: float) -> bool:
-        """Whether a value of the metric is beyond the threshold."""
 
 
 def finetune_names() -> list[str]:

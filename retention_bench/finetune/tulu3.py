@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pydantic
-from pydantic import Field
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.finetune.base import Example, TuningData
-from retention_bench.finetune.contamination import ContaminationFilter, Terms
+from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.rows import open_rows
+from retention_bench.finetune.settings import Count, Settings, check_sampled_validation
 
 ROLES = ("system", "user", "assistant")
 
@@ -28,16 +28,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-
 Messages = list[dict[str, str]]
 """A chat: `{"role": ..., "content": ...}` in order."""
 
 
-@pydantic.dataclasses.dataclass(frozen=True)
-class Tulu3:
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class Tulu3(Settings):
     """Chat SFT; the loss is on the assistant's turns alone, as in open-instruct, Tulu 3's own training code.
 
     The validation rows are sampled from the training rows and stay among them, as in the paper ("10,000 / 1,000 (from
@@ -45,63 +41,31 @@ class Tulu3:
 
     Attributes:
         source: A `.jsonl`, `.jsonl.gz` or `.parquet` file or a Hub data set id, with a column `messages`.
-        train_size: Training rows, sampled by seed from the rows that pass the contamination filter.
-        validation_size: Validation rows, sampled from the training rows.
-        threshold: The run ends when the validation loss (nats a target token) is below this.
-        max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
-        revision: The Hub data set's revision; pin it.
-        batch_size: Rows in an optimiser step.
-        micro_batch_size: Rows in a forward pass; divides `batch_size`, or is larger and then does not matter. It
-            changes memory and speed, and the weights by rounding only.
-        lr: Learning rate, constant.
-        weight_decay: AdamW's weight decay; biases and norms are not decayed.
-        betas: AdamW's betas.
-        eval_every: Optimiser steps between two evaluations.
-        max_length: Tokens of a row that count; the rest is cut off.
     """
 
     name: ClassVar[str] = "tulu3"
-    metric: ClassVar[str] = "validation_loss"
+    metric: ClassVar[Metric] = "validation_loss"
+    classes: ClassVar[int | None] = None
+    asks_base: ClassVar[bool] = False
 
-    source: Annotated[str, Field(min_length=1)]
-    train_size: Count
-    validation_size: Count
-    threshold: Positive
-    max_steps: Count
-    revision: str | None = None
     batch_size: Count = 64
-    micro_batch_size: Count = 8
-    lr: Positive = 2e-5
-    weight_decay: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.01
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eval_every: Count = 20
-    max_length: Annotated[int, Field(strict=True, ge=2)] = 1024
 
     def __post_init__(self) -> None:
-        if self.validation_size > self.train_size:
-            raise ValueError(
-                f"validation_size {self.validation_size} is larger than train_size {self.train_size}, "
-                "and the validation rows are sampled from the training rows"
-            )
-        if self.batch_size % min(self.micro_batch_size, self.batch_size):
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        super().__post_init__()
+        check_sampled_validation(self)
 
-    def prepare(self, tokenizer: Any, terms: Terms, seed: int) -> TuningData:
+    def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the chats.
-
-        Args:
-            tokenizer: A fast tokenizer with an EOS token; left as it is.
-            terms: What no row may mention.
-            seed: Decides which rows are drawn, and in which order.
 
         Raises:
             UsageError: The source does not exist, or the tokenizer cannot be used.
             RetentionBenchError: A row is malformed, or fewer than `train_size` rows are left after filtering.
         """
+        tokenizer = context.tokenizer
         template = chat_template(tokenizer)
         rows = open_rows(self.source, self.revision, "messages", parse_messages)
-        rng = random.Random(seed)
-        contamination = ContaminationFilter(terms)
+        rng = random.Random(context.seed)
+        contamination = ContaminationFilter(context.terms)
         train: list[Example] = []
         untaught = 0
         for index in rng.sample(range(len(rows)), len(rows)):
@@ -123,16 +87,6 @@ class Tulu3:
                 f"{len(train)}, and train_size is {self.train_size}. Lower train_size, or give more rows."
             )
         return TuningData(train, rng.sample(train, self.validation_size), removed)
-
-    def measure(self, model: Any, validation: Sequence[Example]) -> float:
-        """Mean loss over the assistant's tokens of all validation rows, in nats."""
-        from retention_bench.finetune.validation import mean_token_loss
-
-        return mean_token_loss(model, validation)
-
-    def reached(self, value: float) -> bool:
-        """Whether a validation loss is below the threshold."""
-        return value < self.threshold
 
 
 def parse_messages(cell: Any) -> Messages:
