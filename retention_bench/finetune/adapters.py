@@ -57,6 +57,6 @@ def adapted(model: Any, kind: str, layers: Collection[int], *, rank: int, alpha:
     finally:
         for name, module in [*model.named_modules()]:
             if isinstance(module, LoraLayer):
-                module.merge(safe_merge=False)  # type: ignore[operator]
+                module.merge(safe_merge=False)
                 parent, _, own = name.rpartition(".")
                 setattr(model.get_submodule(parent), own, module.get_base_layer())
