@@ -60,3 +60,4 @@ def adapted(model: Any, kind: str, layers: Collection[int], *, rank: int, alpha:
                 module.merge(safe_merge=False)
                 parent, _, own = name.rpartition(".")
                 setattr(model.get_submodule(parent), own, module.get_base_layer())
+        del model.peft_config  # injecting leaves it on the model

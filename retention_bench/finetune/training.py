@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -146,9 +147,9 @@ def train(
     """
     if adapter not in ADAPTERS:
         raise UsageError(f"--adapter {adapter!r} is not known. Allowed: {', '.join(ADAPTERS)}.")
-    layers = parse_freeze(freeze).apply(model, edited)
-    _check_model(list(model.parameters()), device)
     with _quiet(), _given_back(model):
+        layers = parse_freeze(freeze).apply(model, edited)
+        _check_model(list(model.parameters()), device)
         data = task.prepare(TuningContext(tokenizer, terms, seed, unknown))
         _check_length(model, data)
         with adapted(model, adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=seed):
@@ -346,12 +347,13 @@ def _check_length(model: Any, data: TuningData) -> None:
 
 @contextlib.contextmanager
 def _given_back(model: Any) -> Iterator[None]:
-    """Undo what the trainer does to a model besides training it.
+    """Undo what is done to a model besides training it: freezing, and what the trainer leaves behind.
 
     SFTTrainer replaces `forward` on the instance (and autocast does so again), Trainer writes `use_cache=False` into
     the config, which a checkpoint would carry on into slow decoding.
     """
     forward, use_cache = model.__dict__.get("forward"), model.config.use_cache
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
@@ -359,16 +361,19 @@ def _given_back(model: Any) -> Iterator[None]:
         if forward is not None:
             model.forward = forward
         model.config.use_cache = use_cache
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
         model.eval()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the libraries below error level: the stop rule reports to the caller, and the log tells the rest."""
-    bars = datasets.are_progress_bars_disabled()
+    bars, shards = datasets.are_progress_bars_disabled(), transformers.utils.logging.is_progress_bar_enabled()
     loggers = [logging.getLogger(name) for name in ("transformers", "trl", "accelerate", "datasets")]
     levels = [logger.level for logger in loggers]
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -378,3 +383,5 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
+        if shards:
+            transformers.utils.logging.enable_progress_bar()
