@@ -6,17 +6,20 @@ until `train` is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from retention_bench.finetune.base import Example, Finetune, TuningContext, TuningData, finetune_names, make_finetune
+from retention_bench.finetune.base import ADAPTERS, Example, Finetune, TuningContext, TuningData, finetune_names, make_finetune
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
+from retention_bench.finetune.freezing import Freeze, parse_freeze
 
 if TYPE_CHECKING:
     from retention_bench.finetune.training import FinetuneLog, Watch, train
 
 __all__ = [
+    "ADAPTERS",
     "ContaminationFilter",
     "Example",
     "Finetune",
     "FinetuneLog",
+    "Freeze",
     "Matcher",
     "Mention",
     "Removed",
@@ -26,6 +29,7 @@ __all__ = [
     "Watch",
     "finetune_names",
     "make_finetune",
+    "parse_freeze",
     "train",
 ]
 

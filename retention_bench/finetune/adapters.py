@@ -14,8 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from retention_bench.models import block, is_in_out, projection
 
-ADAPTERS = ("none", "lora", "dora")
-
 
 @contextlib.contextmanager
 def adapted(model: Any, kind: str, layers: Collection[int], *, rank: int, alpha: int, seed: int) -> Iterator[None]:

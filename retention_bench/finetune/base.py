@@ -15,6 +15,8 @@ from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
 
 ENTRY_POINTS = "retention_bench.finetunes"
+ADAPTERS = ("none", "lora", "dora")
+"""What can be trained in the weights' place."""
 
 # One line registers a task. The module is imported when the task is made, not before.
 BUILT_IN = {

@@ -25,8 +25,8 @@ from trl import SFTConfig, SFTTrainer
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact
-from retention_bench.finetune.adapters import ADAPTERS, adapted
-from retention_bench.finetune.base import Finetune, TuningContext, TuningData
+from retention_bench.finetune.adapters import adapted
+from retention_bench.finetune.base import ADAPTERS, Finetune, TuningContext, TuningData
 from retention_bench.finetune.contamination import Removed, Terms
 from retention_bench.finetune.freezing import parse_freeze
 from retention_bench.finetune.heads import Classifier, collator
@@ -57,6 +57,7 @@ class FinetuneLog:
         adapter: What was trained in the weights' place.
         trained_layers: The layers that were trained.
         trainable_parameters: Numbers that the optimiser could change.
+        parameters: Numbers in the model.
         micro_batch_size: Rows in a forward pass, after all halvings.
     """
 
@@ -76,6 +77,7 @@ class FinetuneLog:
     adapter: str
     trained_layers: tuple[int, ...]
     trainable_parameters: int
+    parameters: int
     micro_batch_size: int
 
     def to_json(self) -> dict[str, Any]:
@@ -191,6 +193,7 @@ def train(
         adapter=adapter,
         trained_layers=layers,
         trainable_parameters=count,
+        parameters=sum(p.numel() for p in model.parameters()),
         micro_batch_size=micro_batch,
     )
 

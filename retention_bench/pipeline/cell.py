@@ -17,7 +17,7 @@ from typing import Any
 from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
-from retention_bench.finetune import Finetune, finetune_names, make_finetune
+from retention_bench.finetune import ADAPTERS, Finetune, finetune_names, make_finetune, parse_freeze
 from retention_bench.pipeline.store import Store, file_sha256
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
@@ -28,9 +28,10 @@ VERSIONS = {
     "paraphrases": 1,
     "fit": 1,
     "edit": 2,
-    "finetune": 1,
-    "score": 1,
-    "results": 2,
+    "unknown": 1,
+    "finetune": 2,
+    "score": 2,
+    "results": 3,
 }
 
 
@@ -47,6 +48,9 @@ class Cell:
         device: `"cpu"` or `"cuda"`.
         paraphrases: How many more prompts each fact is edited with.
         paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
+        freeze: What the fine-tunes must not change, see `parse_freeze`.
+        adapter: What they train in the weights' place: `none`, `lora` or `dora`.
+        probe_every: Optimiser steps between two looks at all facts while a model is trained; 0 for none.
     """
 
     suite: Suite
@@ -57,6 +61,9 @@ class Cell:
     device: str
     paraphrases: int = 0
     paraphrase_source: str = "own"
+    freeze: str = "none"
+    adapter: str = "none"
+    probe_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,7 @@ class Plan:
         paraphrases: The stage that finds more prompts for the edits, if there shall be any.
         paraphrase_source: Where they come from, a model by its name in the results; None if there are none.
         writer: The model that writes them, if one does, its path absolute.
+        unknown: The stage that finds the facts that the base model does not know, if the fine-tune teaches those.
         experiments: The edited copies.
         control: The stage that fine-tunes the unedited base model.
         control_score: The stage that scores it.
@@ -130,6 +138,7 @@ class Plan:
     paraphrases: Stage | None
     paraphrase_source: str | None
     writer: ModelConfig | None
+    unknown: Stage | None
     experiments: tuple[Experiment, ...]
     control: Stage
     control_score: Stage
@@ -138,7 +147,7 @@ class Plan:
     def stages(self) -> list[Stage]:
         """All stages in the order they run."""
         stages = [self.facts, *([self.paraphrases] if self.paraphrases else []), self.base_score]
-        stages += [stage for stage in (self.statistics, self.fit) if stage]
+        stages += [stage for stage in (self.statistics, self.fit, self.unknown) if stage]
         for e in self.experiments:
             stages += [e.edit, e.edit_score, e.finetune, e.finetune_score]
         return [*stages, self.control, self.control_score, self.results]
@@ -164,6 +173,9 @@ def plan(cell: Cell, store: Store) -> Plan:
     finetune = make_finetune(
         cell.finetune, _settings("fine-tune", cell.finetune, finetune_names(), model.finetunes, suite)
     )
+    freeze = parse_freeze(cell.freeze)
+    if cell.adapter not in ADAPTERS:
+        raise unknown_name("adapter", cell.adapter, ADAPTERS)
     base = model_inputs(model, cell.device)
 
     def stage(name: str, title: str, **inputs: Any) -> Stage:
@@ -217,7 +229,10 @@ def plan(cell: Cell, store: Store) -> Plan:
         scored = store.key(checkpoint.name, checkpoint.inputs) if checkpoint else None
         return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop], **augmented)
 
-    def tuned(title: str, edit: Stage | None) -> Stage:
+    data = source_fingerprint(finetune.source, finetune.revision)
+    unknown = stage("unknown", "what the base model does not know", pool=data) if finetune.asks_base else None
+
+    def tuned(title: str, edit: Stage | None, frozen_by: Sequence[Stage] = ()) -> Stage:
         return stage(
             "finetune",
             title,
@@ -226,8 +241,13 @@ def plan(cell: Cell, store: Store) -> Plan:
             keywords=suite.facts.keywords,
             finetune=cell.finetune,
             settings=_plain(finetune),
-            data=source_fingerprint(finetune.source, finetune.revision),
+            data=data,
+            freeze=cell.freeze,
+            adapter=cell.adapter,
             seed=cell.seed,
+            **({"unknown": store.key("unknown", unknown.inputs)} if unknown else {}),
+            **({"frozen_by": [store.key("edit", other.inputs) for other in frozen_by]} if frozen_by else {}),
+            **({"probe_every": cell.probe_every} if cell.probe_every else {}),
         )
 
     everyone = slice(0, suite.facts.edited)
@@ -260,7 +280,9 @@ def plan(cell: Cell, store: Store) -> Plan:
                 score(f"score after the fine-tune, {label}", tune, group),
             )
         )
-    control = tuned(f"{cell.finetune} fine-tune, unedited control", None)
+    # The control leaves alone what the edited models leave alone.
+    edits = [e.edit for e in experiments] if freeze.needs_edit else []
+    control = tuned(f"{cell.finetune} fine-tune, unedited control", None, edits)
     base_score = score("score the base model", None, everyone)
     control_score = score("score the control", control, everyone)
     parts = [base_score, control_score, *(s for e in experiments for s in (e.edit_score, e.finetune_score))]
@@ -272,12 +294,13 @@ def plan(cell: Cell, store: Store) -> Plan:
         model_name=model_name,
         editor=cell.editor,
         scores=[store.key("score", part.inputs) for part in parts],
+        finetunes=[store.key("finetune", part.inputs) for part in (control, *(e.finetune for e in experiments))],
         paraphrase_source=source,
         seed=cell.seed,
     )
     return Plan(
         cell, model_name, model, editor, finetune, facts, base_score, statistics, fit, paraphrases, source, writer,
-        tuple(experiments), control, control_score, results,
+        unknown, tuple(experiments), control, control_score, results,
     )  # fmt: skip
 
 
