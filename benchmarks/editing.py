@@ -3,11 +3,11 @@
     python benchmarks/editing.py [--facts 50] [--steps 20] [--device cpu|cuda] [--shape gpt2|gpt2-xl] [--layers 0-4]
 
 On a GPT-2-shaped model with random weights: the value optimisation, the keys of all edited layers, the solves of
-MEMIT and AlphaEdit, and the key statistics (`key_statistics.py`). The plain loop takes one fact at a time and runs
-the whole model for each step, over all positions, with logits of the whole vocabulary at every position, as
-`compute_z` of the references does. (`compute_ks` puts up to 128 contexts into a pass; here it is a fact's.) Both
-sides must give the same numbers, or the script ends with an error. Each side of a part runs in a process of its own,
-one after the other, so that its peak memory is its own.
+MEMIT and AlphaEdit, AlphaEdit's projectors, and the key statistics (`key_statistics.py`). The plain loop takes one
+fact at a time and runs the whole model for each step, over all positions, with logits of the whole vocabulary at every
+position, as `compute_z` of the references does. (`compute_ks` puts up to 128 contexts into a pass; here it is a
+fact's.) Both sides must give the same numbers, or the script ends with an error. Each side of a part runs in a process
+of its own, one after the other, so that its peak memory is its own.
 
 Rows are as long as CounterFact's with MEMIT's context templates: 80 % of the prompts begin with the subject, which has
 2 to 6 tokens and 1 to 6 tokens behind it; a template has 10 tokens.
@@ -40,7 +40,9 @@ SHAPES = {"gpt2": (12, 12, 768), "gpt2-xl": (48, 25, 1600)}
 VALUE = {"lr": 0.5, "weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625}
 RIDGE, LAMBDA, THRESHOLD = 10.0, 20_000.0, 2e-2
 TOLERANCE = 1e-3
-PARTS = ("values", "keys", "MEMIT solve", "AlphaEdit solve", "key statistics")
+PARTS = ("values", "keys", "MEMIT solve", "AlphaEdit projector", "AlphaEdit solve", "key statistics")
+MATRICES = ("MEMIT solve", "AlphaEdit projector", "AlphaEdit solve")
+"""The parts that run no model."""
 
 
 def make_model(shape: str, device: str) -> GPT2LMHeadModel:
@@ -177,13 +179,19 @@ def plain_keys(model, tokenizer, requests, templates, layers, device) -> dict[in
 def run_side(part: str, side: str, options: argparse.Namespace, out: Path) -> float:
     """Run one side of one part and save its numbers; returns its seconds."""
     device, layers = options.device, options.layers
-    solve = part.endswith("solve")
     size = 4 * SHAPES[options.shape][2]
-    if solve:
+    if part in MATRICES:
         generator = torch.Generator().manual_seed(1)
         keys = torch.randn(options.facts, size, generator=generator).to(device)
         residual = torch.randn(options.facts, size // 4, generator=generator).to(device)
         moments = {layer: moment.to(device) for layer, moment in make_statistics(size, layers).items()}
+        if part == "AlphaEdit solve":
+            projectors = {layer: null_space_projector(moment, THRESHOLD) for layer, moment in moments.items()}
+        # Small ones first, so that neither side pays for what torch sets up once.
+        small = moments[layers[0]][:64, :64] + torch.eye(64, device=device)
+        for matrix in (small, small.double()):
+            torch.linalg.solve(matrix, matrix), torch.linalg.cholesky(matrix), torch.linalg.eigh(matrix)
+            torch.linalg.svd(matrix)
     else:
         model = make_model(options.shape, device)
         tokenizer, facts, templates = make_facts(options.facts)
@@ -218,16 +226,23 @@ def run_side(part: str, side: str, options: argparse.Namespace, out: Path) -> fl
                 wide = keys.T.double()
                 adjusted = torch.linalg.solve(LAMBDA * moments[layer].double() + wide @ wide.T, wide)
             result[str(layer)] = (adjusted @ residual.double()).float()
+    elif part == "AlphaEdit projector":
+        result = {}
+        for layer in layers:
+            if side == "ours":
+                result[str(layer)] = null_space_projector(moments[layer], THRESHOLD).float()
+            else:
+                vectors, values, _ = torch.linalg.svd(moments[layer], full_matrices=False)
+                unused = vectors[:, values < THRESHOLD]
+                result[str(layer)] = unused @ unused.T
     else:
         result = {}
         for layer in layers:
             if side == "ours":
-                left, right = _solve(keys, residual, null_space_projector(moments[layer], THRESHOLD), RIDGE, None)
+                left, right = _solve(keys, residual, projectors[layer], RIDGE, None)
                 result[str(layer)] = (left @ right).float()
             else:
-                vectors, values, _ = torch.linalg.svd(moments[layer], full_matrices=False)
-                unused = vectors[:, values < THRESHOLD]
-                projector = unused @ unused.T
+                projector = projectors[layer].float()
                 system = projector @ (keys.T @ keys) + RIDGE * torch.eye(size, device=device)
                 result[str(layer)] = torch.linalg.solve(system, projector @ keys.T @ residual)
     synchronise(device)
@@ -243,7 +258,7 @@ def synchronise(device: str) -> None:
 
 
 def peak_mib(device: str) -> float:
-    """Peak memory of this process: on the GPU what torch had reserved for tensors, on the CPU the resident set."""
+    """Peak memory of this process: on the GPU what tensors took, on the CPU the resident set, set-up included."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -252,7 +267,7 @@ def peak_mib(device: str) -> float:
 def differences(part: str, ours: Path, plain: Path) -> float:
     """The largest relative difference of the two sides' numbers: of a fact's value or key, or of a layer's change."""
     left, right = load_file(ours), load_file(plain)
-    over = (0, 1) if part.endswith("solve") else 1
+    over = (0, 1) if part in MATRICES else 1
     return max(((left[n] - right[n]).norm(dim=over) / right[n].norm(dim=over)).max().item() for n in right)
 
 

@@ -14,7 +14,7 @@ from retention_bench.editors.base import EditContext, EditRequest
 from retention_bench.editors.keys import SubjectStates
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
 from retention_bench.editors.spread import spread
-from retention_bench.editors.statistics import null_space_projector, required_statistics
+from retention_bench.editors.statistics import required_statistics
 from retention_bench.editors.subject import check_requests
 from retention_bench.editors.value import optimise_values
 from retention_bench.models import WeightDelta, frozen
@@ -74,7 +74,7 @@ class AlphaEdit:
         statistics = required_statistics("AlphaEdit", model, context, self.layers)
 
         def solve(layer: int, keys: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            projector = null_space_projector(statistics.moments[layer].to(keys.device), self.nullspace_threshold)
+            projector = statistics.projector(layer, self.nullspace_threshold, keys.device)
             return _solve(keys, residual, projector, self.L2, context.remembered.get(layer))
 
         with frozen(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -19,6 +19,10 @@ from retention_bench.progress import Progress
 Objective = Literal["target", "prompt_last"]
 """`"target"` is the cross-entropy of the target's tokens, each after those before it. `"prompt_last"` is that of FT's
 reference: every token of the target is trained to follow the prompt directly, which is wrong for more than one."""
+
+
+MAX_TOKENS = 8192
+"""Tokens a pass runs, padding included, if it has more than one request; bounds the memory, and not what is learned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +73,17 @@ def descend(
     for step in range(num_steps):
         total = 0.0
         for start in range(0, len(rows), batch_size):
-            chunk = slice(start, start + batch_size)
-            losses = _losses(model, hidden, rows[chunk])
-            _check_finite(losses, requests[chunk], name)
-            loss = losses.mean()
-            total += loss.item() * len(losses)
-            if loss.item() >= stop_loss:
-                optimizer.zero_grad()
-                loss.backward()
+            batch = rows[start : start + batch_size]
+            optimizer.zero_grad()
+            parts = []
+            for part in _passes(batch):
+                losses = _losses(model, hidden, part)
+                (losses.sum() / len(batch)).backward()  # gradients add up to those of the batch's mean
+                parts.append(losses.detach())
+            losses = torch.cat(parts)
+            _check_finite(losses, requests[start : start + batch_size], name)
+            total += losses.sum().item()
+            if losses.mean().item() >= stop_loss:
                 optimizer.step()
                 after_step()
         progress(name, step + 1, num_steps, {"loss": total / len(rows)})
@@ -95,6 +102,18 @@ def _rows(tokenizer: PreTrainedTokenizerBase, request: EditRequest, objective: O
         else:
             rows.append(_Row(prompt + target[:-1], [len(prompt) - 1 + j for j in range(len(target))], target))
     return rows
+
+
+def _passes(batch: Sequence[Sequence[_Row]]) -> Iterator[list[Sequence[_Row]]]:
+    """A batch's requests, in order, in as many as a pass may have."""
+    part: list[Sequence[_Row]] = []
+    for rows in batch:
+        lengths = [len(row.ids) for group in (*part, rows) for row in group]
+        if part and max(lengths) * len(lengths) > MAX_TOKENS:
+            yield part
+            part = []
+        part.append(rows)
+    yield part
 
 
 def _losses(

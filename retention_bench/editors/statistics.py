@@ -90,6 +90,27 @@ class KeyStatistics:
     source: str = ""
     probe: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
     measured: Measurement = Measurement()
+    _projectors: dict[tuple[int, float], Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def projector(self, layer: int, threshold: float, device: torch.device) -> Tensor:
+        """`null_space_projector` of a layer's moment: made once, however many edits ask for it, and kept on the CPU.
+
+        Args:
+            layer: One of the layers.
+            threshold: As in `null_space_projector`.
+            device: Where it is made and goes.
+
+        Returns:
+            P in float64 [d_mlp, d_mlp].
+
+        Raises:
+            UsageError: As `null_space_projector`.
+        """
+        kept = self._projectors.get((layer, threshold))
+        if kept is None:
+            kept = null_space_projector(self.moments[layer].to(device), threshold).cpu()
+            self._projectors[layer, threshold] = kept
+        return kept.to(device)
 
     def check(self, model: PreTrainedModel, layers: Sequence[int], *, edited: bool = False) -> None:
         """Refuse statistics that cannot be this model's; runs one row of 32 tokens where there is a probe.

@@ -62,7 +62,8 @@ def optimise_values(
         weight_decay: Factor of the norm penalty.
         clamp_norm_factor: delta is kept no longer than this times |h|.
         kl_factor: Factor of the divergence.
-        max_tokens: Tokens a step runs, padding included, if it has more than one fact; bounds the memory.
+        max_tokens: Tokens from the subject on that a step runs, padding included, if it has more than one fact. What
+            the blocks above the layer keep for the gradient, most of the memory, grows with it.
         progress: Told the forward passes done and the mean loss.
 
     Returns:

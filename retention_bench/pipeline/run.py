@@ -21,6 +21,7 @@ from retention_bench.pipeline.store import Store, exclusive, write_text
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from retention_bench.editors import KeyStatistics
     from retention_bench.models import WeightDelta
 
 
@@ -235,6 +236,25 @@ class _Bench:
 
         return self._get(stage, compute)
 
+    # Read and sampled once, not for every edited copy of the model.
+
+    @functools.cached_property
+    def key_statistics(self) -> KeyStatistics | None:
+        """What the file of the key statistics holds."""
+        from retention_bench.editors import KeyStatistics
+
+        return KeyStatistics.load(self.statistics) if self.statistics else None
+
+    @functools.cached_property
+    def templates(self) -> tuple[str, ...]:
+        """The context templates that the model samples for the editor."""
+        import torch
+
+        from retention_bench.editors import sample_context_templates
+
+        generator = torch.Generator().manual_seed(self.plan.cell.seed)
+        return sample_context_templates(*self.base(), generator, lengths=self.plan.editor.template_lengths)
+
     def delta(self, experiment: Experiment) -> WeightDelta:
         """An experiment's edit."""
         from retention_bench.models import WeightDelta
@@ -242,17 +262,14 @@ class _Bench:
         def compute(folder: Path) -> None:
             import torch
 
-            from retention_bench.editors import EditContext, EditRequest, KeyStatistics, sample_context_templates
+            from retention_bench.editors import EditContext, EditRequest
 
-            statistics, fitted = self.statistics, self.fitted
+            statistics, templates, fitted = self.key_statistics, self.templates, self.fitted
             model, tokenizer = self.base()
-            generator = torch.Generator().manual_seed(self.plan.cell.seed)
             context = EditContext(
-                statistics=KeyStatistics.load(statistics) if statistics else None,
-                templates=sample_context_templates(
-                    model, tokenizer, generator, lengths=self.plan.editor.template_lengths
-                ),
-                generator=generator,
+                statistics=statistics,
+                templates=templates,
+                generator=torch.Generator().manual_seed(self.plan.cell.seed),
                 progress=self.progress,
                 fitted=fitted,
             )

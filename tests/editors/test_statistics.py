@@ -37,6 +37,17 @@ def test_projectors_are_the_references(gpt2_statistics, golden, distance):
         assert distance(projector.float()[:, :8], expected[f"projector.layer{layer}.columns"]) < 1e-3
 
 
+def test_projectors_are_made_once_for_each_layer_and_threshold(monkeypatch):
+    moments = {layer: torch.diag(torch.tensor([0.01, 0.1, 1.0]) * (layer + 1)) for layer in (0, 3)}
+    statistics, cpu, made = KeyStatistics(moments, 1), torch.device("cpu"), []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: made.append(matrix) or eigh(matrix))
+    for _ in range(2):  # two edits
+        for layer, threshold, directions in [(0, 0.2, 2), (3, 0.2, 1), (0, 0.05, 1)]:
+            assert statistics.projector(layer, threshold, cpu).trace().item() == pytest.approx(directions)
+    assert len(made) == 3
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
 def test_batches_and_padding_have_no_part(llama, untouched, batch_tokens):
     model, tokenizer = llama

@@ -107,16 +107,15 @@ def test_a_loss_that_is_not_finite_names_the_fact(llama, llama_requests, untouch
     model, _ = llama
     weight = model.get_parameter("model.embed_tokens.weight")
     rare = llama[1].encode("zither", add_special_tokens=False)[0]
-    with torch.no_grad():
-        saved = weight.clone()
-        weight[rare] = float("nan")
     odd = EditRequest("odd-one", "{} plays the", "zither", "violin")
-    try:
-        with pytest.raises(RetentionBenchError, match="Fact 'odd-one': the loss became nan"):
-            optimise(llama, [llama_requests[0], odd], (), 1, **SHIPPED)
-    finally:
-        with torch.no_grad():
-            weight.copy_(saved)
+    with untouched(model):
+        saved = weight.detach().clone()
+        weight.data[rare] = float("nan")
+        try:
+            with pytest.raises(RetentionBenchError, match="Fact 'odd-one': the loss became nan"):
+                optimise(llama, [llama_requests[0], odd], (), 1, **SHIPPED)
+        finally:
+            weight.data.copy_(saved)
 
 
 def test_a_layer_that_is_not_there_is_refused(llama, llama_requests):
