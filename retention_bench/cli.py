@@ -76,6 +76,28 @@ _PATH = click.Path(path_type=Path)
     help="Where those come from: the fact's own paraphrases (which are not asked then), other words before its prompt, "
     "or an instruct model (one of the suite, a folder, or a Hub id) that writes them.",
 )
+@click.option(
+    "--freeze",
+    default="none",
+    show_default=True,
+    metavar="none|edited|unedited|below:K|window:C:W",
+    help="What the fine-tunes leave as it is: the edited layers; all but those; layers below K, counted from 0; all "
+    "but the W layers around C.",
+)
+@click.option(
+    "--adapter",
+    default="none",
+    show_default=True,
+    metavar="none|lora|dora",
+    help="Train adapters, merged for scoring, and not the weights.",
+)
+@click.option(
+    "--probe-every",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
@@ -89,6 +111,9 @@ def evaluate(
     seed: int,
     paraphrases: int,
     paraphrase_source: str,
+    freeze: str,
+    adapter: str,
+    probe_every: int,
     out: Path | None,
     device: str,
     save_checkpoints: bool,
@@ -104,7 +129,19 @@ def evaluate(
     from retention_bench.pipeline import Cell, Store, default_root, load_suite, plan
 
     store = Store(default_root())
-    cell = Cell(load_suite(suite), model, editor, finetune, seed, _device(device), paraphrases, paraphrase_source)
+    cell = Cell(
+        load_suite(suite),
+        model=model,
+        editor=editor,
+        finetune=finetune,
+        seed=seed,
+        device=_device(device),
+        paraphrases=paraphrases,
+        paraphrase_source=paraphrase_source,
+        freeze=freeze,
+        adapter=adapter,
+        probe_every=probe_every,
+    )
     planned = plan(cell, store)
     if dry_run:
         stages = [
@@ -233,6 +270,10 @@ def _folder(planned: Plan) -> Path:
     folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / cell.finetune
     if cell.paraphrases:
         folder /= f"paraphrases-{cell.paraphrases}-{str(planned.paraphrase_source).replace(':', '-')}"
+    if cell.freeze != "none":
+        folder /= f"freeze-{cell.freeze.replace(':', '-')}"
+    if cell.adapter != "none":
+        folder /= cell.adapter
     return folder / f"seed-{cell.seed}"
 
 

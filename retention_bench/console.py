@@ -181,6 +181,8 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     )
     if results["paraphrases"]:
         console.print(_augmented(results), soft_wrap=True)
+    if results["freeze"] != "none" or results["adapter"] != "none":
+        console.print(_trained(results), soft_wrap=True)
     kept = results["retention"]
     models = len(results["experiments"])
     if models > 1:
@@ -195,6 +197,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
             f"(95 % interval {low:+.0f} to {high:+.0f})."
         )
     console.print(_learned(results), soft_wrap=True)
+    if results.get("trajectory"):
+        console.print()
+        console.print(_trajectory(results["trajectory"]))
     console.print(f"\n[yellow]{results['notice']}[/]\n", soft_wrap=True)
     console.print(f"Results: {out / 'results.json'}, every answer: {out / 'samples.jsonl'}", soft_wrap=True)
     if real:
@@ -211,6 +216,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         if results["paraphrases"]:
             command += ["--paraphrases", str(results["paraphrases"])]
             command += ["--paraphrase-source", results["paraphrase_source"]]
+        for option in ("freeze", "adapter"):
+            if results[option] != "none":
+                command += [f"--{option}", results[option]]
         console.print(f"The same cell on a real model (GPU, Hub access): {shlex.join(command)}", soft_wrap=True)
 
 
@@ -246,12 +254,50 @@ def _learned(results: Mapping[str, Any]) -> str:
     logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
     steps = sorted({log["steps"] for log in logs})
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-    by = {log["stopped_by"] for log in logs}
+    below = logs[0]["metric"] == "validation_loss"
     metric, threshold = logs[0]["metric"].replace("_", " "), logs[0]["threshold"]
-    if by == {"threshold"}:
-        return f"Every fine-tune reached its threshold ({metric} < {threshold:g}) after {span} steps."
+    if results["learned"]:
+        sign = "<" if below else ">"
+        return f"Every fine-tune reached its threshold ({metric} {sign} {threshold:g}) after {span} steps."
+    reasons = results["not_learned"]
+    more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
     return (
-        f"[red]Not learned:[/] a fine-tune used up its budget of steps ({span}) before its {metric} "
-        f"fell below {threshold:g}; "
-        "what it left standing says little about retention."
+        f"[red]Not learned:[/] {reasons[0].replace('_', ' ')}{more}. What is left standing then says little about "
+        "retention."
     )
+
+
+def _trained(results: Mapping[str, Any]) -> str:
+    """What the fine-tunes could change, in one line."""
+    log = results["experiments"][0]["finetune_log"]
+    what = {"none": "the weights", "lora": "LoRA adapters", "dora": "DoRA adapters"}[results["adapter"]]
+    return (
+        f"Trained were {what} of layers {_span(log['trained_layers'])} (--freeze {results['freeze']}): "
+        f"{log['trainable_parameters']:,} numbers, where the model has {log['parameters']:,}."
+    )
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Layers in words: 2 to 5, or 0, 3."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """What the edited models answered while they were trained."""
+    table = Table(
+        title="While training: facts answered, and mean probabilities of the next token",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for column in ("step", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        edited, intrinsic = step["edited"], step["intrinsic"]
+        figures = (f"{edited[name]:.2f}" for name in ("edited", "true", "related", "other"))
+        own = (f"{100 * intrinsic['rate']:.0f} %", f"{intrinsic['true']:.2f}")
+        table.add_row(f"{step['step']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
+    return table

@@ -185,6 +185,8 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     rate = {"hits": 5000, "total": 5000, "rate": 1.0, "ci95": [0.99, 1.0]}
     log = {"stopped_by": "threshold", "steps": 20, "metric": "validation_loss", "value": 1.3, "threshold": 1.7}
+    log |= {"trained_layers": list(range(100, 132)), "trainable_parameters": 123456789, "parameters": 1234567890}
+    seen = {"rate": 1.0, "edited": 0.5, "true": 0.25, "related": 0.125, "other": 0.125}
     results = {
         "editor": "alphaedit",
         "finetune": "commoncrawl",
@@ -197,12 +199,26 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         },
         "retention": {"edited": rate, "intrinsic": rate},
         "gap": {"value": 0.0, "ci95": [-0.1, 0.1]},
+        "freeze": "edited",
+        "adapter": "dora",
+        "learned": True,
+        "not_learned": [],
+        "trajectory": [{"step": 12000, "edited": seen, "intrinsic": seen}],
         "experiments": [{"finetune_log": log}],
         "control": {"finetune_log": log},
     }
-    console.print_results(results, tmp_path, real=None)
-    table = capsys.readouterr().out.split("Edited facts, in")[0].splitlines()
+    console.print_results(results, tmp_path, real="gpt2-xl")
+    printed = capsys.readouterr().out
+    assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 numbers" in printed
+    assert "--freeze edited --adapter dora" in printed
+    followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
+    assert max(len(line.rstrip()) for line in followed) <= 80
+    assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
+    table = printed.split("Edited facts, in")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4
     assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
+    results |= {"learned": False, "not_learned": ["after the 60 steps of its budget the validation_loss was 2"]}
+    console.print_results(results, tmp_path, real=None)
+    assert "Not learned: after the 60 steps of its budget the validation loss was 2." in capsys.readouterr().out

@@ -6,7 +6,15 @@ until `train` is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from retention_bench.finetune.base import ADAPTERS, Example, Finetune, TuningContext, TuningData, finetune_names, make_finetune
+from retention_bench.finetune.base import (
+    ADAPTERS,
+    Example,
+    Finetune,
+    TuningContext,
+    TuningData,
+    finetune_names,
+    make_finetune,
+)
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
 from retention_bench.finetune.freezing import Freeze, parse_freeze
 

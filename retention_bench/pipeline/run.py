@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import MODEL, FactSet, augment, disjoint_split, knowledge, read_pool, unseen
+from retention_bench.facts import MODEL, Fact, FactSet, augment, disjoint_split, knowledge, read_pool, unseen
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.results import gather
@@ -22,6 +22,7 @@ from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from retention_bench.editors import KeyStatistics
+    from retention_bench.finetune import Watch
     from retention_bench.models import WeightDelta
 
 
@@ -39,7 +40,8 @@ def evaluate(
     Args:
         cell: The cell.
         store: Where stage results are kept.
-        out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`.
+        out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`, and `trajectory.jsonl` where the
+            fine-tunes are followed.
         progress: Told how far the running stage is.
         announce: Told the title of each stage as it comes up, and whether the store held it.
         save_checkpoints: Also write every scored model as a full checkpoint below `out/checkpoints`.
@@ -55,7 +57,9 @@ def evaluate(
     with exclusive(out):
         bench = _Bench(planned, store, progress, announce)
         folder = bench.results()
-        for name in ("samples.jsonl", "facts.jsonl", "results.json"):
+        for name in ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "results.json"):
+            if not (folder / name).is_file():
+                continue
             partial = out / f".{name}"
             shutil.copyfile(folder / name, partial)
             partial.replace(out / name)
@@ -205,6 +209,26 @@ class _Bench:
         return measure(self.store, stage, self.base, corpus, progress=self.progress)
 
     @functools.cached_property
+    def unknown(self) -> tuple[Fact, ...]:
+        """The facts that the fine-tune teaches: those in its source that the base model answers wrongly; or none."""
+        stage, task = self.plan.unknown, self.plan.finetune
+        if stage is None:
+            return ()
+
+        def compute(folder: Path) -> None:
+            pool = read_pool(task.source, task.revision)
+            asked = knowledge(*self.base(), pool, progress=self.progress)
+            wrong = FactSet.of(k.fact for k in asked if k.margin < 0)
+            if not len(wrong):
+                raise RetentionBenchError(
+                    f"The base model answers all {len(pool)} facts of {task.source}, so there is none to teach it. "
+                    "Give facts that it does not know."
+                )
+            wrong.write(folder / "facts.jsonl")
+
+        return FactSet.read(self._get(stage, compute) / "facts.jsonl").facts
+
+    @functools.cached_property
     def fitted(self) -> Path | None:
         """The folder that the editor's `fit` wrote, or None where it does not train."""
         stage = self.plan.fit
@@ -284,31 +308,60 @@ class _Bench:
         def compute(folder: Path) -> None:
             import torch
 
-            from retention_bench.finetune import Terms, train
+            from retention_bench.finetune import Terms, parse_freeze, train
 
             delta = self.delta(experiment) if experiment else None
+            needs_edit = parse_freeze(self.plan.cell.freeze).needs_edit
+            deltas = [delta] if delta else [self.delta(e) for e in self.plan.experiments] if needs_edit else []
+            unknown = self.unknown
             self.release()
             torch.manual_seed(self.plan.cell.seed)
             model, tokenizer = self._load(self.plan.model.path, self.plan.model.revision)
             if delta is not None:
                 delta.apply_(model)
-            facts, keywords = self.facts, self.plan.cell.suite.facts.keywords
-            terms = Terms.from_facts(facts, keywords=keywords)
+            cell, work = self.plan.cell, self.store.scratch(stage.name, stage.inputs)
             log = train(
                 model,
                 tokenizer,
                 self.plan.finetune,
-                terms=terms,
-                seed=self.plan.cell.seed,
-                output_dir=folder / "work",
-                device=self.plan.cell.device,
+                terms=Terms.from_facts(self.facts, keywords=cell.suite.facts.keywords),
+                seed=cell.seed,
+                output_dir=work,
+                device=cell.device,
+                unknown=unknown,
+                freeze=cell.freeze,
+                adapter=cell.adapter,
+                edited={layer for some in deltas for layer in some.layers(model)},
+                watch=self._watch(model, tokenizer, experiment, work),
                 progress=self.progress,
             )
-            shutil.rmtree(folder / "work", ignore_errors=True)
             _save_checkpoint(model, tokenizer, folder / "model")
-            write_text(folder / "log.json", json.dumps(log.to_json(), indent=2))
+            write_text(folder / "log.json", json.dumps(log.to_json(), indent=2, allow_nan=False))
+            if cell.probe_every:
+                looks = sorted(work.glob("probe-*.jsonl"))  # a name is as long for every step
+                write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
 
         return self._get(stage, compute)
+
+    def _watch(self, model: Any, tokenizer: Any, experiment: Experiment | None, work: Path) -> Watch | None:
+        """What follows the facts through a fine-tune; every look has a file of its own, which outlives a kill."""
+        from retention_bench.finetune import Watch
+        from retention_bench.scoring import Prober
+
+        every = self.plan.cell.probe_every
+        if not every:
+            return None
+        objects: dict[str, set[str]] = {}
+        for fact in self._pool()[0]:
+            names = {name for name in (fact.target_true, fact.target_new) if name is not None}
+            objects.setdefault(fact.relation, set()).update(names)
+        prober = Prober(model, tokenizer, self.group(experiment), objects)
+
+        def look(step: int) -> None:
+            rows = (json.dumps({"step": step, **p.to_json()}, ensure_ascii=False) + "\n" for p in prober.look())
+            write_text(work / f"probe-{step:09}.jsonl", "".join(rows))
+
+        return Watch(every, look)
 
     def score(self, stage: Stage, experiment: Experiment | None, tuned: Path | None) -> Path:
         """The folder of a model's samples."""
@@ -344,6 +397,7 @@ class _Bench:
             edited = self.store.find(e.edit.name, e.edit.inputs) is not None
             if not edited:
                 _ = self.statistics, self.fitted  # announced before the edit that needs them
+            _ = self.unknown
             self.announce(e.edit.title, edited)
             self.delta(e)
             scored.append((e.index, "post_edit", self.score(e.edit_score, e, None)))

@@ -120,9 +120,7 @@ def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> set[int
     return {token for text in set(texts) if (token := target_token(text, tokenizer)) is not None}
 
 
-def _classes(
-    fact: Fact, objects: set[int], tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int | None, list[int]]:
+def _classes(fact: Fact, objects: set[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None, list[int]]:
     """The tokens of the original and the new object, and the related ones."""
     true = target_token(fact.target_true, tokenizer)
     new = None if fact.target_new is None else target_token(fact.target_new, tokenizer)
