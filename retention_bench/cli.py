@@ -126,7 +126,7 @@ def evaluate(
     so an interrupted run goes on with the stage it was in.
     """
     from retention_bench import console
-    from retention_bench.pipeline import Cell, Store, default_root, load_suite, plan
+    from retention_bench.pipeline import Cell, Store, default_root, estimate, load_suite, plan
 
     store = Store(default_root())
     cell = Cell(
@@ -153,10 +153,11 @@ def evaluate(
             }
             for s in planned.stages()
         ]
+        found = estimate(planned, store).to_json()
         if as_json:
-            click.echo(json.dumps({"store": str(store.root), "stages": stages}, indent=2))
+            click.echo(json.dumps({"store": str(store.root), "stages": stages, "estimate": found}, indent=2))
         else:
-            console.print_plan(stages, store.root)
+            console.print_plan(stages, store.root, found)
         return
     from retention_bench.pipeline import evaluate as run
 

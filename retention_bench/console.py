@@ -97,8 +97,14 @@ def _figures(figures: Mapping[str, float] | None) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
 
 
-def print_plan(stages: Sequence[Mapping[str, Any]], store: Path) -> None:
-    """Print the stages of a plan and whether the store holds them."""
+def print_plan(stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, int]) -> None:
+    """Print the stages of a plan, whether the store holds them, and what the fine-tunes will take.
+
+    Args:
+        stages: The stages.
+        store: The store's folder.
+        estimate: As `pipeline.Estimate` has it.
+    """
     table = Table("stage", "what it does", "key", "in the store")
     for stage in stages:
         table.add_row(
@@ -107,6 +113,18 @@ def print_plan(stages: Sequence[Mapping[str, Any]], store: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(f"Store: {store}", soft_wrap=True)
+    memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
+    console.print(
+        f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
+        f"{estimate['trainable']:,} of {estimate['parameters']:,} numbers and takes {memory} of memory, activations "
+        f"apart; the store grows by up to {disk}.",
+        soft_wrap=True,
+    )
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def print_statistics(about: Mapping[str, Any]) -> None:

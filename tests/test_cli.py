@@ -119,11 +119,33 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
         env={"RETENTION_BENCH_STORE": str(tmp_path / "s")},
     )
     assert result.exit_code == 0, result.output
-    stages = [s["stage"] for s in json.loads(result.output)["stages"]]
+    told = json.loads(result.output)
+    stages = [s["stage"] for s in told["stages"]]
     assert stages[:3] == ["facts", "score", "statistics"]
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
+    numbers = told["estimate"]["parameters"]
+    assert (told["estimate"]["finetunes"], told["estimate"]["steps"]) == (3, 180)
+    assert told["estimate"]["trainable"] == numbers
+    assert told["estimate"]["memory_bytes"] == 16 * numbers  # weights, gradients and Adam's two moments
+    assert told["estimate"]["disk_bytes"] == (3 + 2 * 3) * 4 * numbers
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        (["--freeze", "below:7"], 543_424 + 384),  # a layer of d_model 192 and d_mlp 1,024, and the final norm
+        (["--freeze", "window:0:1", "--adapter", "lora"], 16 * ((192 + 576) + (192 + 192) + 2 * (192 + 1024))),
+    ],
+)
+def test_a_dry_run_counts_what_is_trained(tmp_path, options, trained):
+    result = run(
+        *["evaluate", "--editor", "alphaedit", "--finetune", "tulu3", "--dry-run", *options],
+        env={"RETENTION_BENCH_STORE": str(tmp_path / "s")},
+    )
+    assert result.exit_code == 0, result.output
+    assert f"Each trains {trained:,} of " in " ".join(result.output.split())
 
 
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
