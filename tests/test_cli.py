@@ -197,11 +197,14 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         },
         "retention": {"edited": rate, "intrinsic": rate},
         "gap": {"value": 0.0, "ci95": [-0.1, 0.1]},
+        "facts": {"known": 1434, "rows": {"read": 21919, "dropped": {"nothing tells the relation": 2}}},
         "experiments": [{"finetune_log": log}],
         "control": {"finetune_log": log},
     }
     console.print_results(results, tmp_path, real=None)
-    table = capsys.readouterr().out.split("Edited facts, in")[0].splitlines()
+    table, rest = capsys.readouterr().out.split("Edited facts, in")
+    assert "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation)." in rest
+    table = table.splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4

@@ -67,9 +67,9 @@ def templates(prompts: Sequence[tuple[str, str]]) -> list[tuple[str, str] | None
         prompts: (prompt, subject) of each fact. A prompt that has `{}` is a template already.
 
     Returns:
-        For each the template and the subject as it is spelled in the prompt, or None where it doesn't stand there.
+        For each the template and the subject as the prompt spells it, or None where it doesn't stand there.
     """
-    choices = [[_cut(prompt, *place) for place in _places(prompt, subject)] for prompt, subject in prompts]
+    choices = [_choices(prompt, subject) for prompt, subject in prompts]
     common = Counter(found[0][0] for found in choices if len(found) == 1)
     return [max(reversed(found), key=lambda cut: common[cut[0]]) if found else None for found in choices]
 
@@ -112,8 +112,11 @@ def name_relations(
     return names
 
 
-def _cut(prompt: str, start: int, end: int) -> tuple[str, str]:
-    return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]
+def _choices(prompt: str, subject: str) -> list[tuple[str, str]]:
+    """The templates a prompt can have, in the order of the subject's places, and the subject as it stands there."""
+    if prompt.count("{}") == 1:
+        return [(prompt, subject)]
+    return [(f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]) for start, end in _places(prompt, subject)]
 
 
 def _places(prompt: str, subject: str) -> list[tuple[int, int]]:
