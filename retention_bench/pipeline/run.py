@@ -122,8 +122,9 @@ class _Bench:
             model, tokenizer = self.base()
             if not len(scorable):
                 raise RetentionBenchError(
-                    f"All {len(pool.facts)} facts of {suite.facts.source} have a target whose first token is a stop word "
-                    "or special, which the metric passes over. Give facts with targets that begin with a content word."
+                    f"All {len(pool.facts)} facts of {suite.facts.source} have a target whose first token is a stop "
+                    "word or special, which the metric passes over. Give facts with targets that begin with a content "
+                    "word."
                 )
             known = knowledge(model, tokenizer, scorable, progress=self.progress)
             kept, remaining = known_facts(known, suite.facts.margin, pool.rows)
