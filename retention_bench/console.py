@@ -197,6 +197,7 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         "\nEdited facts, in the edit's words and in others, count where the new object is answered; neighbours (other "
         "subjects with an edited fact's true object) and facts never edited where their own is.\n"
     )
+    console.print(_drawn_from(results["facts"]), soft_wrap=True)
     if results["paraphrases"]:
         console.print(_augmented(results), soft_wrap=True)
     if results["freeze"] != "none" or results["adapter"] != "none":
@@ -253,6 +254,15 @@ def _share(rate: Mapping[str, Any]) -> str:
     low, high = rate["ci95"]
     share = f"{100 * rate['rate']:.0f} % (95 % interval {100 * low:.0f}-{100 * high:.0f})"
     return f"{rate['hits']} of {rate['total']}, {share}"
+
+
+def _drawn_from(facts: Mapping[str, Any]) -> str:
+    """Of how many facts the asked ones were drawn, in one line."""
+    dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in facts["rows"]["dropped"].items())
+    return (
+        f"The facts were drawn from {facts['known']:,} that the base model knows, of {facts['rows']['read']:,} rows "
+        f"read{dropped}."
+    )
 
 
 def _augmented(results: Mapping[str, Any]) -> str:

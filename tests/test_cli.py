@@ -226,6 +226,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "learned": True,
         "not_learned": [],
         "trajectory": [{"step": 12000, "edited": seen, "intrinsic": seen}],
+        "facts": {"known": 1434, "rows": {"read": 21919, "dropped": {"nothing tells the relation": 2}}},
         "experiments": [{"finetune_log": log}],
         "control": {"finetune_log": log},
     }
@@ -236,6 +237,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80
     assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
+    assert "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation)." in printed
     table = printed.split("Edited facts, in")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]

@@ -23,7 +23,7 @@ from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
 VERSIONS = {
-    "facts": 1,
+    "facts": 2,
     "statistics": 2,
     "paraphrases": 1,
     "fit": 1,
@@ -185,7 +185,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         "facts",
         "known-fact filter and split",
         pool=source_fingerprint(suite.locate(suite.facts.source), suite.facts.revision),
-        **suite.facts.model_dump(include={"margin", "edited", "intrinsic"}),
+        **suite.facts.model_dump(include={"margin", "edited", "intrinsic", "config"}),
         seed=cell.seed,
     )
     facts_key = store.key("facts", facts.inputs)

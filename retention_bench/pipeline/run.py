@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import MODEL, Fact, FactSet, augment, disjoint_split, knowledge, read_pool, unseen
+from retention_bench.facts import (
+    MODEL,
+    Fact,
+    FactSet,
+    Pool,
+    augment,
+    disjoint_split,
+    knowledge,
+    known_facts,
+    load_pool,
+    read_pool,
+    unseen,
+)
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.results import gather
@@ -117,19 +129,21 @@ class _Bench:
             model, tokenizer = self.base()
             if not len(scorable):
                 raise RetentionBenchError(
-                    f"All {len(pool)} facts of {suite.facts.source} have a target whose first token is a stop word or "
-                    "special, which the metric passes over. Give facts with targets that begin with a content word."
+                    f"All {len(pool.facts)} facts of {suite.facts.source} have a target whose first token is a stop "
+                    "word or special, which the metric passes over. Give facts with targets that begin with a content "
+                    "word."
                 )
             known = knowledge(model, tokenizer, scorable, progress=self.progress)
-            kept = [k for k in known if k.margin >= suite.facts.margin]
+            kept, remaining = known_facts(known, suite.facts.margin, pool.rows)
             split = disjoint_split(
-                FactSet.of(k.fact for k in kept),
+                kept,
                 edited=suite.facts.edited,
                 intrinsic=suite.facts.intrinsic,
                 seed=self.plan.cell.seed,
+                remaining=remaining,
             )
             split.write(folder / "facts.jsonl")
-            probability = {k.fact.id: k for k in kept}
+            probability = {k.fact.id: k for k in known}
 
             def mean(facts: FactSet) -> dict[str, float]:
                 chosen = [probability[f.id] for f in facts]
@@ -139,8 +153,9 @@ class _Bench:
                 }
 
             counts = {
-                "pool": len(pool),
-                "stop_word_targets": len(pool) - len(scorable),
+                "rows": pool.rows.to_json(),
+                "pool": len(pool.facts),
+                "stop_word_targets": len(pool.facts) - len(scorable),
                 "unknown": len(scorable) - len(kept),
                 "known": len(kept),
                 "probability": {"edited": mean(split.edited), "intrinsic": mean(split.intrinsic)},
@@ -149,15 +164,17 @@ class _Bench:
 
         return FactSet.read(self._get(self.plan.facts, compute) / "facts.jsonl")
 
-    def _pool(self) -> tuple[FactSet, FactSet]:
-        """The suite's facts, and those that the metric could find: no target begins with a stop word."""
+    def _pool(self) -> tuple[Pool, FactSet]:
+        """The suite's pool, and its facts that the metric could find: no target begins with a stop word."""
         from retention_bench.scoring import is_scorable
 
         suite = self.plan.cell.suite
-        pool = read_pool(suite.locate(suite.facts.source), suite.facts.revision)
+        pool = load_pool(suite.locate(suite.facts.source), suite.facts.revision, suite.facts.config)
         _, tokenizer = self.base()
         return pool, FactSet.of(
-            f for f in pool if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
+            f
+            for f in pool.facts
+            if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
         )
 
     def known(self) -> dict[str, Any]:
@@ -216,7 +233,7 @@ class _Bench:
             return ()
 
         def compute(folder: Path) -> None:
-            pool = read_pool(task.source, task.revision)
+            pool = read_pool(task.source, task.revision, task.config)
             asked = knowledge(*self.base(), pool, progress=self.progress)
             wrong = FactSet.of(k.fact for k in asked if k.margin < 0)
             if not len(wrong):
@@ -352,7 +369,7 @@ class _Bench:
         if not every:
             return None
         objects: dict[str, set[str]] = {}
-        for fact in self._pool()[0]:
+        for fact in self._pool()[0].facts:
             names = {name for name in (fact.target_true, fact.target_new) if name is not None}
             objects.setdefault(fact.relation, set()).update(names)
         prober = Prober(model, tokenizer, self.group(experiment), objects)
