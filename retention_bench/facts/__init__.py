@@ -5,7 +5,7 @@ from retention_bench.facts.known import Knowledge, knowledge
 from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
 from retention_bench.facts.pool import read_pool
 from retention_bench.facts.split import disjoint_split
-from retention_bench.facts.target import target_token, token_text
+from retention_bench.facts.target import object_ids, target_token, token_text
 
 __all__ = [
     "MODEL",
@@ -16,6 +16,7 @@ __all__ = [
     "check_source",
     "disjoint_split",
     "knowledge",
+    "object_ids",
     "read_pool",
     "target_token",
     "token_text",

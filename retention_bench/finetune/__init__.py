@@ -6,7 +6,15 @@ until `train` is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from retention_bench.finetune.base import Example, Finetune, TuningContext, TuningData, finetune_names, make_finetune
+from retention_bench.finetune.base import (
+    Example,
+    Finetune,
+    TuningContext,
+    TuningData,
+    finetune_names,
+    make_finetune,
+    parse_finetune,
+)
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
 
 if TYPE_CHECKING:
@@ -26,6 +34,7 @@ __all__ = [
     "Watch",
     "finetune_names",
     "make_finetune",
+    "parse_finetune",
     "train",
 ]
 
