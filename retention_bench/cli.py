@@ -56,7 +56,12 @@ _PATH = click.Path(path_type=Path)
     required=True,
     help="The editor, by its name in the suite; see `retention-bench list editors --suite NAME`.",
 )
-@click.option("--finetune", required=True, help="The downstream fine-tune; see `retention-bench list finetunes`.")
+@click.option(
+    "--finetune",
+    required=True,
+    help="The downstream fine-tune, see `retention-bench list finetunes`; or path:FILE or path:OWNER/NAME@REVISION for "
+    "data of your own.",
+)
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
 @click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes.")
@@ -268,7 +273,8 @@ def list_(what: str, suite: str | None, as_json: bool) -> None:
 def _folder(planned: Plan) -> Path:
     """The folder of a cell's results where none is named; what differs from the usual is in its name."""
     cell = planned.cell
-    folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / cell.finetune
+    finetune = planned.finetune_name.replace(":", "-")
+    folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / finetune
     if cell.paraphrases:
         folder /= f"paraphrases-{cell.paraphrases}-{str(planned.paraphrase_source).replace(':', '-')}"
     if cell.freeze != "none":

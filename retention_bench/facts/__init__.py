@@ -5,7 +5,7 @@ from retention_bench.facts.known import Knowledge, Remaining, knowledge, known_f
 from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
 from retention_bench.facts.pool import Pool, RowCounts, load_pool, read_pool
 from retention_bench.facts.split import disjoint_split
-from retention_bench.facts.target import target_token, token_text
+from retention_bench.facts.target import object_ids, target_token, token_text
 
 __all__ = [
     "MODEL",
@@ -21,6 +21,7 @@ __all__ = [
     "knowledge",
     "known_facts",
     "load_pool",
+    "object_ids",
     "read_pool",
     "target_token",
     "token_text",

@@ -14,6 +14,7 @@ from retention_bench.finetune.base import (
     TuningData,
     finetune_names,
     make_finetune,
+    parse_finetune,
 )
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
 from retention_bench.finetune.freezing import Freeze, parse_freeze
@@ -37,6 +38,7 @@ __all__ = [
     "Watch",
     "finetune_names",
     "make_finetune",
+    "parse_finetune",
     "parse_freeze",
     "train",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import pydantic
@@ -13,13 +14,21 @@ import pydantic
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
+from retention_bench.finetune.rows import is_local
 
 ENTRY_POINTS = "retention_bench.finetunes"
 ADAPTERS = ("none", "lora", "dora")
 """What can be trained in the weights' place."""
 
+CUSTOM = "path"
+"""The task on a user's own data set."""
+
 # One line registers a task. The module is imported when the task is made, not before.
 BUILT_IN = {
+    "commoncrawl": "retention_bench.finetune.commoncrawl:CommonCrawl",
+    "counterfact": "retention_bench.finetune.counterfact:CounterFact",
+    "imdb": "retention_bench.finetune.imdb:IMDB",
+    "path": "retention_bench.finetune.custom:Custom",
     "tulu3": "retention_bench.finetune.tulu3:Tulu3",
 }
 
@@ -163,6 +172,30 @@ class Finetune(Protocol):
 def finetune_names() -> list[str]:
     """Names of the fine-tunes that can be made, sorted; imports none of them."""
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
+
+
+def parse_finetune(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a fine-tune as it is named on the command line.
+
+    Args:
+        text: A task's name; or `path:` and a local file or a Hub data set id, this with `@` and its revision.
+
+    Returns:
+        The task's name, and the settings that go over the suite's for it: none, or the task `path` with its `source`,
+        a file's made absolute, and a Hub data set's `revision`.
+
+    Raises:
+        UsageError: `path:` has no data set behind it.
+    """
+    kind, colon, source = text.partition(":")
+    if kind != CUSTOM or not colon:
+        return text, {}
+    if not source:
+        raise UsageError(f"{text!r} names no data set. Give {CUSTOM}:FILE or {CUSTOM}:OWNER/NAME@REVISION.")
+    if is_local(source):
+        return CUSTOM, {"source": str(Path(source).expanduser().resolve())}
+    source, _, revision = source.partition("@")
+    return CUSTOM, {"source": source, **({"revision": revision} if revision else {})}
 
 
 def make_finetune(name: str, settings: Mapping[str, Any]) -> Finetune:

@@ -13,15 +13,11 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a task is trained; the paper's numbers are the defaults where it has the same for all tasks.
+class Recipe:
+    """How rows are trained on; the paper's numbers are the defaults where it has the same for all tasks.
 
     Attributes:
         source: A local file or a Hub data set id.
-        train_size: Training rows, sampled by seed from the rows that pass the contamination filter.
-        validation_size: Validation rows.
-        threshold: The value of the task's metric that ends the run.
-        max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
         revision: The Hub data set's revision; pin it.
         config: The Hub data set's configuration.
         batch_size: Rows in an optimiser step.
@@ -38,10 +34,6 @@ class Settings:
     """
 
     source: Annotated[str, Field(min_length=1)]
-    train_size: Count
-    validation_size: Count
-    threshold: Positive
-    max_steps: Count
     revision: str | None = None
     config: str | None = None
     batch_size: Count = 256
@@ -60,14 +52,41 @@ class Settings:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
 
 
-def check_sampled_validation(settings: Settings) -> None:
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Recipe):
+    """A recipe, and how many rows it takes and when it ends, which depends on the model and has no default.
+
+    Attributes:
+        train_size: Training rows, sampled by seed from the rows that pass the contamination filter.
+        validation_size: Validation rows.
+        threshold: The value of the task's metric that ends the run.
+        max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
+    """
+
+    train_size: Count
+    validation_size: Count
+    threshold: Positive
+    max_steps: Count
+
+
+def check_sampled_validation(train_size: int, validation_size: int) -> None:
     """Refuse more validation rows than there are training rows that they are sampled from.
 
     Raises:
         ValueError: There are.
     """
-    if settings.validation_size > settings.train_size:
+    if validation_size > train_size:
         raise ValueError(
-            f"validation_size {settings.validation_size} is larger than train_size {settings.train_size}, "
+            f"validation_size {validation_size} is larger than train_size {train_size}, "
             "and the validation rows are sampled from the training rows"
         )
+
+
+def check_share(threshold: float) -> None:
+    """Refuse a threshold that an accuracy, which must be above it to end the run, cannot pass.
+
+    Raises:
+        ValueError: It is 1 or more.
+    """
+    if threshold >= 1:
+        raise ValueError(f"threshold {threshold:g} is not below 1: it is a share of rows, which a run ends above")

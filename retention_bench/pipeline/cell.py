@@ -17,7 +17,7 @@ from typing import Any
 from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
-from retention_bench.finetune import ADAPTERS, Finetune, finetune_names, make_finetune, parse_freeze
+from retention_bench.finetune import ADAPTERS, Finetune, finetune_names, make_finetune, parse_finetune, parse_freeze
 from retention_bench.pipeline.store import Store, file_sha256
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
@@ -43,7 +43,7 @@ class Cell:
         suite: The suite.
         model: A model of the suite, a folder or a Hub id; None for the suite's default.
         editor: The editor's name in the suite.
-        finetune: The fine-tune's name.
+        finetune: The fine-tune's name, or `path:` and a data set, see `parse_finetune`.
         seed: Seed of the split, the edits and the fine-tunes.
         device: `"cpu"` or `"cuda"`.
         paraphrases: How many more prompts each fact is edited with.
@@ -112,6 +112,7 @@ class Plan:
         model: The model's configuration, its path absolute.
         editor: The editor with the suite's settings.
         finetune: The fine-tune with the suite's settings.
+        finetune_name: Its name in the results.
         facts: The stage that filters and splits the facts.
         base_score: The stage that scores the base model.
         statistics: The stage that measures the key statistics, if the editor needs them.
@@ -131,6 +132,7 @@ class Plan:
     model: ModelConfig
     editor: Editor
     finetune: Finetune
+    finetune_name: str
     facts: Stage
     base_score: Stage
     statistics: Stage | None
@@ -170,9 +172,15 @@ def plan(cell: Cell, store: Store) -> Plan:
     settings.pop("editor", None)
     registered = _registered(cell.editor, model, suite)
     editor = make_editor(registered, settings)
-    finetune = make_finetune(
-        cell.finetune, _settings("fine-tune", cell.finetune, finetune_names(), model.finetunes, suite)
+    task, given = parse_finetune(cell.finetune)
+    # A data set of one's own needs no entry in the suite; where there is one it says how it is trained on.
+    entry = (
+        {}
+        if given and task not in model.finetunes
+        else _settings("fine-tune", task, finetune_names(), model.finetunes, suite)
     )
+    finetune = make_finetune(task, {**entry, **given})
+    finetune_name = f"{task}:{Path(finetune.source).name}" if given else task
     freeze = parse_freeze(cell.freeze)
     if cell.adapter not in ADAPTERS:
         raise unknown_name("adapter", cell.adapter, ADAPTERS)
@@ -239,7 +247,7 @@ def plan(cell: Cell, store: Store) -> Plan:
             edit=store.key("edit", edit.inputs) if edit else None,
             facts=facts_key,
             keywords=suite.facts.keywords,
-            finetune=cell.finetune,
+            finetune=task,
             settings=_plain(finetune),
             data=data,
             freeze=cell.freeze,
@@ -269,7 +277,7 @@ def plan(cell: Cell, store: Store) -> Plan:
             **({"fit": store.key("fit", fit.inputs)} if fit else {}),
             **augmented,
         )
-        tune = tuned(f"{cell.finetune} fine-tune, {label}", edit)
+        tune = tuned(f"{finetune_name} fine-tune, {label}", edit)
         experiments.append(
             Experiment(
                 index,
@@ -282,7 +290,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         )
     # The control leaves alone what the edited models leave alone.
     edits = [e.edit for e in experiments] if freeze.needs_edit else []
-    control = tuned(f"{cell.finetune} fine-tune, unedited control", None, edits)
+    control = tuned(f"{finetune_name} fine-tune, unedited control", None, edits)
     base_score = score("score the base model", None, everyone)
     control_score = score("score the control", control, everyone)
     parts = [base_score, control_score, *(s for e in experiments for s in (e.edit_score, e.finetune_score))]
@@ -293,14 +301,15 @@ def plan(cell: Cell, store: Store) -> Plan:
         notice=suite.notice,
         model_name=model_name,
         editor=cell.editor,
+        finetune=finetune_name,
         scores=[store.key("score", part.inputs) for part in parts],
         finetunes=[store.key("finetune", part.inputs) for part in (control, *(e.finetune for e in experiments))],
         paraphrase_source=source,
         seed=cell.seed,
     )
     return Plan(
-        cell, model_name, model, editor, finetune, facts, base_score, statistics, fit, paraphrases, source, writer,
-        unknown, tuple(experiments), control, control_score, results,
+        cell, model_name, model, editor, finetune, finetune_name, facts, base_score, statistics, fit, paraphrases, source,
+        writer, unknown, tuple(experiments), control, control_score, results,
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def gather(
         "notice": " ".join(cell.suite.notice.split()),
         "model": plan.model_name,
         "editor": cell.editor,
-        "finetune": cell.finetune,
+        "finetune": plan.finetune_name,
         "freeze": cell.freeze,
         "adapter": cell.adapter,
         "learned": all(entry["learned"] for entry in logs),
