@@ -308,9 +308,25 @@ def plan(cell: Cell, store: Store) -> Plan:
         seed=cell.seed,
     )
     return Plan(
-        cell, model_name, model, editor, finetune, finetune_name, facts, base_score, statistics, fit, paraphrases, source,
-        writer, unknown, tuple(experiments), control, control_score, results,
-    )  # fmt: skip
+        cell=cell,
+        model_name=model_name,
+        model=model,
+        editor=editor,
+        finetune=finetune,
+        finetune_name=finetune_name,
+        facts=facts,
+        base_score=base_score,
+        statistics=statistics,
+        fit=fit,
+        paraphrases=paraphrases,
+        paraphrase_source=source,
+        writer=writer,
+        unknown=unknown,
+        experiments=tuple(experiments),
+        control=control,
+        control_score=control_score,
+        results=results,
+    )
 
 
 def statistics_stage(
