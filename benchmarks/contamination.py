@@ -2,11 +2,11 @@ r"""How fast rows that mention a fact are kept out of the training data, and whe
 
     python benchmarks/contamination.py [--rows 1000000] [--regex-rows 5000] [--lengths long short]
 
-450 terms, of the atlas world and of other scripts and shapes, against generated chats: long rows of 600 to 1,000
-characters and short ones of 60 to 140. One row in 50 has a term planted in it: in another case or Unicode form, between
-punctuation, over a line's end. One in 50 has a word that a term is only a part of. No other row mentions a term, so
-that the rows to remove are known. A quarter of the rows is not ASCII alone: a fifth has typographic quotes, accents or
-emoji, a twentieth is mostly in another script. The rows are the same each time.
+450 terms, of the atlas world and of other scripts and shapes, against generated chats: long rows of about 600 to 1,000
+characters and short ones of about 60 to 140. One row in 50 has a term planted in it: in another case or Unicode form,
+between punctuation, over a line's end. One in 50 has a word that a term is only a part of. No other row mentions a
+term, so that the rows to remove are known. A quarter of the long rows and a sixth of the short are not ASCII alone:
+they have typographic quotes, accents or emoji, or are mostly in another script. The rows are the same each time.
 
 Beside it what one writes without this package, on the first rows alone (its rate is that of those rows): one regular
 expression of all terms, `\b(?:...)\b`, case ignored. Both run on one core; only the search is timed, not the making of
