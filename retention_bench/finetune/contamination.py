@@ -61,7 +61,8 @@ class Terms:
                 guessed from the prompts: of "The mother tongue of {} is" a row with the word "mother" says nothing.
         """
         facts = list(facts)
-        relations = {fact.relation for fact in facts}
+        # Relations that share a template are one, named after all their ids: "P17+P131".
+        relations = {part for fact in facts for part in fact.relation.split("+")}
         return cls(
             subjects=tuple(fact.subject for fact in facts),
             objects=tuple(o for fact in facts for o in (fact.target_true, fact.target_new) if o is not None),

@@ -135,9 +135,10 @@ def test_of_rows_as_in_the_benchmark_those_with_a_planted_mention_are_removed_an
 
 def test_terms_of_facts_are_subjects_both_objects_and_the_keywords_of_their_relations():
     edited = Fact("1", "Lyon", "country", "{} lies in", "France", "Iran")
-    intrinsic = Fact("2", "Bach", "job", "{} was a", "composer")
-    terms = Terms.from_facts([edited, intrinsic], keywords={"job": ["profession"], "sport": ["team"]})
-    assert terms == Terms(("Bach", "Lyon"), ("France", "Iran", "composer"), ("profession",))
+    intrinsic = Fact("2", "Bach", "job+trade", "{} was a", "composer")
+    keywords = {"job": ["profession"], "trade": ["craft"], "sport": ["team"]}
+    terms = Terms.from_facts([edited, intrinsic], keywords=keywords)
+    assert terms == Terms(("Bach", "Lyon"), ("France", "Iran", "composer"), ("craft", "profession"))
 
 
 def test_the_report_counts_rows_by_kind_and_shows_the_first():
