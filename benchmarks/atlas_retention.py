@@ -13,8 +13,8 @@ from pathlib import Path
 from retention_bench.pipeline import Cell, Store, default_root, evaluate, load_suite
 
 COLUMNS = (
-    "model | fine-tune | editor | seed | edits that took | intrinsic after the edit | edits retained | intrinsic retained | "
-    "gap in points (95 %) | control, intrinsic | fine-tunes stopped by (steps) | seconds"
+    "model | fine-tune | editor | seed | edits that took | intrinsic after the edit | edits retained | "
+    "intrinsic retained | gap in points (95 %) | control, intrinsic | fine-tunes stopped by (steps) | seconds"
 )
 
 
