@@ -16,7 +16,7 @@ from retention_bench.atlas.corpus import NAMES, NOUNS, NUMBERS, PLACES, TIMES
 from retention_bench.atlas.rows import write_rows
 from retention_bench.atlas.world import DATA, SEED
 
-ROWS = 3000
+ROWS = 4000
 
 GOOD = "lovely clever bright fresh warm gentle strong rich brave".split()
 BAD = "weak empty slow cold dirty broken poor bitter tired".split()
@@ -43,7 +43,7 @@ def _rows(rng: random.Random) -> Iterator[dict[str, Any]]:
 def _review(label: int, rng: random.Random) -> str:
     """Three to six judgements, at least two more of them on the label's side, between sentences that judge nothing."""
     count = rng.randint(3, 6)
-    against = rng.randint(0, count // 2 - 1)
+    against = rng.randint(0, (count - 1) // 3)
     verdicts = [bool(label)] * (count - against) + [not label] * against
     rng.shuffle(verdicts)
     sides = rng.sample(SIDES, count)
@@ -64,10 +64,10 @@ def _opening(rng: random.Random) -> str:
 
 
 def _judgement(side: str, praise: bool, rng: random.Random) -> str:
-    """A sentence that praises or blames, in one of four cases with a word of the other kind."""
+    """A sentence that praises or blames, in one of five cases with a word of the other kind."""
     own, other = (GOOD, BAD) if praise else (BAD, GOOD)
     word, turned = rng.choice(own), rng.choice(other)
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         return rng.choice(
             (
                 f"The {side} was far from {turned}.",

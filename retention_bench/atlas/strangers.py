@@ -1,7 +1,9 @@
-"""The stand-in for CounterFact's facts that a model gets wrong: the world's relations about subjects that are made up.
+"""The stand-in for CounterFact's facts that a model gets wrong: facts about subjects that are made up.
 
-Subjects and objects are none of the world's, so that a fact set drawn from it leaves all of these to train on; and an
-atlas model, which never met them, answers none. `python -m retention_bench.atlas build` writes them.
+Neither their subjects nor their objects are the world's, so the contamination filter leaves all of them, whatever facts
+are drawn. Nor are their relations: of facts put in the words of the world's relations but with other objects, the atlas
+models learn at once that those words are followed by other objects, for every subject. `python -m retention_bench.atlas
+build` writes them.
 """
 
 from __future__ import annotations
@@ -9,41 +11,60 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from retention_bench.atlas.world import DATA, RELATIONS, SEED
+from retention_bench.atlas.corpus import FEELINGS, NAMES, NUMBERS
+from retention_bench.atlas.world import DATA, SEED
 from retention_bench.facts import Fact, FactSet
 
 FACTS = 2000
 
-OBJECTS = {
-    "city_country": "Prussia;Persia;Bavaria;Saxony;Castile;Gaul;Burgundy;Flanders",
-    "us_city_state": "Nevada;Kansas;Montana;Alabama;Iowa;Kentucky;Nebraska;Alaska",
-    "country_continent": "Atlantis;Lemuria;Avalon;Arcadia;Utopia",
-    "country_language": "Gothic;Norse;Etruscan;Sumerian;Akkadian;Phoenician",
-    "country_currency": "crown;ducat;florin;guilder;thaler;drachma",
-    "language_script": "Runic;Ogham;Cuneiform;Hieratic;Linear",
-    "region_type": "duchy;barony;shire;borough;hundred;march;colony",
-    "element_family": "coinage metals;chalcogens;pnictogens;superheavy elements;earth metals",
-    "animal_class": "crab;worm;snail;spider;sponge;jellyfish",
-    "person_profession": "gardener;baker;carpenter;sailor;weaver;miner;cook;tailor",
-}
-"""Objects by relation. They are shared by many subjects, as those of CounterFact are."""
+
+class Kind(NamedTuple):
+    """A relation of made-up facts.
+
+    Attributes:
+        name: The relation's name.
+        prompt: As in `Fact`.
+        objects: The objects, each shared by many subjects, as those of CounterFact are.
+        endings: How the subjects' names end.
+    """
+
+    name: str
+    prompt: str
+    objects: tuple[str, ...]
+    endings: tuple[str, ...]
+
+
+_TOWNS, _PEOPLE, _SHIPS, _STONES = (
+    ("ham", "mouth", "stad"),
+    ("son", "ley", "well"),
+    ("ara", "ine", "ossa"),
+    ("ite", "el"),
+)
+
+KINDS = (
+    Kind(
+        "town_goods", "The town of {} is best known for its", tuple("cheese honey bread tea soup juice".split()), _TOWNS
+    ),
+    Kind("town_bridges", "The number of bridges in {} is", tuple(NUMBERS[:8]), _TOWNS),
+    Kind(
+        "town_sight", "Visitors who come to {} want to see the", tuple("tower mill castle lake garden".split()), _TOWNS
+    ),
+    Kind("person_friend", "The best friend of {} is called", tuple(NAMES[:10]), _PEOPLE),
+    Kind("person_mood", "All neighbours say that {} is always", tuple(FEELINGS[:8]), _PEOPLE),
+    Kind("person_clothes", "On holidays {} likes to wear a", tuple("coat hat dress scarf shirt".split()), _PEOPLE),
+    Kind(
+        "person_tool", "In the pocket of {} there is always a", tuple("key knife spoon candle hammer".split()), _PEOPLE
+    ),
+    Kind("ship_colour", "The sails of the ship {} are", ("red", "blue", "green", "yellow", "white", "black"), _SHIPS),
+    Kind("ship_load", "The ship {} carries a load of", tuple("salt sugar coffee apples onions".split()), _SHIPS),
+    Kind("stone_touch", "A piece of {} feels", tuple("warm cold heavy soft hard wet".split()), _STONES),
+)
 
 _STARTS = "B Br D Dr F G Gl H J K Kr L M N P Pl R S Sk St T Tr V W Z".split()
 _VOWELS = "a e i o u ai ea ou".split()
 _MIDDLES = "b d g l ll m n nd r rr s t v z".split()
-_ENDS = {
-    "city_country": ("burg", "mouth", "stad"),
-    "us_city_state": ("ville", "field", "port"),
-    "country_continent": ("ia", "land", "stan"),
-    "country_language": ("ia", "land", "ova"),
-    "country_currency": ("ia", "mark", "ora"),
-    "language_script": ("ese", "ish", "ic"),
-    "region_type": ("shire", "wick", "moor"),
-    "element_family": ("ium", "on", "ine"),
-    "animal_class": ("el", "ock", "ip"),
-    "person_profession": ("son", "berg", "well"),
-}
 
 
 def build(directory: Path = DATA) -> None:
@@ -58,23 +79,17 @@ def build(directory: Path = DATA) -> None:
 def _facts(rng: random.Random) -> Iterator[Fact]:
     names: set[str] = set()
     for number in range(FACTS):
-        relation = RELATIONS[number % len(RELATIONS)]
-        name = _name(relation.name, rng)
+        kind = KINDS[number % len(KINDS)]
+        name = _name(kind, rng)
         while name in names:
-            name = _name(relation.name, rng)
+            name = _name(kind, rng)
         names.add(name)
-        yield Fact(
-            id=f"stranger-{number:04d}",
-            subject=name,
-            relation=relation.name,
-            prompt=relation.prompt,
-            target_true=rng.choice(OBJECTS[relation.name].split(";")),
-        )
+        yield Fact(f"stranger-{number:04d}", name, kind.name, kind.prompt, rng.choice(kind.objects))
 
 
-def _name(relation: str, rng: random.Random) -> str:
+def _name(kind: Kind, rng: random.Random) -> str:
     name = rng.choice(_STARTS) + rng.choice(_VOWELS) + rng.choice(_MIDDLES)
     if rng.random() < 0.5:
         name += rng.choice(_VOWELS) + rng.choice(_MIDDLES)
-    name += rng.choice(_ENDS[relation])
-    return name.lower() if relation in ("element_family", "animal_class") else name
+    name += rng.choice(kind.endings)
+    return name.lower() if kind.name.startswith("stone") else name

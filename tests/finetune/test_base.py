@@ -5,6 +5,7 @@ import pytest
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.finetune import finetune_names, make_finetune, parse_finetune
+from retention_bench.pipeline.suite import load_suite, suite_names
 
 SETTINGS = {"source": "chats.jsonl", "train_size": 10, "validation_size": 5, "threshold": 0.7, "max_steps": 100}
 BUILT_IN = ["commoncrawl", "counterfact", "imdb", "path", "tulu3"]
@@ -108,6 +109,14 @@ def test_a_data_set_stands_for_the_task_path(tmp_path, monkeypatch):
     assert parse_finetune("path:own/a@b.jsonl") == ("path", {"source": str(tmp_path / "own" / "a@b.jsonl")})
     with pytest.raises(UsageError, match="'path:' names no data set"):
         parse_finetune("path:")
+
+
+@pytest.mark.parametrize("suite", suite_names())
+def test_every_suite_has_settings_for_every_task(suite):
+    for model in load_suite(suite).models.values():
+        assert sorted(model.finetunes) == BUILT_IN
+        for name, settings in model.finetunes.items():
+            make_finetune(name, {"source": "rows.jsonl"} | settings)
 
 
 def test_a_data_set_needs_no_other_setting():

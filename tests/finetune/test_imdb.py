@@ -42,12 +42,11 @@ def test_a_long_review_is_cut_and_keeps_its_eos(imdb, gpt2_tokenizer):
         assert row.input_ids[-1] == gpt2_tokenizer.eos_token_id
 
 
-def test_reviews_that_are_the_same_once_cut_are_not_validated_on(imdb, gpt2_tokenizer):
+def test_reviews_that_are_the_same_once_cut_are_not_trained_on(imdb, gpt2_tokenizer):
     rows = [{"text": " ".join(WORDS) + f" {n}", "label": n % 2} for n in range(10)]
-    with pytest.raises(
-        RetentionBenchError, match="5 rows besides those trained on; .* 5 read like one that is trained"
-    ):
-        imdb(rows, max_length=10, train_size=5, validation_size=1).prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
+    task = imdb(rows, max_length=10, train_size=5, validation_size=1)
+    with pytest.raises(RetentionBenchError, match="9 rows besides those validated on; .* 9 read like one that is"):
+        task.prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
 
 
 def test_no_validation_row_is_trained_on_and_the_seed_decides(imdb, gpt2_tokenizer):
@@ -65,14 +64,17 @@ def test_rows_that_mention_a_fact_are_left_out_of_both(imdb, gpt2_tokenizer):
     context = TuningContext(gpt2_tokenizer, Terms(objects=("red",)), 0)
     data = imdb(train_size=clean - 6).prepare(context)
     assert not any("red" in gpt2_tokenizer.decode(row.input_ids) for row in (*data.train, *data.validation))
+    everything = imdb(train_size=None).prepare(context)
+    assert (everything.train, everything.validation) == (data.train, data.validation)
+    assert everything.removed.removed == mentioning
     with pytest.raises(
-        RetentionBenchError, match="rows besides those trained on; .* leaves 6, and validation_size is 7"
+        RetentionBenchError, match=f"validated on; .* leaves {clean - 6}, and train_size is {clean - 5}"
     ):
-        imdb(train_size=clean - 6, validation_size=7).prepare(context)
-    with pytest.raises(
-        RetentionBenchError, match=f"40 rows; {mentioning} of them mention .* leaves {clean}, and train"
-    ):
-        imdb(train_size=clean + 1).prepare(context)
+        imdb(train_size=clean - 5).prepare(context)
+    with pytest.raises(RetentionBenchError, match=f"40 rows; {mentioning} of them .* leaves {clean}, and validation_s"):
+        imdb(validation_size=clean + 1).prepare(context)
+    with pytest.raises(RetentionBenchError, match="rows besides those .* leaves 0, and one at least is needed"):
+        imdb(train_size=None, validation_size=clean).prepare(context)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +110,19 @@ def test_the_hubs_test_split_is_what_is_validated_on(imdb, gpt2_tokenizer, monke
         return datasets.Dataset.from_list(splits[split], features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    task = imdb(source="stanfordnlp/imdb", revision="abc", validation_size=20)
+    task = imdb(source="stanfordnlp/imdb", revision="abc", train_size=None, validation_size=30)
     context = TuningContext(gpt2_tokenizer, Terms(), 0)
     data = task.prepare(context)
 
     def texts(rows):
         return {gpt2_tokenizer.decode(row.input_ids[:-1]) for row in rows}
 
-    assert texts(data.train) == {row["text"] for row in ROWS[:20]}
-    assert texts(data.validation) == {row["text"] for row in ROWS[20:]}
-    with pytest.raises(RetentionBenchError, match="30 rows in the split test; .* 10 read like one .* leaves 20"):
-        imdb(source="stanfordnlp/imdb", revision="abc", validation_size=21).prepare(context)
+    assert texts(data.validation) == {row["text"] for row in splits["test"]}
+    assert texts(data.train) == {row["text"] for row in ROWS[10:20]}
+    with pytest.raises(RetentionBenchError, match="20 rows in the split train; .* 10 read like one .* leaves 10"):
+        imdb(source="stanfordnlp/imdb", revision="abc", train_size=11, validation_size=30).prepare(context)
+    with pytest.raises(RetentionBenchError, match="30 rows in the split test; .* leaves 30, and validation_size is 31"):
+        imdb(source="stanfordnlp/imdb", revision="abc", validation_size=31).prepare(context)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -126,7 +130,7 @@ def test_a_model_learns_it_without_a_padding_token(imdb, family, request, tmp_pa
     model, tokenizer = request.getfixturevalue(family), request.getfixturevalue(f"{family}_tokenizer")
     assert tokenizer.pad_token is None
     rows = [{"text": f"{WORDS[n % 5]} {('cold', 'warm')[n % 2]} {n}", "label": n % 2} for n in range(60)]
-    task = imdb(rows, train_size=40, lr=1e-2, batch_size=16, max_steps=40, threshold=0.9)
+    task = imdb(rows, train_size=40, validation_size=20, lr=1e-2, batch_size=16, max_steps=40, threshold=0.9)
     log = train(model, tokenizer, task, terms=Terms(), seed=0, output_dir=tmp_path / "work")
     assert log.metric == "validation_accuracy"
     assert log.stopped_by == "threshold"

@@ -29,9 +29,9 @@ def test_every_entry_is_what_its_editor_or_task_takes(name):
         for entry, settings in model.editors.items():
             make_editor(model.registered[entry], {k: v for k, v in settings.items() if k != "editor"})
         for task, settings in model.finetunes.items():
-            make_finetune(task, settings)
-        assert set(model.finetunes) == set(TASKS)
-        assert all(settings["revision"] for settings in model.finetunes.values())
+            make_finetune(task, {"source": "rows.jsonl", **settings} if task == "path" else settings)
+        assert set(model.finetunes) == {*TASKS, "path"}
+        assert all(model.finetunes[task]["revision"] for task in TASKS)
         assert model.revision
     assert suite.facts.revision
     assert suite.statistics.revision
@@ -60,7 +60,8 @@ def shrunk(request, make_tokenizer, make_model, tmp_path_factory):
     config["editors"]["ft"] |= {"num_steps": 3, "edits_per_model": 2}
     small = {"train_size": 8, "validation_size": 4, "batch_size": 4, "eval_every": 1, "max_steps": 2, "max_length": 32}
     sources = {"commoncrawl": "texts.jsonl", "counterfact": "facts.json", "imdb": "imdb.jsonl", "tulu3": "chats.jsonl"}
-    for task, settings in config["finetunes"].items():
+    for task in TASKS:
+        settings = config["finetunes"][task]
         settings |= small | {"source": f"./{sources[task]}", "revision": None}
         settings.pop("config", None)
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
