@@ -312,6 +312,10 @@ def _span(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
+def _probability(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
     """What the edited models answered while they were trained."""
     table = Table(
@@ -325,7 +329,7 @@ def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for step in steps:
         edited, intrinsic = step["edited"], step["intrinsic"]
-        figures = (f"{edited[name]:.2f}" for name in ("edited", "true", "related", "other"))
-        own = (f"{100 * intrinsic['rate']:.0f} %", f"{intrinsic['true']:.2f}")
+        figures = (_probability(edited[name]) for name in ("edited", "true", "related", "other"))
+        own = (f"{100 * intrinsic['rate']:.0f} %", _probability(intrinsic["true"]))
         table.add_row(f"{step['step']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
     return table

@@ -134,20 +134,21 @@ def _json(source: str) -> Iterator[tuple[int, Any]]:
 
 
 def _jsonl(source: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(Path(source).read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    for number, line in enumerate(Path(source).read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # also of bytes that are no UTF-8
                 raise RetentionBenchError(f"{source}, line {number}: not JSON: {error}.") from error
 
 
 def _hub(source: str, revision: str | None, config: str | None) -> Iterator[tuple[int, Any]]:
     import datasets
+    from huggingface_hub.utils import httpx
 
     try:
         records = datasets.load_dataset(source, config, split="train", revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
         at = f" at revision {revision}" if revision else ""
         raise RetentionBenchError(
             f"The Hub data set {source!r}{at} cannot be read: {error} Correct the `source`, `config` and `revision`, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,9 @@ StoppedBy = Literal["threshold", "budget", "diverged"]
 
 DIVERGED = 3.0
 """A run whose validation loss is more than this times that at its start has diverged."""
+
+CHECKPOINT_SHARE = 0.05
+"""Writing checkpoints takes this share of a run's time at most: one that took long is not soon followed by another."""
 
 _CURVE = "curve.json"
 
@@ -68,6 +72,7 @@ class StopRule(TrainerCallback):
         """
         self._measure, self._metric, self._threshold = measure, metric, threshold
         self._every, self._budget, self._progress = every, budget, progress
+        self._asked, self._saved, self._cost = 0.0, 0.0, 0.0  # when a checkpoint was begun and ended, and its seconds
         self.curve: list[Point] = []
         self.diverged: str | None = None
 
@@ -118,7 +123,9 @@ class StopRule(TrainerCallback):
         if over:
             control.should_training_stop = True
         # Nobody goes on from the last evaluation, so it needs no checkpoint.
-        control.should_save = due and not over and step < self._budget
+        self._asked = time.monotonic()
+        affordable = (self._asked - self._saved) * CHECKPOINT_SHARE >= self._cost
+        control.should_save = due and not over and step < self._budget and affordable
         return control
 
     def on_log(
@@ -153,6 +160,8 @@ class StopRule(TrainerCallback):
         for other in folder.parent.glob("checkpoint-*"):
             if other != folder:
                 shutil.rmtree(other)
+        self._saved = time.monotonic()
+        self._cost = self._saved - self._asked
 
     def resume(self, folder: Path) -> Path | None:
         """Find the checkpoint to go on from, and take up its curve.

@@ -47,7 +47,7 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, max_length: 
     encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
     ids = [*encoded["input_ids"], tokenizer.eos_token_id][:max_length]
     ends = [end for _, end in encoded["offset_mapping"]]
-    first = next(index for index, end in enumerate(ends) if end > len(prompt))
+    first = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
     return [Example(ids, [-100] * first + ids[first:])] if first < len(ids) else []
 
 

@@ -132,8 +132,8 @@ def train(
         terms: What no training row may mention.
         seed: Seed of the rows that are drawn, their order, dropout and what is new in the model. Sets the global random
             states.
-        output_dir: A folder for the trainer's checkpoints, one at every evaluation. A run that finds one there goes on
-            from it; the caller removes the folder when it has the result.
+        output_dir: A folder for the trainer's checkpoints, one at every evaluation, or at fewer where they take long to
+            write. A run that finds one there goes on from it; the caller removes the folder when it has the result.
         device: `"cpu"` or `"cuda"`; the model is moved there and stays.
         unknown: As in `TuningContext`.
         freeze: What is kept from changing, see `parse_freeze`. With `none`, parameters that do not require a gradient
@@ -156,7 +156,9 @@ def train(
         _check_length(model, data)
         with adapted(model, adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=seed):
             trained = model if task.classes is None else Classifier(model, task.classes, seed)
-            trained.to(device)
+            model.to(device)
+            trained.to(device)  # the head too, where it is another
+            watch = _in_its_own_precision(model, watch)
             rule = StopRule(
                 lambda: measure(trained, data.validation, task.classes),
                 metric=task.metric,
@@ -196,6 +198,22 @@ def train(
         parameters=sum(p.numel() for p in model.parameters()),
         micro_batch_size=micro_batch,
     )
+
+
+def _in_its_own_precision(model: Any, watch: Watch | None) -> Watch | None:
+    """The same watch, without the autocast that the trainer puts around the model on a GPU: as scores are taken."""
+    if watch is None:
+        return None
+
+    def look(step: int) -> None:
+        wrapped = model.__dict__.pop("forward", None)
+        try:
+            watch.look(step)
+        finally:
+            if wrapped is not None:
+                model.forward = wrapped
+
+    return Watch(watch.every, look)
 
 
 def _why_not(rule: StopRule, task: Finetune, started_below: bool) -> str | None:
@@ -348,6 +366,9 @@ def _check_length(model: Any, data: TuningData) -> None:
         raise UsageError(f"The model takes {limit} tokens, the longest row has {longest}. Set max_length to {limit}.")
 
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @contextlib.contextmanager
 def _given_back(model: Any) -> Iterator[None]:
     """Undo what is done to a model besides training it: freezing, and what the trainer leaves behind.
@@ -357,15 +378,22 @@ def _given_back(model: Any) -> Iterator[None]:
     """
     forward, use_cache = model.__dict__.get("forward"), model.config.use_cache
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # TRL aligns the special tokens of model and tokenizer.
+    configs = [config for config in (model.config, model.generation_config) if config is not None]
+    tokens = [(config, name, getattr(config, name, None)) for config in configs for name in _SPECIAL]
     try:
         yield
     finally:
         model.__dict__.pop("forward", None)
         if forward is not None:
             model.forward = forward
+        model.__dict__.pop("_original_forward", None)  # accelerate's
         model.config.use_cache = use_cache
+        for config, name, value in tokens:
+            setattr(config, name, value)
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
+            parameter.grad = None
         model.eval()
 
 

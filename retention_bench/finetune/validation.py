@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune.base import Example, Metric
 from retention_bench.finetune.heads import collator
 
 ROWS = 8
-"""Rows in a forward pass."""
+"""Rows in a forward pass, if they fit."""
 
 
 class Measured(NamedTuple):
@@ -29,23 +30,42 @@ class Measured(NamedTuple):
     accuracy: float
 
 
-@torch.no_grad()
 def measure(trained: Any, rows: Sequence[Example], classes: int | None = None) -> Measured:
-    """Loss and accuracy on validation rows.
+    """Loss and accuracy on validation rows, fewer at a time where `ROWS` do not fit the memory.
 
     Args:
         trained: A causal language model, or the `Classifier` of a task with classes; evaluated with dropout off, its
             mode is given back. On a GPU the forward pass runs in bfloat16 autocast, as training does.
         rows: The rows; at least one of them has a target.
         classes: As in `Finetune`.
+
+    Raises:
+        RetentionBenchError: A single row does not fit.
     """
+    size = ROWS
+    while True:
+        try:
+            return _measure(trained, rows, classes, size)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                longest = max(len(row.input_ids) for row in rows)
+                raise RetentionBenchError(
+                    f"A single validation row of up to {longest} tokens does not fit the memory. Lower max_length, or "
+                    "take a larger device."
+                ) from error
+        size //= 2
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _measure(trained: Any, rows: Sequence[Example], classes: int | None, size: int) -> Measured:
     device = next(trained.parameters()).device
     training = trained.training
     trained.eval()
     loss, targets, right = 0.0, 0, 0
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            for batch in _batches(rows, classes):
+            for batch in _batches(rows, classes, size):
                 named = {key: value.to(device) for key, value in batch.items()}
                 labels = named.pop("labels")
                 if classes is None:
@@ -66,8 +86,8 @@ def reached(metric: Metric, value: float, threshold: float) -> bool:
     return value < threshold if metric == "validation_loss" else value > threshold
 
 
-def _batches(rows: Sequence[Example], classes: int | None) -> list[dict[str, Tensor]]:
+def _batches(rows: Sequence[Example], classes: int | None, size: int) -> list[dict[str, Tensor]]:
     """Rows of like length together."""
     rows = sorted(rows, key=lambda row: len(row.input_ids))
     collate = collator(classes)
-    return [collate([row._asdict() for row in rows[start : start + ROWS]]) for start in range(0, len(rows), ROWS)]
+    return [collate([row._asdict() for row in rows[start : start + size]]) for start in range(0, len(rows), size)]

@@ -17,7 +17,15 @@ from typing import Any
 from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
-from retention_bench.finetune import ADAPTERS, Finetune, finetune_names, make_finetune, parse_finetune, parse_freeze
+from retention_bench.finetune import (
+    ADAPTERS,
+    Finetune,
+    Freeze,
+    finetune_names,
+    make_finetune,
+    parse_finetune,
+    parse_freeze,
+)
 from retention_bench.pipeline.store import Store, file_sha256
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
@@ -180,8 +188,13 @@ def plan(cell: Cell, store: Store) -> Plan:
         else _settings("fine-tune", task, finetune_names(), model.finetunes, suite)
     )
     finetune = make_finetune(task, {**entry, **given})
-    finetune_name = f"{task}:{Path(finetune.source).name}" if given else task
+    data = source_fingerprint(finetune.source, finetune.revision)
+    # Files of one name in two folders are told apart by what is in them.
+    finetune_name = (
+        f"{task}:{Path(finetune.source).name}@{str(data.get('sha256', finetune.revision))[:8]}" if given else task
+    )
     freeze = parse_freeze(cell.freeze)
+    _check_trainable(model, freeze)
     if cell.adapter not in ADAPTERS:
         raise unknown_name("adapter", cell.adapter, ADAPTERS)
     base = model_inputs(model, cell.device)
@@ -237,8 +250,9 @@ def plan(cell: Cell, store: Store) -> Plan:
         scored = store.key(checkpoint.name, checkpoint.inputs) if checkpoint else None
         return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop], **augmented)
 
-    data = source_fingerprint(finetune.source, finetune.revision)
-    unknown = stage("unknown", "what the base model does not know", pool=data) if finetune.asks_base else None
+    unknown = None
+    if finetune.asks_base:
+        unknown = stage("unknown", "what the base model does not know", pool=data, config=finetune.config)
 
     def tuned(title: str, edit: Stage | None, frozen_by: Sequence[Stage] = ()) -> Stage:
         return stage(
@@ -365,6 +379,20 @@ def statistics_stage(
     if shard is None:
         return Stage("statistics", "key statistics", inputs)
     return Stage("statistics", f"key statistics, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)})
+
+
+def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
+    """Refuse at once what the fine-tunes would refuse after all editing.
+
+    Raises:
+        UsageError: The model's dtype is not float32, or `freeze` names a layer that the model lacks.
+    """
+    if model.dtype != "float32":
+        raise UsageError(f"A fine-tune needs float32 weights, the suite has {model.dtype}. Set `dtype: float32`.")
+    config = json.loads(_config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    count = config.get("num_hidden_layers", config.get("n_layer"))
+    if count is not None and not freeze.needs_edit:
+        freeze.layers(count)
 
 
 def model_inputs(model: ModelConfig, device: str) -> dict[str, Any]:

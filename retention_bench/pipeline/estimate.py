@@ -56,6 +56,8 @@ def estimate(plan: Plan, store: Store) -> Estimate:
     parameters, trainable = _count(plan)
     adapters = trainable if plan.cell.adapter != "none" else 0
     memory = _FLOAT * (parameters + adapters) + _ADAM * trainable
+    if plan.cell.device != "cpu":
+        memory += 2 * parameters  # bfloat16 autocast keeps the weights in that dtype for a pass
     # Two checkpoints lie beside each other for the moment in which the older is removed.
     checkpoint = _FLOAT * (parameters + adapters) + 2 * _FLOAT * trainable
     return Estimate(

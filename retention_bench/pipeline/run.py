@@ -71,6 +71,7 @@ def evaluate(
         folder = bench.results()
         for name in ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "results.json"):
             if not (folder / name).is_file():
+                (out / name).unlink(missing_ok=True)  # another run's, into the same folder
                 continue
             partial = out / f".{name}"
             shutil.copyfile(folder / name, partial)
@@ -125,7 +126,7 @@ class _Bench:
 
         def compute(folder: Path) -> None:
             suite = self.plan.cell.suite
-            pool, scorable = self._pool()
+            pool, scorable = self._pool, self._scorable
             model, tokenizer = self.base()
             if not len(scorable):
                 raise RetentionBenchError(
@@ -164,16 +165,21 @@ class _Bench:
 
         return FactSet.read(self._get(self.plan.facts, compute) / "facts.jsonl")
 
-    def _pool(self) -> tuple[Pool, FactSet]:
-        """The suite's pool, and its facts that the metric could find: no target begins with a stop word."""
+    @functools.cached_property
+    def _pool(self) -> Pool:
+        """The suite's pool."""
+        suite = self.plan.cell.suite
+        return load_pool(suite.locate(suite.facts.source), suite.facts.revision, suite.facts.config)
+
+    @functools.cached_property
+    def _scorable(self) -> FactSet:
+        """The pool's facts that the metric could find: no target begins with a stop word."""
         from retention_bench.scoring import is_scorable
 
-        suite = self.plan.cell.suite
-        pool = load_pool(suite.locate(suite.facts.source), suite.facts.revision, suite.facts.config)
         _, tokenizer = self.base()
-        return pool, FactSet.of(
+        return FactSet.of(
             f
-            for f in pool.facts
+            for f in self._pool.facts
             if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
         )
 
@@ -259,7 +265,7 @@ class _Bench:
 
             editor = self.plan.editor
             assert isinstance(editor, FittedEditor)  # or there would be no such stage
-            _, scorable = self._pool()
+            scorable = self._scorable
             # Facts about a subject that is edited or asked would give something of it away.
             drawn = {fact.subject.casefold() for fact in self.facts}
             facts = FactSet.of(f for f in scorable.edited if f.subject.casefold() not in drawn)
@@ -355,7 +361,9 @@ class _Bench:
             _save_checkpoint(model, tokenizer, folder / "model")
             write_text(folder / "log.json", json.dumps(log.to_json(), indent=2, allow_nan=False))
             if cell.probe_every:
-                looks = sorted(work.glob("probe-*.jsonl"))  # a name is as long for every step
+                # A run that was cut off may have come further than the one that ended. All names are of one length.
+                last = f"probe-{log.steps:09}.jsonl"
+                looks = sorted(path for path in work.glob("probe-*.jsonl") if path.name <= last)
                 write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
 
         return self._get(stage, compute)
@@ -369,13 +377,14 @@ class _Bench:
         if not every:
             return None
         objects: dict[str, set[str]] = {}
-        for fact in self._pool()[0].facts:
+        for fact in self._pool.facts:
             names = {name for name in (fact.target_true, fact.target_new) if name is not None}
             objects.setdefault(fact.relation, set()).update(names)
         prober = Prober(model, tokenizer, self.group(experiment), objects)
 
         def look(step: int) -> None:
-            rows = (json.dumps({"step": step, **p.to_json()}, ensure_ascii=False) + "\n" for p in prober.look())
+            looks = ({"step": step, **probe.to_json()} for probe in prober.look())
+            rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in looks)
             write_text(work / f"probe-{step:09}.jsonl", "".join(rows))
 
         return Watch(every, look)

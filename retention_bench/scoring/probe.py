@@ -21,8 +21,9 @@ TOP = 5
 class Probe:
     """One fact at one moment of a fine-tune: the token classes of the paper's figure 4.
 
-    The probabilities are those of the token right after the prompt, each object standing for its first token, and add
-    up to 1.
+    The probabilities are those of the token right after the prompt, each object standing for its first token. They add
+    up to 1, unless the old object and the new one begin with the same token. Where the model puts out no number, as one
+    that diverged, they are None and `top` is empty.
 
     Attributes:
         fact_id: The fact.
@@ -38,10 +39,10 @@ class Probe:
     fact_id: str
     kind: str
     hit: bool
-    true: float
+    true: float | None
     edited: float | None
-    related: float
-    other: float
+    related: float | None
+    other: float | None
     top: tuple[tuple[str, float], ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -99,12 +100,16 @@ class Prober:
         self, fact: Fact, classes: tuple[int, int | None, list[int]], row: torch.Tensor, answer: Sequence[int]
     ) -> Probe:
         true, new, related = classes
-        named = [true, *([] if new is None else [new]), *related]
+        kind = "intrinsic" if fact.target_new is None else "edited"
+        hit = judge_ids(answer, fact.target, self._tokenizer).hit
+        if not row.isfinite().all():
+            return Probe(fact.id, kind, hit, None, None, None, None, ())
+        named = sorted({true, *([] if new is None else [new]), *related})
         top = row.topk(TOP)
         return Probe(
             fact_id=fact.id,
-            kind="intrinsic" if fact.target_new is None else "edited",
-            hit=judge_ids(answer, fact.target, self._tokenizer).hit,
+            kind=kind,
+            hit=hit,
             true=row[true].item(),
             edited=None if new is None else row[new].item(),
             related=row[related].sum().item(),

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.finetune import Example, Removed, Terms, TuningContext, TuningData, Watch, train
+from retention_bench.finetune import Example, Removed, Terms, TuningContext, TuningData, Watch, stopping, train
 from retention_bench.finetune.heads import Classifier, collator
 from retention_bench.finetune.settings import Settings
 from retention_bench.finetune.stopping import StopRule
@@ -179,12 +179,14 @@ def test_measuring_turns_dropout_off_and_gives_the_mode_back(gpt2):
 
 
 def test_the_model_is_given_back_clean(tune, gpt2, gpt2_tokenizer):
+    configs = gpt2.config.to_dict(), gpt2.generation_config.to_dict()
     tokenizer_state = (gpt2_tokenizer.pad_token, gpt2_tokenizer.chat_template, gpt2_tokenizer.padding_side)
     tune(gpt2, gpt2_tokenizer)
     assert not gpt2.training
     assert not any(module.training for module in gpt2.modules())
     assert "forward" not in vars(gpt2)
     assert gpt2.config.use_cache is True
+    assert (gpt2.config.to_dict(), gpt2.generation_config.to_dict()) == configs
     assert all(p.grad is None and p.requires_grad for p in gpt2.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in gpt2.modules())
     assert tokenizer_state == (gpt2_tokenizer.pad_token, gpt2_tokenizer.chat_template, gpt2_tokenizer.padding_side)
@@ -316,6 +318,12 @@ def test_an_accuracy_ends_a_run_when_it_is_above(gpt2):
 # Going on after a kill, and with less memory
 
 
+@pytest.fixture
+def every_checkpoint(monkeypatch):
+    """However long one takes to write."""
+    monkeypatch.setattr(stopping, "CHECKPOINT_SHARE", 1e9)
+
+
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class Colours(Settings):
     """Whether a row has an even number of tokens: a task with classes."""
@@ -341,6 +349,7 @@ def colours(**changes):
     ("kind", "moment"),
     [("model", 1), ("model", 2), ("model", 3), ("classes", 2), ("lora", 2), ("dora", 3), ("frozen", 2)],
 )
+@pytest.mark.usefixtures("every_checkpoint")
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tune, gpt2, gpt2_tokenizer, tmp_path, kind, moment):
     made = colours(max_steps=6) if kind == "classes" else None
     given = {"adapter": kind} if kind in ("lora", "dora") else {"freeze": "below:1"} if kind == "frozen" else {}
@@ -365,6 +374,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tune, gpt2, gpt2_tokeni
     assert again == log
 
 
+@pytest.mark.usefixtures("every_checkpoint")
 def test_a_checkpoint_that_is_half_written_is_passed_over(tune, gpt2, gpt2_tokenizer, tmp_path):
     def cut(stage, done, total, figures=None):
         if done == 5:
@@ -386,6 +396,14 @@ def test_a_checkpoint_that_is_half_written_is_passed_over(tune, gpt2, gpt2_token
     assert same(expected, weights(gpt2))
 
 
+def test_checkpoints_take_a_small_share_of_the_time(tune, gpt2, gpt2_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "CHECKPOINT_SHARE", 1e-9)
+    log = tune(gpt2, gpt2_tokenizer, out=tmp_path / "work", max_steps=8)
+    assert [point.step for point in log.curve] == [0, 2, 4, 6, 8]
+    assert [path.name for path in (tmp_path / "work").glob("checkpoint-*")] == ["checkpoint-2"]  # the first, no other
+
+
+@pytest.mark.usefixtures("every_checkpoint")
 @pytest.mark.parametrize("first", [1, 3])
 def test_where_memory_runs_out_the_micro_batch_is_halved(tune, gpt2, gpt2_tokenizer, first):
     """The memory holds two rows, as is found out in the step `first`: before, or after, a checkpoint was made."""
@@ -409,6 +427,26 @@ def test_where_memory_runs_out_the_micro_batch_is_halved(tune, gpt2, gpt2_tokeni
         assert again == log
         assert same(expected, weights(gpt2))
     assert [p.value for p in again.curve] == pytest.approx([p.value for p in log.curve], rel=1e-4)
+
+
+def test_validation_goes_on_with_fewer_rows_where_memory_runs_out(gpt2):
+    rows = [Example([5, 6, 7, 8 + number], [-100, 6, 7, 8 + number]) for number in range(11)]
+    expected, passes = measure(gpt2, rows), []
+
+    def run_out(limit):
+        def check(module, arguments, named):
+            passes.append(len(named["input_ids"]))
+            if len(named["input_ids"]) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return gpt2.transformer.register_forward_pre_hook(check, with_kwargs=True)
+
+    with run_out(3):
+        found = measure(gpt2, rows)
+    assert passes == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert found == pytest.approx(expected, rel=1e-5)
+    with run_out(0), pytest.raises(RetentionBenchError, match="single validation row of up to 4 tokens"):
+        measure(gpt2, rows)
 
 
 def test_a_row_that_does_not_fit_is_an_error(tune, gpt2, gpt2_tokenizer):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -159,6 +160,60 @@ def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite,
     assert last["intrinsic"]["rate"] == results["stages"]["post_finetune"]["intrinsic"]["rate"]
     console.print_results(results, tmp_path, real=None)
     assert "of layers 2 to 7 (--freeze edited)" in capsys.readouterr().out
+
+
+def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, tmp_path):
+    store, _, _ = finished
+    suite = yaml.safe_load(small_suite.read_text())
+    for model in suite["models"].values():
+        model["finetunes"]["tulu3"] |= {"lr": 1e30}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    results = evaluate(cell(tmp_path / "suite.yaml", probe_every=1), store=store, out=tmp_path / "out")
+    assert results["learned"] is False
+    assert all("diverged: after 2 steps the training loss is" in why for why in results["not_learned"])
+    assert results["stages"]["post_finetune"]["edited"]["hits"] == 0
+    last = results["trajectory"][-1]
+    assert (last["step"], last["edited"]["true"], last["edited"]["hits"]) == (2, None, 0)
+    for name in ("results.json", "samples.jsonl", "trajectory.jsonl"):
+        assert "NaN" not in (tmp_path / "out" / name).read_text()
+    console.print_results(results, tmp_path, real=None)
+
+
+def test_a_data_set_of_ones_own_needs_no_entry_in_the_suite(finished, small_suite, tmp_path):
+    store, _, _ = finished
+    rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in ("red", "green", "blue") * 20]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[ord(folder) - 97 :])
+        )
+    own = [
+        dataclasses.replace(cell(small_suite), finetune=f"path:{tmp_path / folder / 'own.jsonl'}")
+        for folder in ("a", "b")
+    ]
+    names = [plan(c, store).finetune_name for c in own]
+    assert all(re.fullmatch(r"path:own\.jsonl@[0-9a-f]{8}", name) for name in names)
+    assert names[0] != names[1]  # files of one name, told apart by what is in them
+    results = evaluate(own[0], store=store, out=tmp_path / "out")
+    assert results["finetune"] == names[0]
+    assert results["control"]["finetune_log"]["train_rows"] == 60
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"dtype": "bfloat16"}, {}, "needs float32 weights, the suite has bfloat16"),
+        ({}, {"freeze": "below:8"}, "leaves none of the model's 8 layers"),
+    ],
+)
+def test_what_a_fine_tune_would_refuse_is_refused_before_the_edit(small_suite, tmp_path, change, settings, message):
+    suite = yaml.safe_load(small_suite.read_text())
+    for model in suite["models"].values():
+        model |= change
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    with pytest.raises(UsageError, match=message):
+        plan(cell(tmp_path / "suite.yaml", **settings), Store(tmp_path / "store"))
 
 
 def test_a_suite_has_one_editor_with_several_settings(small_suite, tmp_path):

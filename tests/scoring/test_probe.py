@@ -1,3 +1,5 @@
+import copy
+import json
 import random
 
 import pytest
@@ -47,3 +49,11 @@ def test_a_look_leaves_training_as_it_was(gpt2, gpt2_tokenizer, facts):
     gpt2(input_ids=ids, labels=ids).loss.backward()  # nothing that a look has left behind stands in the way
     gpt2.zero_grad()
     gpt2.eval()
+
+
+def test_a_model_that_puts_out_no_numbers_has_no_probabilities(gpt2, gpt2_tokenizer, facts):
+    broken = copy.deepcopy(gpt2)
+    broken.transformer.ln_f.weight.data.fill_(float("nan"))
+    probes = Prober(broken, gpt2_tokenizer, facts, OBJECTS).look()
+    assert {(p.true, p.edited, p.related, p.other, p.top) for p in probes} == {(None, None, None, None, ())}
+    json.dumps([p.to_json() for p in probes], allow_nan=False)
