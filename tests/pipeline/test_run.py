@@ -182,15 +182,12 @@ def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, t
 def test_a_data_set_of_ones_own_needs_no_entry_in_the_suite(finished, small_suite, tmp_path):
     store, _, _ = finished
     rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in ("red", "green", "blue") * 20]
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "own.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows[ord(folder) - 97 :])
-        )
-    own = [
-        dataclasses.replace(cell(small_suite), finetune=f"path:{tmp_path / folder / 'own.jsonl'}")
-        for folder in ("a", "b")
-    ]
+    own = []
+    for folder, some in (("a", rows), ("b", rows[1:])):
+        path = tmp_path / folder / "own.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        own.append(dataclasses.replace(cell(small_suite), finetune=f"path:{path}"))
     names = [plan(c, store).finetune_name for c in own]
     assert all(re.fullmatch(r"path:own\.jsonl@[0-9a-f]{8}", name) for name in names)
     assert names[0] != names[1]  # files of one name, told apart by what is in them
