@@ -7,7 +7,6 @@ no model and a second run finds all that the first one finished.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
-from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.errors import UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
 from retention_bench.finetune import (
     ADAPTERS,
@@ -26,7 +25,8 @@ from retention_bench.finetune import (
     parse_finetune,
     parse_freeze,
 )
-from retention_bench.pipeline.store import Store, file_sha256
+from retention_bench.pipeline.inputs import config_file, model_fingerprint, model_inputs, source_fingerprint
+from retention_bench.pipeline.store import Store
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
@@ -232,7 +232,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         if source.startswith(MODEL):
             writer_name, writer = suite.model(source.removeprefix(MODEL))
             source = f"{MODEL}{writer_name}"
-            written = {"writer": _model_fingerprint(writer.path, writer.revision)}
+            written = {"writer": model_fingerprint(writer.path, writer.revision)}
         paraphrases = stage(
             "paraphrases",
             f"paraphrases for the edits, {cell.paraphrases} a fact ({source})",
@@ -365,7 +365,7 @@ def statistics_stage(
     """
     from retention_bench.models import family
 
-    config = json.loads(_config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    config = json.loads(config_file(model.path, model.revision).read_text(encoding="utf-8"))
     names = family(str(config.get("model_type")))
     layers = sorted(set(layers))
     inputs = {
@@ -389,19 +389,10 @@ def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
     """
     if model.dtype != "float32":
         raise UsageError(f"A fine-tune needs float32 weights, the suite has {model.dtype}. Set `dtype: float32`.")
-    config = json.loads(_config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    config = json.loads(config_file(model.path, model.revision).read_text(encoding="utf-8"))
     count = config.get("num_hidden_layers", config.get("n_layer"))
     if count is not None and not freeze.needs_edit:
         freeze.layers(count)
-
-
-def model_inputs(model: ModelConfig, device: str) -> dict[str, Any]:
-    """What a stage's key has of the model: its files, its dtype and where it runs.
-
-    Raises:
-        RetentionBenchError: The model's files are missing.
-    """
-    return {"model": _model_fingerprint(model.path, model.revision), "dtype": model.dtype, "device": device}
 
 
 def _settings(
@@ -441,57 +432,3 @@ def _plain(settings: Any) -> dict[str, Any]:
     """A dataclass's settings as JSON values, without where its data lie: their content has a fingerprint of its own."""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("source", "revision")}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def source_fingerprint(source: str, revision: str | None) -> dict[str, Any]:
-    """What identifies rows: the hash of a local file, or a Hub id at a pinned revision.
-
-    Raises:
-        UsageError: The local file does not exist, or the Hub data set has no revision.
-    """
-    path = Path(source)
-    if path.is_file():
-        return {"sha256": file_sha256(path)}
-    if path.is_absolute() or source.startswith("."):
-        raise UsageError(
-            f"There is no data file at {source}. Correct the path (`source` in a suite), or put the file there."
-        )
-    if revision is None:
-        raise UsageError(f"The Hub data set {source!r} needs a `revision` (a commit), so that its rows cannot change.")
-    return {"hub": source, "revision": revision}
-
-
-@functools.lru_cache(maxsize=8)
-def _model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
-    """What identifies a model: the hash of its files, or its Hub id and the commit that the revision stands for."""
-    folder = Path(path)
-    if folder.is_dir():
-        named = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"))
-        if not named:
-            raise _no_model(path)
-        return {"files": {p.name: file_sha256(p) for p in named}}
-    return {"hub": path, "revision": _config_file(path, revision).parent.name}
-
-
-def _config_file(path: str, revision: str | None) -> Path:
-    """The model's `config.json`, fetched from the Hub where the model is not a folder."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise _no_model(path)
-        return Path(path) / "config.json"
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(path, "config.json", revision=revision))
-    except (OSError, ValueError) as error:
-        raise RetentionBenchError(
-            f"The model {path!r} could not be fetched from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Check the id, the network and, for a gated model, `hf auth login`; or give a local folder with --model."
-        ) from error
-
-
-def _no_model(path: str) -> RetentionBenchError:
-    return RetentionBenchError(
-        f"The folder {path} holds no model. It needs config.json, *.safetensors and a tokenizer."
-    )
