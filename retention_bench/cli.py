@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retention_bench import __version__
-from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from retention_bench.pipeline import Plan
@@ -103,6 +103,12 @@ _PATH = click.Path(path_type=Path)
     metavar="N",
     help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
 )
+@click.option(
+    "--probe-fact",
+    multiple=True,
+    metavar="ID",
+    help="With --probe-every: also print this fact's most probable tokens, step by step.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
@@ -119,6 +125,7 @@ def evaluate(
     freeze: str,
     adapter: str,
     probe_every: int,
+    probe_fact: tuple[str, ...],
     out: Path | None,
     device: str,
     save_checkpoints: bool,
@@ -133,6 +140,8 @@ def evaluate(
     from retention_bench import console
     from retention_bench.pipeline import Cell, Store, default_root, estimate, load_suite, plan
 
+    if probe_fact and not probe_every:
+        raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
     store = Store(default_root())
     cell = Cell(
         load_suite(suite),
@@ -175,6 +184,14 @@ def evaluate(
         click.echo(json.dumps(results, indent=2, ensure_ascii=False))
     else:
         console.print_results(results, out, real=cell.suite.real)
+    if probe_fact:
+        rows = [json.loads(line) for line in (out / "trajectory.jsonl").read_text(encoding="utf-8").splitlines()]
+        ids = dict.fromkeys(row["fact_id"] for row in rows)
+        for fact in probe_fact:
+            if fact not in ids:
+                raise unknown_name("fact of this cell:", fact, ids)
+            if not as_json:
+                console.print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
 
 
 @main.command()

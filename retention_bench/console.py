@@ -13,6 +13,7 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from retention_bench.progress import Progress
 
@@ -310,6 +311,30 @@ def _span(layers: Sequence[int]) -> str:
     if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]} to {layers[-1]}"
     return ", ".join(map(str, layers))
+
+
+def print_tokens(fact: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print which tokens are the most probable behind a fact's prompt, step by step.
+
+    Args:
+        fact: The fact's id.
+        rows: Its rows of `trajectory.jsonl`.
+    """
+    console = Console(highlight=False)
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        own = [row for row in rows if row["experiment"] == experiment]
+        where = "the unedited control" if experiment is None else f"edited model {experiment + 1}"
+        title = f"\nMost probable tokens: fact {fact} ({own[0]['kind']}) in {where}"
+        console.print(title, markup=False, soft_wrap=True)
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("step", justify="right")
+        for place in range(1, 1 + max(len(row["top"]) for row in own)):
+            table.add_column(f"{place}.")
+        for row in own:
+            # A token is data: nothing in it is markup.
+            tokens = (Text(f"{token.strip() or repr(token)} {value:.2f}") for token, value in row["top"])
+            table.add_row(f"{row['step']}", *tokens)
+        console.print(table)
 
 
 def _probability(value: float | None) -> str:

@@ -148,6 +148,30 @@ def test_a_dry_run_counts_what_is_trained(tmp_path, options, trained):
     assert f"Each trains {trained:,} of " in " ".join(result.output.split())
 
 
+def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
+    from retention_bench import console
+
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        {"experiment": e, "step": s, "fact_id": "f1", "kind": "edited", "top": [[" [red]Apple", 0.992], [" \n", 0.004]]}
+        for e in (0, None)
+        for s in (0, 20)
+    ]
+    rows[1] |= {"top": []}  # a model that diverged
+    console.print_tokens("f1", rows)
+    printed = capsys.readouterr().out
+    assert "fact f1 (edited) in edited model 1" in printed
+    assert "fact f1 (edited) in the unedited control" in printed
+    assert printed.count("[red]Apple 0.99") == 3
+    assert printed.count("' \\n' 0.00") == 3
+
+
+def test_a_fact_is_not_followed_without_probing():
+    result = run("evaluate", "--editor", "ft", "--finetune", "tulu3", "--probe-fact", "x")
+    assert result.exit_code == 2
+    assert "--probe-fact goes with --probe-every N" in result.output
+
+
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
     from retention_bench import pipeline
 
