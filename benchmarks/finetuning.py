@@ -57,6 +57,7 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
         gradient_accumulation_steps=task.batch_size // task.micro_batch_size,
         learning_rate=task.lr,
         lr_scheduler_type="constant",
+        optim="adamw_torch",
         weight_decay=task.weight_decay,
         use_cpu=device == "cpu",
         bf16=device != "cpu",
