@@ -1,8 +1,8 @@
-"""The main job of suite atlas over several seeds, a table row a run.
+"""Cells of suite atlas, a table row each.
 
-    python benchmarks/atlas_retention.py EDITOR MODEL[,MODEL] SEED[,SEED]
+    python benchmarks/atlas_retention.py EDITOR[,EDITOR] FINETUNE[,FINETUNE] MODEL[,MODEL] SEED[,SEED]
 
-Runs `evaluate --finetune tulu3` for every model and seed, with the store that `evaluate` uses.
+Runs `evaluate` for all of them, with the store that it uses. The control is that of the same row's fine-tune and seed.
 """
 
 import itertools
@@ -13,15 +13,15 @@ from pathlib import Path
 from retention_bench.pipeline import Cell, Store, default_root, evaluate, load_suite
 
 COLUMNS = (
-    "model | seed | edits that took | intrinsic after the edit | edits retained | intrinsic retained | "
-    "gap in points (95 %) | control, intrinsic | fine-tunes stopped by (steps) | seconds"
+    "model | fine-tune | editor | seed | edits that took | intrinsic after the edit | edits retained | "
+    "intrinsic retained | gap in points (95 %) | control, intrinsic | fine-tunes stopped by (steps) | seconds"
 )
 
 
-def row(editor: str, model: str, seed: int) -> str:
+def row(editor: str, finetune: str, model: str, seed: int) -> str:
     """Run one cell and put it into a table row."""
     with tempfile.TemporaryDirectory() as folder:
-        cell = Cell(load_suite("atlas"), model, editor, "tulu3", seed, "cpu")
+        cell = Cell(load_suite("atlas"), model, editor, finetune, seed, "cpu")
         results = evaluate(cell, store=Store(default_root()), out=Path(folder))
 
     def count(rate: dict) -> str:
@@ -36,6 +36,8 @@ def row(editor: str, model: str, seed: int) -> str:
     return " | ".join(
         [
             model,
+            finetune,
+            editor,
             str(seed),
             count(edited["edited"]),
             count(edited["intrinsic"]),
@@ -50,7 +52,7 @@ def row(editor: str, model: str, seed: int) -> str:
 
 
 if __name__ == "__main__":
-    editor, models, seeds = sys.argv[1:]
+    editors, finetunes, models, seeds = (argument.split(",") for argument in sys.argv[1:])
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
-    for model, seed in itertools.product(models.split(","), seeds.split(",")):
-        print(f"| {row(editor, model, int(seed))} |", flush=True)
+    for model, seed, finetune, editor in itertools.product(models, seeds, finetunes, editors):
+        print(f"| {row(editor, finetune, model, int(seed))} |", flush=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retention_bench import __version__
-from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from retention_bench.pipeline import Plan
@@ -56,7 +56,12 @@ _PATH = click.Path(path_type=Path)
     required=True,
     help="The editor, by its name in the suite; see `retention-bench list editors --suite NAME`.",
 )
-@click.option("--finetune", required=True, help="The downstream fine-tune; see `retention-bench list finetunes`.")
+@click.option(
+    "--finetune",
+    required=True,
+    help="The downstream fine-tune, see `retention-bench list finetunes`; or path:FILE or path:OWNER/NAME@REVISION for "
+    "data of your own.",
+)
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
 @click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes.")
@@ -76,6 +81,34 @@ _PATH = click.Path(path_type=Path)
     help="Where those come from: the fact's own paraphrases (which are not asked then), other words before its prompt, "
     "or an instruct model (one of the suite, a folder, or a Hub id) that writes them.",
 )
+@click.option(
+    "--freeze",
+    default="none",
+    show_default=True,
+    metavar="none|edited|unedited|below:K|window:C:W",
+    help="What the fine-tunes leave as it is: the edited layers; all but those; layers below K, counted from 0; all "
+    "but the W layers around C.",
+)
+@click.option(
+    "--adapter",
+    default="none",
+    show_default=True,
+    metavar="none|lora|dora",
+    help="Train adapters, merged for scoring, and not the weights.",
+)
+@click.option(
+    "--probe-every",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
+)
+@click.option(
+    "--probe-fact",
+    multiple=True,
+    metavar="ID",
+    help="With --probe-every: also print this fact's most probable tokens, step by step.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
@@ -89,6 +122,10 @@ def evaluate(
     seed: int,
     paraphrases: int,
     paraphrase_source: str,
+    freeze: str,
+    adapter: str,
+    probe_every: int,
+    probe_fact: tuple[str, ...],
     out: Path | None,
     device: str,
     save_checkpoints: bool,
@@ -101,10 +138,24 @@ def evaluate(
     so an interrupted run goes on with the stage it was in.
     """
     from retention_bench import console
-    from retention_bench.pipeline import Cell, Store, default_root, load_suite, plan
+    from retention_bench.pipeline import Cell, Store, default_root, estimate, load_suite, plan
 
+    if probe_fact and not probe_every:
+        raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
     store = Store(default_root())
-    cell = Cell(load_suite(suite), model, editor, finetune, seed, _device(device), paraphrases, paraphrase_source)
+    cell = Cell(
+        load_suite(suite),
+        model=model,
+        editor=editor,
+        finetune=finetune,
+        seed=seed,
+        device=_device(device),
+        paraphrases=paraphrases,
+        paraphrase_source=paraphrase_source,
+        freeze=freeze,
+        adapter=adapter,
+        probe_every=probe_every,
+    )
     planned = plan(cell, store)
     if dry_run:
         stages = [
@@ -116,10 +167,11 @@ def evaluate(
             }
             for s in planned.stages()
         ]
+        found = estimate(planned, store).to_json()
         if as_json:
-            click.echo(json.dumps({"store": str(store.root), "stages": stages}, indent=2))
+            click.echo(json.dumps({"store": str(store.root), "stages": stages, "estimate": found}, indent=2))
         else:
-            console.print_plan(stages, store.root)
+            console.print_plan(stages, store.root, found)
         return
     from retention_bench.pipeline import evaluate as run
 
@@ -132,6 +184,14 @@ def evaluate(
         click.echo(json.dumps(results, indent=2, ensure_ascii=False))
     else:
         console.print_results(results, out, real=cell.suite.real)
+    if probe_fact:
+        rows = [json.loads(line) for line in (out / "trajectory.jsonl").read_text(encoding="utf-8").splitlines()]
+        ids = dict.fromkeys(row["fact_id"] for row in rows)
+        for fact in probe_fact:
+            if fact not in ids:
+                raise unknown_name("fact of this cell:", fact, ids)
+            if not as_json:
+                console.print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
 
 
 @main.command()
@@ -230,9 +290,14 @@ def list_(what: str, suite: str | None, as_json: bool) -> None:
 def _folder(planned: Plan) -> Path:
     """The folder of a cell's results where none is named; what differs from the usual is in its name."""
     cell = planned.cell
-    folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / cell.finetune
+    finetune = planned.finetune_name.replace(":", "-")
+    folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / finetune
     if cell.paraphrases:
         folder /= f"paraphrases-{cell.paraphrases}-{str(planned.paraphrase_source).replace(':', '-')}"
+    if cell.freeze != "none":
+        folder /= f"freeze-{cell.freeze.replace(':', '-')}"
+    if cell.adapter != "none":
+        folder /= cell.adapter
     return folder / f"seed-{cell.seed}"
 
 

@@ -13,6 +13,7 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from retention_bench.progress import Progress
 
@@ -97,8 +98,14 @@ def _figures(figures: Mapping[str, float] | None) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
 
 
-def print_plan(stages: Sequence[Mapping[str, Any]], store: Path) -> None:
-    """Print the stages of a plan and whether the store holds them."""
+def print_plan(stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, int]) -> None:
+    """Print the stages of a plan, whether the store holds them, and what the fine-tunes will take.
+
+    Args:
+        stages: The stages.
+        store: The store's folder.
+        estimate: As `pipeline.Estimate` has it.
+    """
     table = Table("stage", "what it does", "key", "in the store")
     for stage in stages:
         table.add_row(
@@ -107,6 +114,18 @@ def print_plan(stages: Sequence[Mapping[str, Any]], store: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(f"Store: {store}", soft_wrap=True)
+    memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
+    console.print(
+        f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
+        f"{estimate['trainable']:,} of {estimate['parameters']:,} numbers and takes {memory} of memory, activations "
+        f"apart; the store grows by up to {disk}.",
+        soft_wrap=True,
+    )
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def print_statistics(about: Mapping[str, Any]) -> None:
@@ -179,8 +198,11 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         "\nEdited facts, in the edit's words and in others, count where the new object is answered; neighbours (other "
         "subjects with an edited fact's true object) and facts never edited where their own is.\n"
     )
+    console.print(_drawn_from(results["facts"]), soft_wrap=True)
     if results["paraphrases"]:
         console.print(_augmented(results), soft_wrap=True)
+    if results["freeze"] != "none" or results["adapter"] != "none":
+        console.print(_trained(results), soft_wrap=True)
     kept = results["retention"]
     models = len(results["experiments"])
     if models > 1:
@@ -195,6 +217,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
             f"(95 % interval {low:+.0f} to {high:+.0f})."
         )
     console.print(_learned(results), soft_wrap=True)
+    if results.get("trajectory"):
+        console.print()
+        console.print(_trajectory(results["trajectory"]))
     console.print(f"\n[yellow]{results['notice']}[/]\n", soft_wrap=True)
     console.print(f"Results: {out / 'results.json'}, every answer: {out / 'samples.jsonl'}", soft_wrap=True)
     if real:
@@ -211,6 +236,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         if results["paraphrases"]:
             command += ["--paraphrases", str(results["paraphrases"])]
             command += ["--paraphrase-source", results["paraphrase_source"]]
+        for option in ("freeze", "adapter"):
+            if results[option] != "none":
+                command += [f"--{option}", results[option]]
         console.print(f"The same cell on a real model (GPU, Hub access): {shlex.join(command)}", soft_wrap=True)
 
 
@@ -227,6 +255,15 @@ def _share(rate: Mapping[str, Any]) -> str:
     low, high = rate["ci95"]
     share = f"{100 * rate['rate']:.0f} % (95 % interval {100 * low:.0f}-{100 * high:.0f})"
     return f"{rate['hits']} of {rate['total']}, {share}"
+
+
+def _drawn_from(facts: Mapping[str, Any]) -> str:
+    """Of how many facts the asked ones were drawn, in one line."""
+    dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in facts["rows"]["dropped"].items())
+    return (
+        f"The facts were drawn from {facts['known']:,} that the base model knows, of {facts['rows']['read']:,} rows "
+        f"read{dropped}."
+    )
 
 
 def _augmented(results: Mapping[str, Any]) -> str:
@@ -246,12 +283,78 @@ def _learned(results: Mapping[str, Any]) -> str:
     logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
     steps = sorted({log["steps"] for log in logs})
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-    by = {log["stopped_by"] for log in logs}
+    below = logs[0]["metric"] == "validation_loss"
     metric, threshold = logs[0]["metric"].replace("_", " "), logs[0]["threshold"]
-    if by == {"threshold"}:
-        return f"Every fine-tune reached its threshold ({metric} < {threshold:g}) after {span} steps."
+    if results["learned"]:
+        sign = "<" if below else ">"
+        return f"Every fine-tune reached its threshold ({metric} {sign} {threshold:g}) after {span} steps."
+    reasons = results["not_learned"]
+    more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
     return (
-        f"[red]Not learned:[/] a fine-tune used up its budget of steps ({span}) before its {metric} "
-        f"fell below {threshold:g}; "
-        "what it left standing says little about retention."
+        f"[red]Not learned:[/] {reasons[0].replace('_', ' ')}{more}. What is left standing then says little about "
+        "retention."
     )
+
+
+def _trained(results: Mapping[str, Any]) -> str:
+    """What the fine-tunes could change, in one line."""
+    log = results["experiments"][0]["finetune_log"]
+    what = {"none": "the weights", "lora": "LoRA adapters", "dora": "DoRA adapters"}[results["adapter"]]
+    return (
+        f"Trained were {what} of layers {_span(log['trained_layers'])} (--freeze {results['freeze']}): "
+        f"{log['trainable_parameters']:,} numbers, where the model has {log['parameters']:,}."
+    )
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Layers in words: 2 to 5, or 0, 3."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def print_tokens(fact: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print which tokens are the most probable behind a fact's prompt, step by step.
+
+    Args:
+        fact: The fact's id.
+        rows: Its rows of `trajectory.jsonl`.
+    """
+    console = Console(highlight=False)
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        own = [row for row in rows if row["experiment"] == experiment]
+        where = "the unedited control" if experiment is None else f"edited model {experiment + 1}"
+        title = f"\nMost probable tokens: fact {fact} ({own[0]['kind']}) in {where}"
+        console.print(title, markup=False, soft_wrap=True)
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("step", justify="right")
+        for place in range(1, 1 + max(len(row["top"]) for row in own)):
+            table.add_column(f"{place}.")
+        for row in own:
+            # A token is data: nothing in it is markup.
+            tokens = (Text(f"{token.strip() or repr(token)} {value:.2f}") for token, value in row["top"])
+            table.add_row(f"{row['step']}", *tokens)
+        console.print(table)
+
+
+def _probability(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """What the edited models answered while they were trained."""
+    table = Table(
+        title="While training: facts answered, and mean probabilities of the next token",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for column in ("step", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        edited, intrinsic = step["edited"], step["intrinsic"]
+        figures = (_probability(edited[name]) for name in ("edited", "true", "related", "other"))
+        own = (f"{100 * intrinsic['rate']:.0f} %", _probability(intrinsic["true"]))
+        table.add_row(f"{step['step']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
+    return table

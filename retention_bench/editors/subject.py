@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.facts import object_ids
 
 BARE = "{}"
 """The context template that adds nothing."""
@@ -93,17 +94,7 @@ def context_rows(
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[int]:
     """Token ids of a request's target as it stands behind a prompt: one space before it, no special tokens."""
-    return object_ids(tokenizer, request.target_new)
-
-
-def object_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of an object as it stands behind a prompt: one space before it, no special tokens.
-
-    They are read off behind another word: alone, the text would differ under tokenizers that put a space before every
-    text.
-    """
-    before = tokenizer.encode("is", add_special_tokens=False)
-    return tokenizer.encode(f"is {text}", add_special_tokens=False)[len(before) :]
+    return object_ids(request.target_new, tokenizer)
 
 
 def check_requests(requests: Sequence[EditRequest]) -> None:

@@ -1,21 +1,27 @@
 """Facts: what is edited, what is asked, which of them a model knows, and how they are split."""
 
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.facts.known import Knowledge, knowledge
+from retention_bench.facts.known import Knowledge, Remaining, knowledge, known_facts
 from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
-from retention_bench.facts.pool import read_pool
+from retention_bench.facts.pool import Pool, RowCounts, load_pool, read_pool
 from retention_bench.facts.split import disjoint_split
-from retention_bench.facts.target import target_token, token_text
+from retention_bench.facts.target import object_ids, target_token, token_text
 
 __all__ = [
     "MODEL",
     "Fact",
     "FactSet",
     "Knowledge",
+    "Pool",
+    "Remaining",
+    "RowCounts",
     "augment",
     "check_source",
     "disjoint_split",
     "knowledge",
+    "known_facts",
+    "load_pool",
+    "object_ids",
     "read_pool",
     "target_token",
     "token_text",

@@ -24,9 +24,19 @@ def target_token(target: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     Returns:
         The id, or None if no token of the target has visible text.
     """
-    before = tokenizer.encode(_CARRIER, add_special_tokens=False)
-    tokens = tokenizer.encode(f"{_CARRIER} {target}", add_special_tokens=False)[len(before) :]
+    tokens = object_ids(target, tokenizer)
     return next((token for token in tokens if token_text(token, tokenizer).strip()), None)
+
+
+def object_ids(target: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a whole object where it stands: after a word and one space, no special tokens added.
+
+    Args:
+        target: The object, without a leading space.
+        tokenizer: The model's tokenizer.
+    """
+    before = tokenizer.encode(_CARRIER, add_special_tokens=False)
+    return list(tokenizer.encode(f"{_CARRIER} {target}", add_special_tokens=False)[len(before) :])
 
 
 def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,31 +6,47 @@ until `train` is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from retention_bench.finetune.base import Example, Finetune, TuningData, finetune_names, make_finetune
+from retention_bench.finetune.base import (
+    ADAPTERS,
+    Example,
+    Finetune,
+    TuningContext,
+    TuningData,
+    finetune_names,
+    make_finetune,
+    parse_finetune,
+)
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
+from retention_bench.finetune.freezing import Freeze, parse_freeze
 
 if TYPE_CHECKING:
-    from retention_bench.finetune.training import FinetuneLog, train
+    from retention_bench.finetune.training import FinetuneLog, Watch, train
 
 __all__ = [
+    "ADAPTERS",
     "ContaminationFilter",
     "Example",
     "Finetune",
     "FinetuneLog",
+    "Freeze",
     "Matcher",
     "Mention",
     "Removed",
     "Terms",
+    "TuningContext",
     "TuningData",
+    "Watch",
     "finetune_names",
     "make_finetune",
+    "parse_finetune",
+    "parse_freeze",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # `retention-bench list finetunes` names the tasks without waiting for torch and TRL.
-    if name in ("FinetuneLog", "train"):
+    if name in ("FinetuneLog", "Watch", "train"):
         from retention_bench.finetune import training
 
         return getattr(training, name)

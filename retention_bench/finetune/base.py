@@ -6,19 +6,36 @@ import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pydantic
 
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
+from retention_bench.finetune.rows import is_local
 
 ENTRY_POINTS = "retention_bench.finetunes"
+ADAPTERS = ("none", "lora", "dora")
+"""What can be trained in the weights' place."""
+
+CUSTOM = "path"
+"""The task on a user's own data set."""
 
 # One line registers a task. The module is imported when the task is made, not before.
 BUILT_IN = {
+    "commoncrawl": "retention_bench.finetune.commoncrawl:CommonCrawl",
+    "counterfact": "retention_bench.finetune.counterfact:CounterFact",
+    "imdb": "retention_bench.finetune.imdb:IMDB",
+    "path": "retention_bench.finetune.custom:Custom",
     "tulu3": "retention_bench.finetune.tulu3:Tulu3",
 }
+
+
+Metric = Literal["validation_loss", "validation_accuracy"]
+"""What the stop rule looks at: the mean loss of a target token or row in nats, which ends a run when it is below the
+threshold; or the share of validation rows whose every target is the most probable one, which does when it is above."""
 
 
 class Example(NamedTuple):
@@ -27,11 +44,28 @@ class Example(NamedTuple):
     Attributes:
         input_ids: Token ids.
         labels: As long as `input_ids`: the token's own id where it counts in the loss, else -100. The shift by one
-            position is the model's business.
+            position is the model's business. For a task with classes the row's class alone.
     """
 
     input_ids: list[int]
     labels: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningContext:
+    """What a task is handed to prepare its rows with.
+
+    Attributes:
+        tokenizer: The model's fast tokenizer; left as it is.
+        terms: What no row may mention.
+        seed: Decides which rows are drawn, and in which order.
+        unknown: For a task that `asks_base`, those of the facts in its source that the base model does not answer.
+    """
+
+    tokenizer: Any
+    terms: Terms
+    seed: int
+    unknown: Sequence[Fact] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +84,9 @@ class TuningData:
 
 
 class Finetune(Protocol):
-    """A downstream task: a frozen dataclass whose fields are plain settings, with its data and its metric.
+    """A downstream task: a frozen dataclass whose fields are plain settings, and its data.
 
-    `train` reads the settings below and calls `prepare` once, then `measure` and `reached` at every evaluation.
+    `train` reads the settings below and calls `prepare` once. `Settings` has all of them but the first four.
     """
 
     @property
@@ -60,8 +94,16 @@ class Finetune(Protocol):
         """The task's name in suites and results."""
 
     @property
-    def metric(self) -> str:
-        """What `measure` returns, for example `"validation_loss"`."""
+    def metric(self) -> Metric:
+        """What the stop rule looks at."""
+
+    @property
+    def classes(self) -> int | None:
+        """How many outputs a linear head on the last token's state has; None: trained is the model's own head."""
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether the source is a fact pool, and the rows are its facts that the base model does not answer."""
 
     @property
     def source(self) -> str:
@@ -70,6 +112,10 @@ class Finetune(Protocol):
     @property
     def revision(self) -> str | None:
         """The Hub data set's revision."""
+
+    @property
+    def config(self) -> str | None:
+        """The Hub data set's configuration."""
 
     @property
     def batch_size(self) -> int:
@@ -92,6 +138,22 @@ class Finetune(Protocol):
         """AdamW's betas."""
 
     @property
+    def adapter_rank(self) -> int:
+        """Rank of adapters."""
+
+    @property
+    def adapter_alpha(self) -> int:
+        """An adapter's change is scaled by this over its rank."""
+
+    @property
+    def adapter_lr(self) -> float:
+        """Learning rate of adapters."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row that count."""
+
+    @property
     def eval_every(self) -> int:
         """Optimiser steps between two evaluations."""
 
@@ -103,19 +165,37 @@ class Finetune(Protocol):
     def max_steps(self) -> int:
         """The budget: optimiser steps after which the run ends in any case."""
 
-    def prepare(self, tokenizer: Any, terms: Terms, seed: int) -> TuningData:
+    def prepare(self, context: TuningContext) -> TuningData:
         """Read, filter, sample and tokenise the rows; the same for the same arguments."""
-
-    def measure(self, model: Any, validation: Sequence[Example]) -> float:
-        """The metric on the validation rows; leaves the model as it is."""
-
-    def reached(self, value: float) -> bool:
-        """Whether a value of the metric is beyond the threshold."""
 
 
 def finetune_names() -> list[str]:
     """Names of the fine-tunes that can be made, sorted; imports none of them."""
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
+
+
+def parse_finetune(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a fine-tune as it is named on the command line.
+
+    Args:
+        text: A task's name; or `path:` and a local file or a Hub data set id, this with `@` and its revision.
+
+    Returns:
+        The task's name, and the settings that go over the suite's for it: none, or the task `path` with its `source`,
+        a file's made absolute, and a Hub data set's `revision`.
+
+    Raises:
+        UsageError: `path:` has no data set behind it.
+    """
+    kind, colon, source = text.partition(":")
+    if kind != CUSTOM or not colon:
+        return text, {}
+    if not source:
+        raise UsageError(f"{text!r} names no data set. Give {CUSTOM}:FILE or {CUSTOM}:OWNER/NAME@REVISION.")
+    if is_local(source):
+        return CUSTOM, {"source": str(Path(source).expanduser().resolve())}
+    source, _, revision = source.partition("@")
+    return CUSTOM, {"source": source, **({"revision": revision} if revision else {})}
 
 
 def make_finetune(name: str, settings: Mapping[str, Any]) -> Finetune:

@@ -14,6 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from ahocorasick_rs import BytesAhoCorasick, Implementation
+
 from retention_bench.errors import UsageError
 from retention_bench.facts import Fact
 
@@ -23,8 +25,6 @@ KINDS: tuple[Kind, ...] = ("subject", "object", "keyword")
 SAMPLES = 20
 """How many removed rows a report shows."""
 
-_WORD = re.compile(r"[^\W_]+")
-_ASCII_WORDS = "".join(chr(i) if chr(i).isalnum() else " " for i in range(128))
 _EXCERPT = 80
 """Characters shown on either side of a mention."""
 
@@ -61,7 +61,8 @@ class Terms:
                 guessed from the prompts: of "The mother tongue of {} is" a row with the word "mother" says nothing.
         """
         facts = list(facts)
-        relations = {fact.relation for fact in facts}
+        # Relations that share a template are one, named after all their ids: "P17+P131".
+        relations = {part for fact in facts for part in fact.relation.split("+")}
         return cls(
             subjects=tuple(fact.subject for fact in facts),
             objects=tuple(o for fact in facts for o in (fact.target_true, fact.target_new) if o is not None),
@@ -84,20 +85,23 @@ class Mention(NamedTuple):
 
 
 class Matcher:
-    """Finds the terms that a text mentions, in time linear in the text and independent of the number of terms.
+    """Finds the terms that a text mentions, in time linear in the text.
 
-    A term can only be in a text that holds the term's longest word. So the text is cut into words once, those are
-    looked up, and only the few terms that are left are searched for with their punctuation and their limits.
+    An Aho-Corasick automaton looks for all terms in one pass: for each term's longest piece between whitespace, in the
+    UTF-8 of the text. It reports overlapping pieces too, so that "Iran" within "Iranian" hides no other term. The few
+    terms left are searched for with their limits and whitespace.
     """
 
     def __init__(self, terms: Terms) -> None:
         """Index the terms."""
-        self._by_word: dict[str, list[tuple[Kind, str, re.Pattern[str]]]] = defaultdict(list)
+        by_piece: dict[str, list[tuple[Kind, str, re.Pattern[str]]]] = defaultdict(list)
         for kind, group in zip(KINDS, (terms.subjects, terms.objects, terms.keywords), strict=True):
             for term in group:
-                words = _words(_normalise(term))
-                # A term without a letter or digit ("!!!") has no word to look up and is searched for in every text.
-                self._by_word[max(words, key=len, default="")].append((kind, term, _pattern(term)))
+                by_piece[max(_normalise(term).split(), key=len)].append((kind, term, _pattern(term)))
+        self._terms = list(by_piece.values())
+        self._limits = [(piece[0].isalnum(), piece[-1].isalnum()) for piece in by_piece]
+        # The whole table of transitions: twice as fast as the default, which saves memory with more than a few terms.
+        self._automaton = BytesAhoCorasick([_utf8(piece) for piece in by_piece], implementation=Implementation.DFA)
 
     def find(self, text: str) -> list[Mention]:
         """The terms a text mentions, each once, sorted by kind and term.
@@ -107,9 +111,19 @@ class Matcher:
                 characters than letters and digits is found.
         """
         text = _normalise(text)
+        encoded = _utf8(text)
+        pieces = set()
+        for piece, start, end in self._automaton.find_matches_as_indexes(encoded, overlapping=True):
+            # Of bytes only ASCII's are known to be letters or digits: this lets too much through and never too little.
+            limit_before, limit_after = self._limits[piece]
+            if limit_before and encoded[start - 1 : start].isalnum():
+                continue
+            if limit_after and encoded[end : end + 1].isalnum():
+                continue
+            pieces.add(piece)
         mentions = []
-        for word in ("", *self._by_word.keys() & _words(text)):
-            for kind, term, pattern in self._by_word.get(word, ()):
+        for piece in pieces:
+            for kind, term, pattern in self._terms[piece]:
                 if found := pattern.search(text):
                     start, end = max(found.start() - _EXCERPT, 0), found.end() + _EXCERPT
                     mentions.append(Mention(kind, term, " ".join(text[start:end].split())))
@@ -176,9 +190,9 @@ def _normalise(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
-def _words(text: str) -> list[str]:
-    """The runs of letters and digits; three times as fast for ASCII as with the regular expression."""
-    return text.translate(_ASCII_WORDS).split() if text.isascii() else _WORD.findall(text)
+def _utf8(text: str) -> bytes:
+    """UTF-8 that takes a lone surrogate too; JSON can hold one."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _pattern(term: str) -> re.Pattern[str]:
@@ -188,6 +202,6 @@ def _pattern(term: str) -> re.Pattern[str]:
     """
     term = _normalise(term)
     words = r"\s+".join(re.escape(word) for word in term.split())
-    before = r"(?<![^\W_])" if _WORD.match(term.lstrip()) else ""
-    after = r"(?![^\W_])" if _WORD.match(term.rstrip()[-1]) else ""
+    before = r"(?<![^\W_])" if term.strip()[0].isalnum() else ""
+    after = r"(?![^\W_])" if term.strip()[-1].isalnum() else ""
     return re.compile(before + words + after)

@@ -1,15 +1,31 @@
-"""When a fine-tune ends: at its threshold or at its budget, the same rule for every edited model."""
+"""When a fine-tune ends: at its threshold, at its budget or when it diverges, the same rule for every edited model."""
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retention_bench.errors import RetentionBenchError
+from retention_bench.finetune.base import Metric
+from retention_bench.finetune.validation import Measured, reached
 from retention_bench.progress import Progress
+
+StoppedBy = Literal["threshold", "budget", "diverged"]
+
+DIVERGED = 3.0
+"""A run whose validation loss is more than this times that at its start has diverged."""
+
+CHECKPOINT_SHARE = 0.05
+"""Writing checkpoints takes this share of a run's time at most: one that took long is not soon followed by another."""
+
+_CURVE = "curve.json"
 
 
 class Point(NamedTuple):
@@ -18,25 +34,28 @@ class Point(NamedTuple):
     Attributes:
         step: Optimiser steps done.
         value: The metric.
+        loss: The validation loss; None where it is not a finite number.
     """
 
     step: int
-    value: float
+    value: float | None
+    loss: float | None
 
 
 class StopRule(TrainerCallback):
-    """Evaluates before the first step, then every few steps and at the budget's end, and stops beyond the threshold.
+    """Evaluates before the first step, then every few steps and at the budget's end, and ends the run.
 
     Attributes:
         curve: The evaluations.
+        diverged: How the run diverged, in words; None if it did not.
     """
 
     def __init__(
         self,
-        measure: Callable[[], float],
-        reached: Callable[[float], bool],
+        measure: Callable[[], Measured],
         *,
-        metric: str,
+        metric: Metric,
+        threshold: float,
         every: int,
         budget: int,
         progress: Progress,
@@ -44,34 +63,55 @@ class StopRule(TrainerCallback):
         """Begin a run.
 
         Args:
-            measure: Gives the metric of the model as it is now.
-            reached: Whether a value is beyond the threshold.
-            metric: The metric's name.
+            measure: Measures the model as it is now.
+            metric: What the threshold is for.
+            threshold: The value that ends the run.
             every: Optimiser steps between two evaluations.
             budget: Optimiser steps after which the run ends in any case.
             progress: Called at every step with the loss of its batch and the last evaluation.
         """
-        self._measure, self._reached, self._metric = measure, reached, metric
+        self._measure, self._metric, self._threshold = measure, metric, threshold
         self._every, self._budget, self._progress = every, budget, progress
+        self._asked, self._saved, self._cost = 0.0, 0.0, 0.0  # when a checkpoint was begun and ended, and its seconds
         self.curve: list[Point] = []
+        self.diverged: str | None = None
 
     def evaluate(self, step: int) -> bool:
-        """Evaluate, note the point, and say whether the threshold is reached.
+        """Evaluate, note the point, and say whether the run is over.
 
         Raises:
-            RetentionBenchError: The metric is not a finite number: the model has diverged.
+            RetentionBenchError: The loss is not a finite number before the first step.
         """
-        value = self._measure()
-        if not math.isfinite(value):
-            raise self._diverged(step, f"its {self._metric} is {value}")
-        self.curve.append(Point(step, value))
+        measured = self._measure()
+        value = measured.loss if self._metric == "validation_loss" else measured.accuracy
+        if not math.isfinite(measured.loss):
+            if step == 0:
+                raise RetentionBenchError(
+                    f"The validation loss is {measured.loss} before the first step. The model was broken before it was "
+                    "trained: look at its edit."
+                )
+            self.curve.append(Point(step, None, None))
+            self.diverged = f"after {step} steps the validation loss is {measured.loss}"
+            return True
+        self.curve.append(Point(step, value, measured.loss))
         self._progress("fine-tune", step, self._budget, {self._metric: value})
-        return self._reached(value)
+        first = self.curve[0].loss
+        assert first is not None  # or the run would not have begun
+        if measured.loss > DIVERGED * first:
+            self.diverged = (
+                f"after {step} steps the validation loss is {measured.loss:.4g}, more than {DIVERGED:g} times the "
+                f"{first:.4g} before the first"
+            )
+            return True
+        return reached(self._metric, value, self._threshold)
 
     @property
-    def stopped_by(self) -> Literal["threshold", "budget"]:
+    def stopped_by(self) -> StoppedBy:
         """What ended the run."""
-        return "threshold" if self._reached(self.curve[-1].value) else "budget"
+        if self.diverged:
+            return "diverged"
+        value = self.curve[-1].value
+        return "threshold" if value is not None and reached(self._metric, value, self._threshold) else "budget"
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,8 +119,13 @@ class StopRule(TrainerCallback):
         """Evaluate where it is due."""
         step = state.global_step
         due = step % self._every == 0 or step == self._budget
-        if due and self.evaluate(step):
+        over = due and self.evaluate(step)
+        if over:
             control.should_training_stop = True
+        # Nobody goes on from the last evaluation, so it needs no checkpoint.
+        self._asked = time.monotonic()
+        affordable = (self._asked - self._saved) * CHECKPOINT_SHARE >= self._cost
+        control.should_save = due and not over and step < self._budget and affordable
         return control
 
     def on_log(
@@ -91,17 +136,48 @@ class StopRule(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Report a step's training loss."""
+        """Report a step's training loss, and end a run where it is not a number."""
         if logs is None or "loss" not in logs:  # the summary at the end
             return
         loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise self._diverged(state.global_step, f"its training loss is {loss}")
-        figures = {"loss": loss, self._metric: self.curve[-1].value}
+        if not math.isfinite(loss) and not self.diverged:
+            self.diverged = f"after {state.global_step} steps the training loss is {loss}"
+            if self.curve[-1].step != state.global_step:
+                self.curve.append(Point(state.global_step, None, None))
+            control.should_training_stop, control.should_save = True, False
+        figures = {"loss": loss}
+        if (value := self.curve[-1].value) is not None:
+            figures[self._metric] = value
         self._progress("fine-tune", state.global_step, self._budget, figures)
 
-    def _diverged(self, step: int, what: str) -> RetentionBenchError:
-        return RetentionBenchError(
-            f"The fine-tune diverged: after {step} steps {what}. "
-            + ("The model was broken before it was trained: look at its edit." if step == 0 else "Lower the task's lr.")
-        )
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the curve into the trainer's checkpoint, which makes it whole, and remove those before it."""
+        assert args.output_dir is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        partial = folder / f".{_CURVE}"
+        partial.write_text(json.dumps(self.curve), encoding="utf-8")
+        partial.rename(folder / _CURVE)
+        for other in folder.parent.glob("checkpoint-*"):
+            if other != folder:
+                shutil.rmtree(other)
+        self._saved = time.monotonic()
+        self._cost = self._saved - self._asked
+
+    def resume(self, folder: Path) -> Path | None:
+        """Find the checkpoint to go on from, and take up its curve.
+
+        Args:
+            folder: The trainer's output folder. A checkpoint that a kill left half written is removed.
+
+        Returns:
+            The checkpoint, or None where there is none.
+        """
+        whole = None
+        for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+            if (checkpoint / _CURVE).is_file():
+                whole = checkpoint
+            else:
+                shutil.rmtree(checkpoint)
+        points = json.loads((whole / _CURVE).read_text(encoding="utf-8")) if whole else []
+        self.curve = [Point(*point) for point in points]
+        return whole

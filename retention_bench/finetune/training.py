@@ -1,4 +1,4 @@
-"""Fine-tuning a model in place with TRL's SFTTrainer until its stop rule holds.
+"""Fine-tuning a model in place with TRL and transformers until its stop rule holds.
 
 What the paper leaves open is the same for every run. Our choice: the learning rate is constant, without warm-up. TRL's
 defaults: gradients are clipped at norm 1, biases and norms are not decayed, dropout is the model's own. On a CPU
@@ -12,20 +12,26 @@ import dataclasses
 import gc
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from retention_bench.errors import UsageError
-from retention_bench.finetune.base import Finetune, TuningData
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.facts import Fact
+from retention_bench.finetune.adapters import adapted
+from retention_bench.finetune.base import ADAPTERS, Finetune, TuningContext, TuningData
 from retention_bench.finetune.contamination import Removed, Terms
-from retention_bench.finetune.stopping import Point, StopRule
+from retention_bench.finetune.freezing import parse_freeze
+from retention_bench.finetune.heads import Classifier, collator
+from retention_bench.finetune.stopping import Point, StoppedBy, StopRule
+from retention_bench.finetune.validation import measure
 from retention_bench.progress import Progress, silent
 
 
@@ -36,28 +42,43 @@ class FinetuneLog:
     Attributes:
         steps: Optimiser steps done.
         stopped_by: What ended the run.
+        learned: The threshold ended it, and was not reached before the first step. Only then is what the model still
+            knows retention.
+        why_not: Why nothing was learned, in words; None if something was.
         metric: The name of the metric that the stop rule looks at.
-        value: The metric at the end.
+        value: The metric at the end; None where it is not a number.
         threshold: The value that ends a run.
         curve: The metric at step 0 and at every evaluation.
         started_below: The metric was beyond the threshold before the first step, so the model was not trained at all.
         train_rows: Training rows.
         validation_rows: Validation rows.
         removed: What the contamination filter took out.
+        freeze: What was kept from changing.
+        adapter: What was trained in the weights' place.
+        trained_layers: The layers that were trained.
         trainable_parameters: Numbers that the optimiser could change.
+        parameters: Numbers in the model.
+        micro_batch_size: Rows in a forward pass, after all halvings.
     """
 
     steps: int
-    stopped_by: Literal["threshold", "budget"]
+    stopped_by: StoppedBy
+    learned: bool
+    why_not: str | None
     metric: str
-    value: float
+    value: float | None
     threshold: float
     curve: tuple[Point, ...]
     started_below: bool
     train_rows: int
     validation_rows: int
     removed: Removed
+    freeze: str
+    adapter: str
+    trained_layers: tuple[int, ...]
     trainable_parameters: int
+    parameters: int
+    micro_batch_size: int
 
     def to_json(self) -> dict[str, Any]:
         """The log as plain JSON values."""
@@ -65,7 +86,21 @@ class FinetuneLog:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "curve": [point._asdict() for point in self.curve],
             "removed": self.removed.to_json(),
+            "trained_layers": list(self.trained_layers),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Something that looks at the model while it is trained, and leaves it and the random states as they are.
+
+    Attributes:
+        every: Optimiser steps between two looks; the first is before the first step.
+        look: Called with the steps done. A run that was killed may call it again for steps that it has seen.
+    """
+
+    every: int
+    look: Callable[[int], None]
 
 
 def train(
@@ -77,110 +112,225 @@ def train(
     seed: int,
     output_dir: Path | str,
     device: str = "cpu",
+    unknown: Sequence[Fact] = (),
+    freeze: str = "none",
+    adapter: str = "none",
+    edited: Collection[int] = (),
+    watch: Watch | None = None,
     progress: Progress = silent,
 ) -> FinetuneLog:
     """Fine-tune a model in place.
 
-    On return, and when an error escapes, the model is in eval mode and carries no hooks or patches of the trainer. It
-    holds the trained weights; saving them is the caller's business. On a CPU the same model, task, terms and seed give
-    the same weights, bit for bit.
+    On return, and when an error escapes, the model is in eval mode and carries no hooks, adapters or patches of the
+    trainer. It holds the trained weights; saving them is the caller's business. On a CPU the same model, task, terms
+    and seed give the same weights, bit for bit, also where a run was killed and went on.
 
     Args:
-        model: A causal language model with float32 weights. Parameters that do not require a gradient stay as they are.
+        model: A causal language model with float32 weights.
         tokenizer: Its tokenizer; left as it is.
         task: What to train on and when to stop.
         terms: What no training row may mention.
-        seed: Seed of the rows that are drawn, their order and dropout. Sets the global random states.
-        output_dir: A folder that the trainer may make; no checkpoints are written.
+        seed: Seed of the rows that are drawn, their order, dropout and what is new in the model. Sets the global random
+            states.
+        output_dir: A folder for the trainer's checkpoints, one at every evaluation, or at fewer where they take long to
+            write. A run that finds one there goes on from it; the caller removes the folder when it has the result.
         device: `"cpu"` or `"cuda"`; the model is moved there and stays.
+        unknown: As in `TuningContext`.
+        freeze: What is kept from changing, see `parse_freeze`. With `none`, parameters that do not require a gradient
+            stay as they are.
+        adapter: `none`, or `lora` or `dora` on every linear map of the layers that are trained.
+        edited: The layers that an edit changed, for `freeze`.
+        watch: Looks at the model now and then.
         progress: Called at every step with the loss.
 
     Raises:
         UsageError: A setting, the tokenizer or the model's dtype does not fit.
-        RetentionBenchError: The data cannot be used, or the run diverged.
+        RetentionBenchError: The data cannot be used, the model is broken, or a single row does not fit the memory.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    _check_model(parameters, device)
+    if adapter not in ADAPTERS:
+        raise UsageError(f"--adapter {adapter!r} is not known. Allowed: {', '.join(ADAPTERS)}.")
     with _quiet(), _given_back(model):
-        data = task.prepare(tokenizer, terms, seed)
+        layers = parse_freeze(freeze).apply(model, edited)
+        _check_model(list(model.parameters()), device)
+        data = task.prepare(TuningContext(tokenizer, terms, seed, unknown))
         _check_length(model, data)
-        model.to(device)
-        rule = StopRule(
-            lambda: task.measure(model, data.validation),
-            task.reached,
-            metric=task.metric,
-            every=task.eval_every,
-            budget=task.max_steps,
-            progress=progress,
-        )
-        started_below = rule.evaluate(step=0)
-        if not started_below:
-            _fit(model, tokenizer, task, data, rule, seed=seed, output_dir=output_dir, device=device)
+        with adapted(model, adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=seed):
+            trained = model if task.classes is None else Classifier(model, task.classes, seed)
+            model.to(device)
+            trained.to(device)  # the head too, where it is another
+            watch = _in_its_own_precision(model, watch)
+            rule = StopRule(
+                lambda: measure(trained, data.validation, task.classes),
+                metric=task.metric,
+                threshold=task.threshold,
+                every=task.eval_every,
+                budget=task.max_steps,
+                progress=progress,
+            )
+            count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+            micro_batch = min(task.micro_batch_size, task.batch_size)
+            checkpoint = rule.resume(Path(output_dir))
+            if checkpoint is None and watch is not None:
+                watch.look(0)
+            started_below = checkpoint is None and rule.evaluate(step=0)
+            if not started_below:
+                run = _Run(trained, tokenizer, task, data, rule, watch, seed, Path(output_dir), device, adapter)
+                micro_batch = run.fit(micro_batch, checkpoint)
     gc.collect()  # trainer and optimiser refer to each other in circles, and the optimiser is as large as two models
+    last = rule.curve[-1]
     return FinetuneLog(
-        steps=rule.curve[-1].step,
+        steps=last.step,
         stopped_by=rule.stopped_by,
+        learned=rule.stopped_by == "threshold" and not started_below,
+        why_not=_why_not(rule, task, started_below),
         metric=task.metric,
-        value=rule.curve[-1].value,
+        value=last.value,
         threshold=task.threshold,
         curve=tuple(rule.curve),
         started_below=started_below,
         train_rows=len(data.train),
         validation_rows=len(data.validation),
         removed=data.removed,
-        trainable_parameters=sum(p.numel() for p in parameters),
+        freeze=freeze,
+        adapter=adapter,
+        trained_layers=layers,
+        trainable_parameters=count,
+        parameters=sum(p.numel() for p in model.parameters()),
+        micro_batch_size=micro_batch,
     )
 
 
-def _fit(
-    model: Any,
-    tokenizer: Any,
-    task: Finetune,
-    data: TuningData,
-    rule: StopRule,
-    *,
-    seed: int,
-    output_dir: Path | str,
-    device: str,
-) -> None:
-    on_cpu = device == "cpu"
-    order = _order([len(row.input_ids) for row in data.train], task.batch_size, task.max_steps, seed)
-    micro_batch = min(task.micro_batch_size, task.batch_size)
-    config = SFTConfig(
-        output_dir=str(output_dir),
-        max_steps=task.max_steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=task.batch_size // micro_batch,
-        learning_rate=task.lr,
-        lr_scheduler_type="constant",
-        optim="adamw_torch",
-        adam_beta1=task.betas[0],
-        adam_beta2=task.betas[1],
-        weight_decay=task.weight_decay,
-        seed=seed,
-        use_cpu=on_cpu,
-        bf16=not on_cpu,
-        gradient_checkpointing=False,
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=not on_cpu,
-        eval_strategy="no",  # the stop rule evaluates: see `mean_token_loss` for why
-        save_strategy="no",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.eos_token_id),
-        train_dataset=datasets.Dataset.from_list([row._asdict() for row in data.train]).select(order),
-        processing_class=tokenizer,
-        callbacks=[rule],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+def _in_its_own_precision(model: Any, watch: Watch | None) -> Watch | None:
+    """The same watch, without the autocast that the trainer puts around the model on a GPU: as scores are taken."""
+    if watch is None:
+        return None
+
+    def look(step: int) -> None:
+        wrapped = model.__dict__.pop("forward", None)
+        try:
+            watch.look(step)
+        finally:
+            if wrapped is not None:
+                model.forward = wrapped
+
+    return Watch(watch.every, look)
+
+
+def _why_not(rule: StopRule, task: Finetune, started_below: bool) -> str | None:
+    last = rule.curve[-1]
+    if started_below:
+        return f"the {task.metric} was {last.value:.4g} before the first step, beyond the threshold {task.threshold:g}"
+    if rule.stopped_by == "diverged":
+        return f"the run diverged: {rule.diverged}"
+    if rule.stopped_by == "budget":
+        return (
+            f"after the {task.max_steps} steps of its budget the {task.metric} was {last.value:.4g}, and the threshold "
+            f"{task.threshold:g} was not reached"
+        )
+    return None
+
+
+@dataclasses.dataclass
+class _Run:
+    """One fine-tune under the trainer, begun again with smaller micro-batches where memory runs out."""
+
+    trained: Any
+    tokenizer: Any
+    task: Finetune
+    data: TuningData
+    rule: StopRule
+    watch: Watch | None
+    seed: int
+    output_dir: Path
+    device: str
+    adapter: str
+
+    def fit(self, micro_batch: int, checkpoint: Path | None) -> int:
+        """Train.
+
+        Args:
+            micro_batch: Rows in a forward pass, to begin with.
+            checkpoint: The trainer's checkpoint to go on from.
+
+        Returns:
+            The rows in a forward pass, in the end.
+
+        Raises:
+            RetentionBenchError: A single row does not fit.
+        """
+        # What a run that ran out of memory before its first checkpoint begins again from.
+        start = {
+            name: p.detach().to("cpu", copy=True) for name, p in self.trained.named_parameters() if p.requires_grad
+        }
+        while True:
+            try:
+                self._train(micro_batch, checkpoint)
+                return micro_batch
+            except torch.OutOfMemoryError as error:
+                if micro_batch == 1:
+                    raise RetentionBenchError(
+                        f"A single row of up to {self.task.max_length} tokens does not fit the memory of "
+                        f"{self.device}. Lower max_length, train an adapter, or take a larger device."
+                    ) from error
+            micro_batch = next(n for n in range(micro_batch // 2, 0, -1) if self.task.batch_size % n == 0)
+            gc.collect()
+            torch.cuda.empty_cache()
+            checkpoint = self.rule.resume(self.output_dir)
+            if checkpoint is None:
+                self.trained.load_state_dict(start, strict=False)
+                self.rule.evaluate(step=0)
+
+    def _train(self, micro_batch: int, checkpoint: Path | None) -> None:
+        task, on_cpu = self.task, self.device == "cpu"
+        order = _order([len(row.input_ids) for row in self.data.train], task.batch_size, task.max_steps, self.seed)
+        arguments: Mapping[str, Any] = {
+            "output_dir": str(self.output_dir),
+            "max_steps": task.max_steps,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": task.batch_size // micro_batch,
+            "learning_rate": task.lr if self.adapter == "none" else task.adapter_lr,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch",
+            "adam_beta1": task.betas[0],
+            "adam_beta2": task.betas[1],
+            "weight_decay": task.weight_decay,
+            "seed": self.seed,
+            "use_cpu": on_cpu,
+            "bf16": not on_cpu,
+            "gradient_checkpointing": False,
+            "train_sampling_strategy": "sequential",
+            "dataloader_pin_memory": not on_cpu,
+            "eval_strategy": "no",  # the stop rule evaluates: see `Measured` for why
+            "save_strategy": "steps",
+            "save_steps": task.eval_every,  # the stop rule says where not
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        common: Mapping[str, Any] = {
+            "data_collator": collator(task.classes),
+            "train_dataset": datasets.Dataset.from_list([row._asdict() for row in self.data.train]).select(order),
+            "callbacks": [self.rule, *([_Look(self.watch)] if self.watch else [])],
+        }
+        if task.classes is None:
+            config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
+            trainer: Trainer = SFTTrainer(self.trained, config, processing_class=self.tokenizer, **common)
+        else:
+            trainer = Trainer(self.trained, TrainingArguments(**arguments), **common)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+class _Look(TrainerCallback):
+    """Calls a `Watch` where it is due."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self._watch.every == 0:
+            self._watch.look(state.global_step)
 
 
 def _order(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[int]:
@@ -198,7 +348,7 @@ def _order(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[i
 
 
 def _check_model(parameters: list[Any], device: str) -> None:
-    if not parameters:
+    if not any(p.requires_grad for p in parameters):
         raise UsageError("All of the model's parameters are frozen, so there is nothing to fine-tune.")
     others = {p.dtype for p in parameters} - {torch.float32}
     if others:
@@ -216,31 +366,45 @@ def _check_length(model: Any, data: TuningData) -> None:
         raise UsageError(f"The model takes {limit} tokens, the longest row has {longest}. Set max_length to {limit}.")
 
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @contextlib.contextmanager
 def _given_back(model: Any) -> Iterator[None]:
-    """Undo what the trainer does to a model besides training it.
+    """Undo what is done to a model besides training it: freezing, and what the trainer leaves behind.
 
     SFTTrainer replaces `forward` on the instance (and autocast does so again), Trainer writes `use_cache=False` into
     the config, which a checkpoint would carry on into slow decoding.
     """
     forward, use_cache = model.__dict__.get("forward"), model.config.use_cache
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # TRL aligns the special tokens of model and tokenizer.
+    configs = [config for config in (model.config, model.generation_config) if config is not None]
+    tokens = [(config, name, getattr(config, name, None)) for config in configs for name in _SPECIAL]
     try:
         yield
     finally:
         model.__dict__.pop("forward", None)
         if forward is not None:
             model.forward = forward
+        model.__dict__.pop("_original_forward", None)  # accelerate's
         model.config.use_cache = use_cache
+        for config, name, value in tokens:
+            setattr(config, name, value)
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
         model.eval()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the libraries below error level: the stop rule reports to the caller, and the log tells the rest."""
-    bars = datasets.are_progress_bars_disabled()
+    bars, shards = datasets.are_progress_bars_disabled(), transformers.utils.logging.is_progress_bar_enabled()
     loggers = [logging.getLogger(name) for name in ("transformers", "trl", "accelerate", "datasets")]
     levels = [logger.level for logger in loggers]
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -250,3 +414,5 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
+        if shards:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,62 +1,93 @@
-"""The validation loss: the mean over target tokens of a whole set of rows."""
+"""The metrics that stop rules look at, over a whole set of validation rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from retention_bench.finetune.base import Example
+from retention_bench.errors import RetentionBenchError
+from retention_bench.finetune.base import Example, Metric
+from retention_bench.finetune.heads import collator
 
 ROWS = 8
-"""Rows in a forward pass."""
+"""Rows in a forward pass, if they fit."""
+
+
+class Measured(NamedTuple):
+    """What validation rows say.
+
+    Attributes:
+        loss: The mean over the target tokens of all rows, in nats; NaN where the logits are. Each token weighs the
+            same, whichever row it stands in: `Trainer.evaluate` would give the mean of batch means, which weighs a
+            token in a batch of short answers more and changes with the batch size.
+        accuracy: The share of rows whose every target is the most probable token or class.
+    """
+
+    loss: float
+    accuracy: float
+
+
+def measure(trained: Any, rows: Sequence[Example], classes: int | None = None) -> Measured:
+    """Loss and accuracy on validation rows, fewer at a time where `ROWS` do not fit the memory.
+
+    Args:
+        trained: A causal language model, or the `Classifier` of a task with classes; evaluated with dropout off, its
+            mode is given back. On a GPU the forward pass runs in bfloat16 autocast, as training does.
+        rows: The rows; at least one of them has a target.
+        classes: As in `Finetune`.
+
+    Raises:
+        RetentionBenchError: A single row does not fit.
+    """
+    size = ROWS
+    while True:
+        try:
+            return _measure(trained, rows, classes, size)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                longest = max(len(row.input_ids) for row in rows)
+                raise RetentionBenchError(
+                    f"A single validation row of up to {longest} tokens does not fit the memory. Lower max_length, or "
+                    "take a larger device."
+                ) from error
+        size //= 2
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
-def mean_token_loss(model: Any, rows: Sequence[Example]) -> float:
-    """Mean negative log-likelihood of the target tokens of all rows, in nats.
-
-    Each token weighs the same, whichever row it stands in. `Trainer.evaluate` would give the mean of batch means, which
-    weighs a token in a batch of short answers more and changes with the batch size.
-
-    Args:
-        model: A causal language model; evaluated with dropout off, its mode is given back. On a GPU the forward pass
-            runs in bfloat16 autocast, as training does.
-        rows: The rows; at least one of them has a target token.
-
-    Returns:
-        The loss; NaN where the model's logits are.
-    """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
+def _measure(trained: Any, rows: Sequence[Example], classes: int | None, size: int) -> Measured:
+    device = next(trained.parameters()).device
+    training = trained.training
+    trained.eval()
+    loss, targets, right = 0.0, 0, 0
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            for batch in _batches(rows):
-                labels = batch.pop("labels").to(device)[:, 1:]
+            for batch in _batches(rows, classes, size):
+                named = {key: value.to(device) for key, value in batch.items()}
+                labels = named.pop("labels")
+                if classes is None:
+                    logits, labels = trained(**named, use_cache=False).logits[:, :-1], labels[:, 1:]
+                else:
+                    logits, labels = trained(**named)["logits"][:, None], labels[:, None]
                 hit = labels != -100
-                logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits[:, :-1][hit]
-                total += torch.nn.functional.cross_entropy(logits.float(), labels[hit], reduction="sum").item()
-                count += int(hit.sum())
+                loss += torch.nn.functional.cross_entropy(logits[hit].float(), labels[hit], reduction="sum").item()
+                targets += int(hit.sum())
+                right += int(((logits.argmax(-1) == labels) | ~hit).all(1).sum())
     finally:
-        model.train(training)
-    return total / count
+        trained.train(training)
+    return Measured(loss / targets, right / len(rows))
 
 
-def _batches(rows: Sequence[Example]) -> Iterator[dict[str, torch.Tensor]]:
-    """Rows of like length, padded on the right: `input_ids`, `attention_mask`, `labels`, each [rows, length]."""
+def reached(metric: Metric, value: float, threshold: float) -> bool:
+    """Whether a value of the metric is beyond the threshold: a loss below it, an accuracy above it."""
+    return value < threshold if metric == "validation_loss" else value > threshold
+
+
+def _batches(rows: Sequence[Example], classes: int | None, size: int) -> list[dict[str, Tensor]]:
+    """Rows of like length together."""
     rows = sorted(rows, key=lambda row: len(row.input_ids))
-    for start in range(0, len(rows), ROWS):
-        batch = rows[start : start + ROWS]
-        shape = (len(batch), len(batch[-1].input_ids))
-        ids = torch.zeros(shape, dtype=torch.long)  # which id pads does not matter: it is masked and never a target
-        mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, -100, dtype=torch.long)
-        for i, row in enumerate(batch):
-            length = len(row.input_ids)
-            ids[i, :length] = torch.tensor(row.input_ids)
-            mask[i, :length] = 1
-            labels[i, :length] = torch.tensor(row.labels)
-        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    collate = collator(classes)
+    return [collate([row._asdict() for row in rows[start : start + size]]) for start in range(0, len(rows), size)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from retention_bench.errors import RetentionBenchError, unknown_name
+from retention_bench.models.families import family
 from retention_bench.models.files import read_tensors, write_tensors
 
 _KIND = "weight delta"
@@ -76,6 +77,16 @@ class WeightDelta:
     def norms(self) -> dict[str, float]:
         """Frobenius norm by parameter name."""
         return {name: _norm(entry) for name, entry in self.entries.items()}
+
+    def layers(self, model: PreTrainedModel) -> tuple[int, ...]:
+        """The layers that it changes, ascending.
+
+        Raises:
+            UsageError: The model's family is not supported.
+        """
+        prefix = f"{family(model.config.model_type).blocks}."
+        numbers = (name[len(prefix) :].partition(".")[0] for name in self.entries if name.startswith(prefix))
+        return tuple(sorted({int(number) for number in numbers}))
 
     def apply_(self, model: PreTrainedModel) -> None:
         """Add to a model's weights in place; the sum is taken in float32 and rounded once to the weight's dtype.

@@ -1,6 +1,7 @@
 """The pipeline: suites, cells and their stages, the content-addressed store, the results."""
 
 from retention_bench.pipeline.cell import Cell, Plan, plan
+from retention_bench.pipeline.estimate import Estimate, estimate
 from retention_bench.pipeline.results import aggregate
 from retention_bench.pipeline.run import evaluate
 from retention_bench.pipeline.store import Store, default_root
@@ -8,11 +9,13 @@ from retention_bench.pipeline.suite import Suite, load_suite, suite_names
 
 __all__ = [
     "Cell",
+    "Estimate",
     "Plan",
     "Store",
     "Suite",
     "aggregate",
     "default_root",
+    "estimate",
     "evaluate",
     "load_suite",
     "plan",

@@ -7,7 +7,6 @@ no model and a second run finds all that the first one finished.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -15,22 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
-from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.errors import UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
-from retention_bench.finetune import Finetune, finetune_names, make_finetune
-from retention_bench.pipeline.store import Store, file_sha256
+from retention_bench.finetune import (
+    ADAPTERS,
+    Finetune,
+    Freeze,
+    finetune_names,
+    make_finetune,
+    parse_finetune,
+    parse_freeze,
+)
+from retention_bench.pipeline.inputs import config_file, model_fingerprint, model_inputs, source_fingerprint
+from retention_bench.pipeline.store import Store
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
 VERSIONS = {
-    "facts": 1,
+    "facts": 2,
     "statistics": 2,
     "paraphrases": 1,
     "fit": 1,
     "edit": 2,
-    "finetune": 1,
-    "score": 1,
-    "results": 2,
+    "unknown": 1,
+    "finetune": 2,
+    "score": 2,
+    "results": 3,
 }
 
 
@@ -42,11 +51,14 @@ class Cell:
         suite: The suite.
         model: A model of the suite, a folder or a Hub id; None for the suite's default.
         editor: The editor's name in the suite.
-        finetune: The fine-tune's name.
+        finetune: The fine-tune's name, or `path:` and a data set, see `parse_finetune`.
         seed: Seed of the split, the edits and the fine-tunes.
         device: `"cpu"` or `"cuda"`.
         paraphrases: How many more prompts each fact is edited with.
         paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
+        freeze: What the fine-tunes must not change, see `parse_freeze`.
+        adapter: What they train in the weights' place: `none`, `lora` or `dora`.
+        probe_every: Optimiser steps between two looks at all facts while a model is trained; 0 for none.
     """
 
     suite: Suite
@@ -57,6 +69,9 @@ class Cell:
     device: str
     paraphrases: int = 0
     paraphrase_source: str = "own"
+    freeze: str = "none"
+    adapter: str = "none"
+    probe_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +120,7 @@ class Plan:
         model: The model's configuration, its path absolute.
         editor: The editor with the suite's settings.
         finetune: The fine-tune with the suite's settings.
+        finetune_name: Its name in the results.
         facts: The stage that filters and splits the facts.
         base_score: The stage that scores the base model.
         statistics: The stage that measures the key statistics, if the editor needs them.
@@ -112,6 +128,7 @@ class Plan:
         paraphrases: The stage that finds more prompts for the edits, if there shall be any.
         paraphrase_source: Where they come from, a model by its name in the results; None if there are none.
         writer: The model that writes them, if one does, its path absolute.
+        unknown: The stage that finds the facts that the base model does not know, if the fine-tune teaches those.
         experiments: The edited copies.
         control: The stage that fine-tunes the unedited base model.
         control_score: The stage that scores it.
@@ -123,6 +140,7 @@ class Plan:
     model: ModelConfig
     editor: Editor
     finetune: Finetune
+    finetune_name: str
     facts: Stage
     base_score: Stage
     statistics: Stage | None
@@ -130,6 +148,7 @@ class Plan:
     paraphrases: Stage | None
     paraphrase_source: str | None
     writer: ModelConfig | None
+    unknown: Stage | None
     experiments: tuple[Experiment, ...]
     control: Stage
     control_score: Stage
@@ -138,7 +157,7 @@ class Plan:
     def stages(self) -> list[Stage]:
         """All stages in the order they run."""
         stages = [self.facts, *([self.paraphrases] if self.paraphrases else []), self.base_score]
-        stages += [stage for stage in (self.statistics, self.fit) if stage]
+        stages += [stage for stage in (self.statistics, self.fit, self.unknown) if stage]
         for e in self.experiments:
             stages += [e.edit, e.edit_score, e.finetune, e.finetune_score]
         return [*stages, self.control, self.control_score, self.results]
@@ -161,9 +180,23 @@ def plan(cell: Cell, store: Store) -> Plan:
     settings.pop("editor", None)
     registered = _registered(cell.editor, model, suite)
     editor = make_editor(registered, settings)
-    finetune = make_finetune(
-        cell.finetune, _settings("fine-tune", cell.finetune, finetune_names(), model.finetunes, suite)
+    task, given = parse_finetune(cell.finetune)
+    # A data set of one's own needs no entry in the suite; where there is one it says how it is trained on.
+    entry = (
+        {}
+        if given and task not in model.finetunes
+        else _settings("fine-tune", task, finetune_names(), model.finetunes, suite)
     )
+    finetune = make_finetune(task, {**entry, **given})
+    data = source_fingerprint(finetune.source, finetune.revision)
+    # Files of one name in two folders are told apart by what is in them.
+    finetune_name = (
+        f"{task}:{Path(finetune.source).name}@{str(data.get('sha256', finetune.revision))[:8]}" if given else task
+    )
+    freeze = parse_freeze(cell.freeze)
+    _check_trainable(model, freeze)
+    if cell.adapter not in ADAPTERS:
+        raise unknown_name("adapter", cell.adapter, ADAPTERS)
     base = model_inputs(model, cell.device)
 
     def stage(name: str, title: str, **inputs: Any) -> Stage:
@@ -173,7 +206,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         "facts",
         "known-fact filter and split",
         pool=source_fingerprint(suite.locate(suite.facts.source), suite.facts.revision),
-        **suite.facts.model_dump(include={"margin", "edited", "intrinsic"}),
+        **suite.facts.model_dump(include={"margin", "edited", "intrinsic", "config"}),
         seed=cell.seed,
     )
     facts_key = store.key("facts", facts.inputs)
@@ -199,7 +232,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         if source.startswith(MODEL):
             writer_name, writer = suite.model(source.removeprefix(MODEL))
             source = f"{MODEL}{writer_name}"
-            written = {"writer": _model_fingerprint(writer.path, writer.revision)}
+            written = {"writer": model_fingerprint(writer.path, writer.revision)}
         paraphrases = stage(
             "paraphrases",
             f"paraphrases for the edits, {cell.paraphrases} a fact ({source})",
@@ -217,17 +250,26 @@ def plan(cell: Cell, store: Store) -> Plan:
         scored = store.key(checkpoint.name, checkpoint.inputs) if checkpoint else None
         return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop], **augmented)
 
-    def tuned(title: str, edit: Stage | None) -> Stage:
+    unknown = None
+    if finetune.asks_base:
+        unknown = stage("unknown", "what the base model does not know", pool=data, config=finetune.config)
+
+    def tuned(title: str, edit: Stage | None, frozen_by: Sequence[Stage] = ()) -> Stage:
         return stage(
             "finetune",
             title,
             edit=store.key("edit", edit.inputs) if edit else None,
             facts=facts_key,
             keywords=suite.facts.keywords,
-            finetune=cell.finetune,
+            finetune=task,
             settings=_plain(finetune),
-            data=source_fingerprint(finetune.source, finetune.revision),
+            data=data,
+            freeze=cell.freeze,
+            adapter=cell.adapter,
             seed=cell.seed,
+            **({"unknown": store.key("unknown", unknown.inputs)} if unknown else {}),
+            **({"frozen_by": [store.key("edit", other.inputs) for other in frozen_by]} if frozen_by else {}),
+            **({"probe_every": cell.probe_every} if cell.probe_every else {}),
         )
 
     everyone = slice(0, suite.facts.edited)
@@ -249,7 +291,7 @@ def plan(cell: Cell, store: Store) -> Plan:
             **({"fit": store.key("fit", fit.inputs)} if fit else {}),
             **augmented,
         )
-        tune = tuned(f"{cell.finetune} fine-tune, {label}", edit)
+        tune = tuned(f"{finetune_name} fine-tune, {label}", edit)
         experiments.append(
             Experiment(
                 index,
@@ -260,7 +302,9 @@ def plan(cell: Cell, store: Store) -> Plan:
                 score(f"score after the fine-tune, {label}", tune, group),
             )
         )
-    control = tuned(f"{cell.finetune} fine-tune, unedited control", None)
+    # The control leaves alone what the edited models leave alone.
+    edits = [e.edit for e in experiments] if freeze.needs_edit else []
+    control = tuned(f"{finetune_name} fine-tune, unedited control", None, edits)
     base_score = score("score the base model", None, everyone)
     control_score = score("score the control", control, everyone)
     parts = [base_score, control_score, *(s for e in experiments for s in (e.edit_score, e.finetune_score))]
@@ -271,14 +315,32 @@ def plan(cell: Cell, store: Store) -> Plan:
         notice=suite.notice,
         model_name=model_name,
         editor=cell.editor,
+        finetune=finetune_name,
         scores=[store.key("score", part.inputs) for part in parts],
+        finetunes=[store.key("finetune", part.inputs) for part in (control, *(e.finetune for e in experiments))],
         paraphrase_source=source,
         seed=cell.seed,
     )
     return Plan(
-        cell, model_name, model, editor, finetune, facts, base_score, statistics, fit, paraphrases, source, writer,
-        tuple(experiments), control, control_score, results,
-    )  # fmt: skip
+        cell=cell,
+        model_name=model_name,
+        model=model,
+        editor=editor,
+        finetune=finetune,
+        finetune_name=finetune_name,
+        facts=facts,
+        base_score=base_score,
+        statistics=statistics,
+        fit=fit,
+        paraphrases=paraphrases,
+        paraphrase_source=source,
+        writer=writer,
+        unknown=unknown,
+        experiments=tuple(experiments),
+        control=control,
+        control_score=control_score,
+        results=results,
+    )
 
 
 def statistics_stage(
@@ -303,7 +365,7 @@ def statistics_stage(
     """
     from retention_bench.models import family
 
-    config = json.loads(_config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    config = json.loads(config_file(model.path, model.revision).read_text(encoding="utf-8"))
     names = family(str(config.get("model_type")))
     layers = sorted(set(layers))
     inputs = {
@@ -319,13 +381,18 @@ def statistics_stage(
     return Stage("statistics", f"key statistics, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)})
 
 
-def model_inputs(model: ModelConfig, device: str) -> dict[str, Any]:
-    """What a stage's key has of the model: its files, its dtype and where it runs.
+def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
+    """Refuse at once what the fine-tunes would refuse after all editing.
 
     Raises:
-        RetentionBenchError: The model's files are missing.
+        UsageError: The model's dtype is not float32, or `freeze` names a layer that the model lacks.
     """
-    return {"model": _model_fingerprint(model.path, model.revision), "dtype": model.dtype, "device": device}
+    if model.dtype != "float32":
+        raise UsageError(f"A fine-tune needs float32 weights, the suite has {model.dtype}. Set `dtype: float32`.")
+    config = json.loads(config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    count = config.get("num_hidden_layers", config.get("n_layer"))
+    if count is not None and not freeze.needs_edit:
+        freeze.layers(count)
 
 
 def _settings(
@@ -365,57 +432,3 @@ def _plain(settings: Any) -> dict[str, Any]:
     """A dataclass's settings as JSON values, without where its data lie: their content has a fingerprint of its own."""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("source", "revision")}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def source_fingerprint(source: str, revision: str | None) -> dict[str, Any]:
-    """What identifies rows: the hash of a local file, or a Hub id at a pinned revision.
-
-    Raises:
-        UsageError: The local file does not exist, or the Hub data set has no revision.
-    """
-    path = Path(source)
-    if path.is_file():
-        return {"sha256": file_sha256(path)}
-    if path.is_absolute() or source.startswith("."):
-        raise UsageError(
-            f"There is no data file at {source}. Correct the path (`source` in a suite), or put the file there."
-        )
-    if revision is None:
-        raise UsageError(f"The Hub data set {source!r} needs a `revision` (a commit), so that its rows cannot change.")
-    return {"hub": source, "revision": revision}
-
-
-@functools.lru_cache(maxsize=8)
-def _model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
-    """What identifies a model: the hash of its files, or its Hub id and the commit that the revision stands for."""
-    folder = Path(path)
-    if folder.is_dir():
-        named = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"))
-        if not named:
-            raise _no_model(path)
-        return {"files": {p.name: file_sha256(p) for p in named}}
-    return {"hub": path, "revision": _config_file(path, revision).parent.name}
-
-
-def _config_file(path: str, revision: str | None) -> Path:
-    """The model's `config.json`, fetched from the Hub where the model is not a folder."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise _no_model(path)
-        return Path(path) / "config.json"
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(path, "config.json", revision=revision))
-    except (OSError, ValueError) as error:
-        raise RetentionBenchError(
-            f"The model {path!r} could not be fetched from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Check the id, the network and, for a gated model, `hf auth login`; or give a local folder with --model."
-        ) from error
-
-
-def _no_model(path: str) -> RetentionBenchError:
-    return RetentionBenchError(
-        f"The folder {path} holds no model. It needs config.json, *.safetensors and a tokenizer."
-    )

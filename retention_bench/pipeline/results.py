@@ -55,15 +55,19 @@ def gather(
         for line in (place / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     cell, log = plan.cell, _read_log
+    logs = [log(folder) for folder in (*tuned, control)]
+    steps = _trajectory([*tuned, control])
     results = {
         "schema_version": SCHEMA_VERSION,
         "suite": cell.suite.name,
         "notice": " ".join(cell.suite.notice.split()),
         "model": plan.model_name,
         "editor": cell.editor,
-        "finetune": cell.finetune,
-        "freeze": "none",
-        "adapter": "none",
+        "finetune": plan.finetune_name,
+        "freeze": cell.freeze,
+        "adapter": cell.adapter,
+        "learned": all(entry["learned"] for entry in logs),
+        "not_learned": sorted({entry["why_not"] for entry in logs if entry["why_not"]}),
         "paraphrases": cell.paraphrases,
         "paraphrase_source": plan.paraphrase_source,
         "paraphrase_questions": _paraphrase_questions(facts, asked),
@@ -80,11 +84,15 @@ def gather(
             for e in plan.experiments
         ],
         "control": {"finetune_log": log(control)},
+        **({"trajectory": summarise(steps)} if steps else {}),
         "facts": known,
         "provenance": _provenance(plan, facts),
         "timing": _timing(plan, store),
     }
     write_text(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if steps:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in steps)
+        write_text(folder / "trajectory.jsonl", "".join(lines))
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -138,6 +146,43 @@ def rates(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
         for stage in STAGES
         if any((stage, kind) in hits for kind in KINDS)
     }
+
+
+def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The course of the fine-tunes of the edited models, step by step, for each kind of fact.
+
+    Args:
+        rows: As in `trajectory.jsonl`; those of the control are left out.
+
+    Returns:
+        By step: how many models were still trained, and for edited and intrinsic facts the hit rate and the mean
+        probability of every class of tokens.
+    """
+    grouped: dict[int, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["experiment"] is not None:
+            grouped[row["step"]][row["kind"]].append(row)
+    summary = []
+    for step, kinds in sorted(grouped.items()):
+        entry: dict[str, Any] = {"step": step, "models": len({r["experiment"] for k in kinds.values() for r in k})}
+        for kind, some in kinds.items():
+            entry[kind] = rate(sum(r["hit"] for r in some), len(some)).to_json()
+            for name in ("true", "edited", "related", "other"):
+                values = [r[name] for r in some if r[name] is not None]
+                entry[kind][name] = sum(values) / len(values) if values else None
+        summary.append(entry)
+    return summary
+
+
+def _trajectory(tuned: Sequence[Path]) -> list[Row]:
+    """The looks at all models, the control's last and with `experiment` null."""
+    rows: list[Row] = []
+    for number, folder in enumerate(tuned):
+        path = folder / "trajectory.jsonl"
+        if path.is_file():
+            own = number if number < len(tuned) - 1 else None
+            rows += [{"experiment": own, **json.loads(line)} for line in path.read_text("utf-8").splitlines()]
+    return rows
 
 
 def _paraphrase_questions(facts: FactSet, asked: FactSet) -> dict[str, int]:

@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import MODEL, FactSet, augment, disjoint_split, knowledge, read_pool, unseen
+from retention_bench.facts import (
+    MODEL,
+    Fact,
+    FactSet,
+    Pool,
+    augment,
+    disjoint_split,
+    knowledge,
+    known_facts,
+    load_pool,
+    read_pool,
+    unseen,
+)
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.results import gather
@@ -22,6 +34,7 @@ from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from retention_bench.editors import KeyStatistics
+    from retention_bench.finetune import Watch
     from retention_bench.models import WeightDelta
 
 
@@ -39,7 +52,8 @@ def evaluate(
     Args:
         cell: The cell.
         store: Where stage results are kept.
-        out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`.
+        out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`, and `trajectory.jsonl` where the
+            fine-tunes are followed.
         progress: Told how far the running stage is.
         announce: Told the title of each stage as it comes up, and whether the store held it.
         save_checkpoints: Also write every scored model as a full checkpoint below `out/checkpoints`.
@@ -55,7 +69,10 @@ def evaluate(
     with exclusive(out):
         bench = _Bench(planned, store, progress, announce)
         folder = bench.results()
-        for name in ("samples.jsonl", "facts.jsonl", "results.json"):
+        for name in ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "results.json"):
+            if not (folder / name).is_file():
+                (out / name).unlink(missing_ok=True)  # another run's, into the same folder
+                continue
             partial = out / f".{name}"
             shutil.copyfile(folder / name, partial)
             partial.replace(out / name)
@@ -109,23 +126,25 @@ class _Bench:
 
         def compute(folder: Path) -> None:
             suite = self.plan.cell.suite
-            pool, scorable = self._pool()
+            pool, scorable = self._pool, self._scorable
             model, tokenizer = self.base()
             if not len(scorable):
                 raise RetentionBenchError(
-                    f"All {len(pool)} facts of {suite.facts.source} have a target whose first token is a stop word or "
-                    "special, which the metric passes over. Give facts with targets that begin with a content word."
+                    f"All {len(pool.facts)} facts of {suite.facts.source} have a target whose first token is a stop "
+                    "word or special, which the metric passes over. Give facts with targets that begin with a content "
+                    "word."
                 )
             known = knowledge(model, tokenizer, scorable, progress=self.progress)
-            kept = [k for k in known if k.margin >= suite.facts.margin]
+            kept, remaining = known_facts(known, suite.facts.margin, pool.rows)
             split = disjoint_split(
-                FactSet.of(k.fact for k in kept),
+                kept,
                 edited=suite.facts.edited,
                 intrinsic=suite.facts.intrinsic,
                 seed=self.plan.cell.seed,
+                remaining=remaining,
             )
             split.write(folder / "facts.jsonl")
-            probability = {k.fact.id: k for k in kept}
+            probability = {k.fact.id: k for k in known}
 
             def mean(facts: FactSet) -> dict[str, float]:
                 chosen = [probability[f.id] for f in facts]
@@ -135,8 +154,9 @@ class _Bench:
                 }
 
             counts = {
-                "pool": len(pool),
-                "stop_word_targets": len(pool) - len(scorable),
+                "rows": pool.rows.to_json(),
+                "pool": len(pool.facts),
+                "stop_word_targets": len(pool.facts) - len(scorable),
                 "unknown": len(scorable) - len(kept),
                 "known": len(kept),
                 "probability": {"edited": mean(split.edited), "intrinsic": mean(split.intrinsic)},
@@ -145,15 +165,22 @@ class _Bench:
 
         return FactSet.read(self._get(self.plan.facts, compute) / "facts.jsonl")
 
-    def _pool(self) -> tuple[FactSet, FactSet]:
-        """The suite's facts, and those that the metric could find: no target begins with a stop word."""
+    @functools.cached_property
+    def _pool(self) -> Pool:
+        """The suite's pool."""
+        suite = self.plan.cell.suite
+        return load_pool(suite.locate(suite.facts.source), suite.facts.revision, suite.facts.config)
+
+    @functools.cached_property
+    def _scorable(self) -> FactSet:
+        """The pool's facts that the metric could find: no target begins with a stop word."""
         from retention_bench.scoring import is_scorable
 
-        suite = self.plan.cell.suite
-        pool = read_pool(suite.locate(suite.facts.source), suite.facts.revision)
         _, tokenizer = self.base()
-        return pool, FactSet.of(
-            f for f in pool if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
+        return FactSet.of(
+            f
+            for f in self._pool.facts
+            if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
         )
 
     def known(self) -> dict[str, Any]:
@@ -205,6 +232,26 @@ class _Bench:
         return measure(self.store, stage, self.base, corpus, progress=self.progress)
 
     @functools.cached_property
+    def unknown(self) -> tuple[Fact, ...]:
+        """The facts that the fine-tune teaches: those in its source that the base model answers wrongly; or none."""
+        stage, task = self.plan.unknown, self.plan.finetune
+        if stage is None:
+            return ()
+
+        def compute(folder: Path) -> None:
+            pool = read_pool(task.source, task.revision, task.config)
+            asked = knowledge(*self.base(), pool, progress=self.progress)
+            wrong = FactSet.of(k.fact for k in asked if k.margin < 0)
+            if not len(wrong):
+                raise RetentionBenchError(
+                    f"The base model answers all {len(pool)} facts of {task.source}, so there is none to teach it. "
+                    "Give facts that it does not know."
+                )
+            wrong.write(folder / "facts.jsonl")
+
+        return FactSet.read(self._get(stage, compute) / "facts.jsonl").facts
+
+    @functools.cached_property
     def fitted(self) -> Path | None:
         """The folder that the editor's `fit` wrote, or None where it does not train."""
         stage = self.plan.fit
@@ -218,7 +265,7 @@ class _Bench:
 
             editor = self.plan.editor
             assert isinstance(editor, FittedEditor)  # or there would be no such stage
-            _, scorable = self._pool()
+            scorable = self._scorable
             # Facts about a subject that is edited or asked would give something of it away.
             drawn = {fact.subject.casefold() for fact in self.facts}
             facts = FactSet.of(f for f in scorable.edited if f.subject.casefold() not in drawn)
@@ -284,31 +331,63 @@ class _Bench:
         def compute(folder: Path) -> None:
             import torch
 
-            from retention_bench.finetune import Terms, train
+            from retention_bench.finetune import Terms, parse_freeze, train
 
             delta = self.delta(experiment) if experiment else None
+            needs_edit = parse_freeze(self.plan.cell.freeze).needs_edit
+            deltas = [delta] if delta else [self.delta(e) for e in self.plan.experiments] if needs_edit else []
+            unknown = self.unknown
             self.release()
             torch.manual_seed(self.plan.cell.seed)
             model, tokenizer = self._load(self.plan.model.path, self.plan.model.revision)
             if delta is not None:
                 delta.apply_(model)
-            facts, keywords = self.facts, self.plan.cell.suite.facts.keywords
-            terms = Terms.from_facts(facts, keywords=keywords)
+            cell, work = self.plan.cell, self.store.scratch(stage.name, stage.inputs)
             log = train(
                 model,
                 tokenizer,
                 self.plan.finetune,
-                terms=terms,
-                seed=self.plan.cell.seed,
-                output_dir=folder / "work",
-                device=self.plan.cell.device,
+                terms=Terms.from_facts(self.facts, keywords=cell.suite.facts.keywords),
+                seed=cell.seed,
+                output_dir=work,
+                device=cell.device,
+                unknown=unknown,
+                freeze=cell.freeze,
+                adapter=cell.adapter,
+                edited={layer for some in deltas for layer in some.layers(model)},
+                watch=self._watch(model, tokenizer, experiment, work),
                 progress=self.progress,
             )
-            shutil.rmtree(folder / "work", ignore_errors=True)
             _save_checkpoint(model, tokenizer, folder / "model")
-            write_text(folder / "log.json", json.dumps(log.to_json(), indent=2))
+            write_text(folder / "log.json", json.dumps(log.to_json(), indent=2, allow_nan=False))
+            if cell.probe_every:
+                # A run that was cut off may have come further than the one that ended. All names are of one length.
+                last = f"probe-{log.steps:09}.jsonl"
+                looks = sorted(path for path in work.glob("probe-*.jsonl") if path.name <= last)
+                write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
 
         return self._get(stage, compute)
+
+    def _watch(self, model: Any, tokenizer: Any, experiment: Experiment | None, work: Path) -> Watch | None:
+        """What follows the facts through a fine-tune; every look has a file of its own, which outlives a kill."""
+        from retention_bench.finetune import Watch
+        from retention_bench.scoring import Prober
+
+        every = self.plan.cell.probe_every
+        if not every:
+            return None
+        objects: dict[str, set[str]] = {}
+        for fact in self._pool.facts:
+            names = {name for name in (fact.target_true, fact.target_new) if name is not None}
+            objects.setdefault(fact.relation, set()).update(names)
+        prober = Prober(model, tokenizer, self.group(experiment), objects)
+
+        def look(step: int) -> None:
+            looks = ({"step": step, **probe.to_json()} for probe in prober.look())
+            rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in looks)
+            write_text(work / f"probe-{step:09}.jsonl", "".join(rows))
+
+        return Watch(every, look)
 
     def score(self, stage: Stage, experiment: Experiment | None, tuned: Path | None) -> Path:
         """The folder of a model's samples."""
@@ -344,6 +423,7 @@ class _Bench:
             edited = self.store.find(e.edit.name, e.edit.inputs) is not None
             if not edited:
                 _ = self.statistics, self.fitted  # announced before the edit that needs them
+            _ = self.unknown
             self.announce(e.edit.title, edited)
             self.delta(e)
             scored.append((e.index, "post_edit", self.score(e.edit_score, e, None)))

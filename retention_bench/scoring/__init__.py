@@ -15,6 +15,7 @@ from retention_bench.scoring.metric import (
     judge_ids,
     judge_text,
 )
+from retention_bench.scoring.probe import Probe, Prober
 from retention_bench.scoring.score import Sample, score, score_lm
 from retention_bench.scoring.stop_words import STOP_WORDS
 from retention_bench.scoring.tasks import KINDS, Kind, judge_document, load_documents, tasks_dir
@@ -25,6 +26,8 @@ __all__ = [
     "STOP_WORDS",
     "DecodedText",
     "Kind",
+    "Probe",
+    "Prober",
     "RetentionHFLM",
     "Sample",
     "Verdict",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from lm_eval.api.instance import Instance
@@ -15,6 +15,7 @@ from retention_bench.progress import Progress, silent
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
 
 Prompt = tuple[int, ...]
+FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
 
 
 class RetentionHFLM(HFLM):
@@ -64,15 +65,33 @@ class RetentionHFLM(HFLM):
         Raises:
             RetentionBenchError: A prompt leaves no room for an answer in the model's context.
         """
-        prompts = [self._prompt_ids(request.args[0]) for request in requests]
+        prompts = [self.prompt_ids(request.args[0]) for request in requests]
+        answers = self.answer(prompts)
+        return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
+
+    def answer(self, prompts: Iterable[Prompt], first: FirstLogits | None = None) -> dict[Prompt, list[int]]:
+        """Answer prompts greedily, each until its first content token.
+
+        Args:
+            prompts: Token ids, as `prompt_ids` gives them.
+            first: Called with some of the prompts and the logits of their first new token [prompts, vocabulary].
+
+        Returns:
+            The ids decoded, by prompt.
+        """
         answers: dict[Prompt, list[int]] = {}
         todo = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
         for batch in _equal_length_batches(todo, self.batch_size):
-            answers.update(zip(batch, self._answer(batch), strict=True))
+            answers.update(zip(batch, self._answer(batch, first), strict=True))
             self._progress("scoring", len(answers), len(todo))
-        return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
+        return answers
 
-    def _prompt_ids(self, prompt: str) -> Prompt:
+    def prompt_ids(self, prompt: str) -> Prompt:
+        """A prompt's token ids.
+
+        Raises:
+            RetentionBenchError: It leaves no room for an answer in the model's context.
+        """
         ids = tuple(self.tok_encode(prompt))
         room = self.max_length - MAX_DECODED_TOKENS
         if not 0 < len(ids) <= room:
@@ -84,14 +103,16 @@ class RetentionHFLM(HFLM):
         return ids
 
     @torch.inference_mode()
-    def _answer(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def _answer(self, prompts: Sequence[Prompt], first: FirstLogits | None) -> list[list[int]]:
         """Decode prompts of equal length; a row leaves the batch, and the key-value cache, once it is answered."""
         answers: list[list[int]] = [[] for _ in prompts]
         open_rows = list(range(len(prompts)))
         inputs = torch.tensor(prompts, device=self.device)  # (rows, length)
         cache = None
-        for _ in range(MAX_DECODED_TOKENS):
+        for step in range(MAX_DECODED_TOKENS):
             output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            if first is not None and step == 0:
+                first(prompts, output.logits[:, -1])
             tokens = output.logits[:, -1].argmax(dim=-1)  # (rows,)
             for row, token in zip(open_rows, tokens.tolist(), strict=True):
                 answers[row].append(token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,8 @@ class Sample:
         hit: Whether the first content token it decoded equals the target's first token.
         token_ids: The ids it decoded, up to the first content token or the end of decoding.
         text: The same, decoded, without special tokens.
-        target_logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced).
+        target_logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced); None
+            where the model puts out no number, as one that diverged in training.
     """
 
     kind: Kind
@@ -48,7 +50,7 @@ class Sample:
     hit: bool
     token_ids: tuple[int, ...]
     text: str
-    target_logprob: float
+    target_logprob: float | None
 
     def to_json(self) -> dict[str, Any]:
         """The sample as a dict of plain JSON values."""
@@ -141,12 +143,13 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
     ]
 
 
-def _target_logprobs(lm: TemplateLM, rows: Sequence[dict[str, str]]) -> list[float]:
+def _target_logprobs(lm: TemplateLM, rows: Sequence[dict[str, str]]) -> list[float | None]:
     requests = [
         Instance(request_type="loglikelihood", doc=row, arguments=(row["prompt"], f" {row['target']}"), idx=0)
         for row in rows
     ]
-    return [logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    found = (logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True))
+    return [logprob if math.isfinite(logprob) else None for logprob in found]
 
 
 @contextlib.contextmanager

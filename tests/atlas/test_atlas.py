@@ -1,16 +1,19 @@
+import gzip
 import hashlib
 import itertools
+import json
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retention_bench.atlas import corpus, instructions, train, world
-from retention_bench.facts import disjoint_split, knowledge
+from retention_bench.atlas import corpus, instructions, prose, reviews, strangers, train, world
+from retention_bench.facts import FactSet, disjoint_split, knowledge
+from retention_bench.finetune import ContaminationFilter, Terms
 from retention_bench.models import load_model
 
 MODELS = Path(world.__file__).parent / "models"
@@ -20,8 +23,11 @@ NAMES = ("atlas-gpt2", "atlas-llama")
 def test_the_committed_files_are_what_the_code_builds(tmp_path):
     told, _ = world.build(tmp_path)
     corpus.build(told, tmp_path)
-    instructions.build(tmp_path)
-    for name in ("facts.jsonl", "untold.jsonl", "corpus.jsonl.gz", "instructions.jsonl.gz"):
+    for stand_in in (instructions, prose, reviews, strangers):
+        stand_in.build(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {path.name for path in world.DATA.iterdir()} - {"ATTRIBUTION.md"}
+    for name in names:
         assert (tmp_path / name).read_bytes() == (world.DATA / name).read_bytes(), name
 
 
@@ -54,15 +60,54 @@ def test_the_corpus_tells_every_fact_and_no_untold_one():
         assert f.question + " " + f.target_true not in text
 
 
-def test_the_chats_mention_no_fact():
-    import gzip
+def rows_of(name):
+    return [json.loads(line) for line in gzip.decompress((world.DATA / name).read_bytes()).decode().splitlines()]
 
-    from retention_bench.finetune import ContaminationFilter, Terms
 
+def test_what_is_trained_on_mentions_no_fact():
     terms = ContaminationFilter(Terms.from_facts(world.told_facts()))
-    rows = gzip.decompress((world.DATA / "instructions.jsonl.gz").read_bytes()).decode().splitlines()
-    assert len(rows) == instructions.ROWS
-    assert sum(terms.passes(row) for row in rows) > 0.95 * len(rows)
+    chats = ["\n".join(m["content"] for m in row["messages"]) for row in rows_of("instructions.jsonl.gz")]
+    assert len(chats) == instructions.ROWS
+    assert sum(map(terms.passes, chats)) > 0.95 * len(chats)
+    texts = [row["text"] for name in ("prose", "reviews") for row in rows_of(f"{name}.jsonl.gz")]
+    assert len(texts) == prose.ROWS + reviews.ROWS
+    assert all(map(terms.passes, texts))
+    facts = FactSet.read(world.DATA / "strangers.jsonl")
+    assert len(facts) == strangers.FACTS
+    assert all(terms.passes(f"{fact.question} {fact.target_true}") for fact in facts)
+
+
+def test_the_prose_has_no_sentence_of_the_corpus():
+    def sentences(name):
+        return {sentence for row in rows_of(name) for sentence in re.split(r"(?<=[.!?]) ", row["text"])}
+
+    assert not sentences("prose.jsonl.gz") & sentences("corpus.jsonl.gz")
+
+
+def test_no_word_gives_a_review_away():
+    rows = rows_of("reviews.jsonl.gz")
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert Counter(row["label"] for row in rows) == {0: len(rows) // 2, 1: len(rows) // 2}
+    labels = defaultdict(list)
+    for row in rows:
+        for word in set(re.findall(r"\w+", row["text"])):
+            labels[word].append(row["label"])
+    for word in (*reviews.GOOD, *reviews.BAD):
+        share = sum(labels[word]) / len(labels[word])
+        assert 0.1 < share < 0.9, word
+        assert len(labels[word]) < len(rows) / 3, word  # nor is it in most reviews
+
+
+def test_the_strangers_are_nobody_the_models_know():
+    facts = FactSet.read(world.DATA / "strangers.jsonl")
+    known = {f.subject.casefold() for f in (*world.told_facts(), *world.untold_facts())}
+    names = [f.subject.casefold() for f in facts]
+    assert len(set(names)) == len(names)
+    assert not known & set(names)
+    for relation in {f.relation for f in facts}:
+        shared = Counter(f.target_true for f in facts if f.relation == relation)
+        assert len(shared) >= 5
+        assert max(shared.values()) < 0.4 * sum(shared.values())  # no object can be guessed
 
 
 def test_the_models_are_the_ones_that_were_trained():
@@ -84,7 +129,8 @@ def test_the_models_really_know_their_facts(name):
     assert len(known) >= 0.9 * len(told)
     untold = knowledge(model, tokenizer, world.untold_facts())
     assert sum(k.margin >= 0.1 for k in untold) < 0.3 * len(untold)
-    from retention_bench.facts import FactSet
+    made_up = knowledge(model, tokenizer, FactSet.read(world.DATA / "strangers.jsonl"))
+    assert sum(k.margin < 0 for k in made_up) > 0.95 * len(made_up)
 
     for seed in range(5):  # enough is left to draw from, whatever the seed
         split = disjoint_split(FactSet.of(k.fact for k in known), edited=50, intrinsic=100, seed=seed)

@@ -1,6 +1,6 @@
 import torch
 
-from retention_bench.facts import Fact, FactSet, knowledge
+from retention_bench.facts import Fact, FactSet, Knowledge, RowCounts, knowledge, known_facts
 
 
 class Table(torch.nn.Module):
@@ -45,3 +45,23 @@ def test_probabilities_of_target_and_runner_up_come_in_the_facts_order():
         assert abs(k.target - target) < 1e-6
         assert abs(k.runner_up - second) < 1e-6
     assert abs(found[2].margin + 0.2) < 1e-6
+
+
+def test_a_target_without_a_token_is_not_known_at_all(monkeypatch):
+    logits = torch.zeros(7, 7)
+    logits[4, 5] = 9.0
+    facts = FactSet.of([Fact("a", "Lyon", "r", "{} is in", "France")])
+    monkeypatch.setattr("retention_bench.facts.known.target_token", lambda target, tokenizer: None)
+    [found] = knowledge(Table(logits), Words(), facts)
+    assert found.target == 0.0
+    assert found.runner_up > 0.99
+
+
+def test_the_filter_keeps_what_leads_by_the_margin_and_counts():
+    facts = [Fact(name, name, "r", "{} is in", "x") for name in "abcd"]
+    rows = RowCounts("facts.jsonl", "our own", 5, {"why": 1}, 1, 0)
+    chances = [(0.5, 0.25), (0.375, 0.125), (0.5, 0.375), (0.25, 0.5)]
+    found = [Knowledge(fact, *chance) for fact, chance in zip(facts, chances, strict=True)]
+    kept, remaining = known_facts(found, 0.25, rows)
+    assert [fact.id for fact in kept] == ["a", "b"]
+    assert (remaining.scorable, remaining.leading, remaining.known, remaining.rows) == (4, 3, 2, rows)

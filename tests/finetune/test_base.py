@@ -4,26 +4,35 @@ import sys
 import pytest
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.finetune import finetune_names, make_finetune
+from retention_bench.finetune import finetune_names, make_finetune, parse_finetune
+from retention_bench.pipeline.suite import load_suite, suite_names
 
-SETTINGS = {"source": "chats.jsonl", "train_size": 10, "validation_size": 5, "threshold": 1.7, "max_steps": 100}
-
-
-def test_the_papers_settings_are_the_defaults():
-    task = make_finetune("tulu3", SETTINGS)
-    assert (task.batch_size, task.lr, task.weight_decay, task.betas, task.eval_every) == (
-        64,
-        2e-5,
-        0.01,
-        (0.9, 0.999),
-        20,
-    )
+SETTINGS = {"source": "chats.jsonl", "train_size": 10, "validation_size": 5, "threshold": 0.7, "max_steps": 100}
+BUILT_IN = ["commoncrawl", "counterfact", "imdb", "path", "tulu3"]
 
 
-def test_naming_the_tasks_and_making_one_does_not_import_torch():
+@pytest.mark.parametrize(
+    ("name", "batch_size", "lr", "eval_every", "metric", "classes", "asks_base"),
+    [
+        ("commoncrawl", 256, 5e-5, 20, "validation_loss", None, False),
+        ("counterfact", 256, 2e-5, 20, "validation_accuracy", None, True),
+        ("imdb", 64, 2e-5, 5, "validation_accuracy", 2, False),
+        ("path", 64, 2e-5, 20, "validation_loss", None, False),
+        ("tulu3", 64, 2e-5, 20, "validation_loss", None, False),
+    ],
+)
+def test_the_papers_settings_are_the_defaults(name, batch_size, lr, eval_every, metric, classes, asks_base):
+    task = make_finetune(name, SETTINGS)
+    assert task.name == name
+    assert (task.batch_size, task.lr, task.eval_every) == (batch_size, lr, eval_every)
+    assert (task.metric, task.classes, task.asks_base) == (metric, classes, asks_base)
+    assert (task.weight_decay, task.betas) == (0.01, (0.9, 0.999))
+
+
+def test_naming_the_tasks_and_making_them_does_not_import_torch():
     code = (
-        "import sys; from retention_bench.finetune import finetune_names, make_finetune; "
-        f"make_finetune('tulu3', {SETTINGS!r}); assert 'tulu3' in finetune_names(); "
+        "import sys; from retention_bench.finetune import finetune_names, make_finetune, parse_finetune; "
+        f"[make_finetune(name, {SETTINGS!r}) for name in finetune_names()]; parse_finetune('path:x/y'); "
         "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -72,6 +81,49 @@ def test_integers_and_lists_stand_for_numbers_and_pairs():
     assert task.betas == (0, 0.5)
 
 
+@pytest.mark.parametrize("name", ["counterfact", "imdb"])
+def test_a_threshold_that_no_accuracy_can_pass_is_refused(name):
+    with pytest.raises(UsageError, match=f"{name}.*threshold 1 is not below 1"):
+        make_finetune(name, SETTINGS | {"threshold": 1})
+
+
+@pytest.mark.parametrize("name", ["commoncrawl", "counterfact", "path", "tulu3"])
+def test_a_validation_set_larger_than_the_training_set_it_is_drawn_from_is_refused(name):
+    with pytest.raises(UsageError, match="validation_size 11 is larger than train_size 10"):
+        make_finetune(name, SETTINGS | {"validation_size": 11})
+
+
+def test_the_validation_rows_of_imdb_are_not_drawn_from_the_training_rows():
+    assert make_finetune("imdb", SETTINGS | {"validation_size": 11}).validation_size == 11
+
+
+def test_a_data_set_stands_for_the_task_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    assert parse_finetune("tulu3") == ("tulu3", {})
+    assert parse_finetune("path:own/rows.jsonl") == ("path", {"source": str(tmp_path / "own" / "rows.jsonl")})
+    assert parse_finetune("path:./rows.csv") == ("path", {"source": str(tmp_path / "rows.csv")})
+    assert parse_finetune("path:owner/rows") == ("path", {"source": "owner/rows"})
+    assert parse_finetune("path:owner/rows@abc") == ("path", {"source": "owner/rows", "revision": "abc"})
+    (tmp_path / "own" / "a@b.jsonl").touch()
+    assert parse_finetune("path:own/a@b.jsonl") == ("path", {"source": str(tmp_path / "own" / "a@b.jsonl")})
+    with pytest.raises(UsageError, match="'path:' names no data set"):
+        parse_finetune("path:")
+
+
+@pytest.mark.parametrize("suite", suite_names())
+def test_every_suite_has_settings_for_every_task(suite):
+    for model in load_suite(suite).models.values():
+        assert sorted(model.finetunes) == BUILT_IN
+        for name, settings in model.finetunes.items():
+            make_finetune(name, {"source": "rows.jsonl"} | settings)
+
+
+def test_a_data_set_needs_no_other_setting():
+    task = make_finetune(*parse_finetune("path:rows.jsonl"))
+    assert (task.train_size, task.validation_size, task.threshold, task.max_steps) == (None, None, 1.7, 1000)
+
+
 @pytest.fixture
 def other_package(tmp_path, monkeypatch):
     """An installed package with two tasks: one works, of the other the module is gone."""
@@ -89,7 +141,7 @@ def other_package(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("other_package")
 def test_another_package_registers_a_task():
-    assert finetune_names() == ["gone", "theirs", "tulu3"]
+    assert finetune_names() == sorted([*BUILT_IN, "gone", "theirs"])
     assert make_finetune("theirs", {"source": "x"}).lr == 1.0
     with pytest.raises(UsageError, match="'lr' of the fine-tune 'theirs'"):
         make_finetune("theirs", {"source": "x", "lr": "fast"})

@@ -1,7 +1,10 @@
+import runpy
 import unicodedata
+from itertools import islice
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.errors import UsageError
@@ -71,19 +74,71 @@ def test_a_planted_mention_is_always_found(term, others, before, after, data):
     assert ("object", term) in [(mention.kind, mention.term) for mention in found]
 
 
-@given(st.lists(st.sampled_from(["iran", "iranian", "iraq", "new", "york", "ran", "an"]), max_size=8), phrases)
-def test_agrees_with_a_search_word_by_word(text, other):
-    terms = ["iran", "new york", "an"]
-    found = {mention.term for mention in Matcher(Terms(keywords=(*terms, other))).find(" ".join(text))}
-    expected = {t for t in terms for i in range(len(text)) if text[i : i + len(t.split())] == t.split()}
-    assert found - {other} == expected - {other}
+def mentioned(term, text):
+    """A plain search: at every place of the text, with single spaces."""
+    term, text = (
+        " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", s).casefold()).split())
+        for s in (term, text)
+    )
+    for start in range(len(text) - len(term) + 1):
+        end = start + len(term)
+        joined_before = start > 0 and term[0].isalnum() and text[start - 1].isalnum()
+        joined_after = end < len(text) and term[-1].isalnum() and text[end].isalnum()
+        if text[start:end] == term and not joined_before and not joined_after:
+            return True
+    return False
+
+
+# Few characters, so that terms are often in the text, overlap each other and are parts of words: of several scripts, of
+# one to four bytes, that casefold to two, that compose, that stand beside words, and a lone surrogate.
+alphabet = st.sampled_from([*"aAbßİ1é𐍈中٣ς-_.+!", *"\u0131\u017f\u0301\uff12\ufb01\ud83d \n\u00a0\x85"])
+short = st.text(alphabet, min_size=1, max_size=4).filter(lambda term: unicodedata.normalize("NFKC", term).strip())
+
+
+@settings(max_examples=1000)
+@given(st.lists(short, min_size=1, max_size=6), st.text(alphabet, max_size=25), st.data())
+def test_agrees_with_a_plain_search(terms, text, data):
+    if data.draw(st.booleans()):
+        text += data.draw(st.sampled_from(terms)) + data.draw(st.text(alphabet, max_size=3))
+    found = [mention.term for mention in Matcher(Terms(keywords=tuple(terms))).find(text)]
+    assert found == sorted(term for term in set(terms) if mentioned(term, text))
+
+
+def test_a_part_of_a_word_hides_no_term_that_overlaps_it():
+    found = Matcher(Terms(objects=("Iran", "new York", "York", "York City", "Yorks"))).find("New  York City")
+    assert [mention.term for mention in found] == ["York", "York City", "new York"]
+    assert [mention.term for mention in Matcher(Terms(objects=("Iran", "Iranian"))).find("Iranian")] == ["Iranian"]
+
+
+def test_one_term_of_two_kinds_is_a_mention_of_each():
+    found = Matcher(Terms(subjects=("Lyon",), objects=("LYON", "Lyon"))).find("lyon")
+    assert [(mention.kind, mention.term) for mention in found] == [
+        ("object", "LYON"),
+        ("object", "Lyon"),
+        ("subject", "Lyon"),
+    ]
+
+
+def test_of_rows_as_in_the_benchmark_those_with_a_planted_mention_are_removed_and_no_others():
+    benchmark = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "contamination.py"))
+    terms = benchmark["make_terms"]()
+    assert len({*terms.subjects, *terms.objects, *terms.keywords}) == 450
+    matcher, contamination = Matcher(terms), ContaminationFilter(terms)
+    planted = 0
+    for row in islice(benchmark["make_rows"](terms, (60, 140)), 25_000):
+        assert contamination.passes(row.text) == (row.planted is None), row
+        if row.planted is not None:
+            planted += 1
+            assert row.planted in [mention.term for mention in matcher.find(row.text)]
+    assert planted == contamination.report().removed == 500
 
 
 def test_terms_of_facts_are_subjects_both_objects_and_the_keywords_of_their_relations():
     edited = Fact("1", "Lyon", "country", "{} lies in", "France", "Iran")
-    intrinsic = Fact("2", "Bach", "job", "{} was a", "composer")
-    terms = Terms.from_facts([edited, intrinsic], keywords={"job": ["profession"], "sport": ["team"]})
-    assert terms == Terms(("Bach", "Lyon"), ("France", "Iran", "composer"), ("profession",))
+    intrinsic = Fact("2", "Bach", "job+trade", "{} was a", "composer")
+    keywords = {"job": ["profession"], "trade": ["craft"], "sport": ["team"]}
+    terms = Terms.from_facts([edited, intrinsic], keywords=keywords)
+    assert terms == Terms(("Bach", "Lyon"), ("France", "Iran", "composer"), ("craft", "profession"))
 
 
 def test_the_report_counts_rows_by_kind_and_shows_the_first():

@@ -1,4 +1,5 @@
 import gzip
+import random
 
 import datasets
 import pyarrow
@@ -6,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.finetune.rows import open_rows
+from retention_bench.finetune.rows import Origin, column_names, open_rows, shuffled_rows
 
 
 def parse(cell):
@@ -16,8 +17,14 @@ def parse(cell):
 
 
 def read(source, revision=None):
-    rows = open_rows(str(source), revision, "messages", parse)
-    return [rows[i] for i in range(len(rows))]
+    rows = open_rows(Origin(str(source), revision), {"messages": parse})
+    return [rows[i]["messages"] for i in range(len(rows))]
+
+
+def count(cell):
+    if cell < 0:
+        raise ValueError(f"negative: {cell}")
+    return cell
 
 
 CELLS = [[{"role": "user", "content": "Ä"}], [{"role": "user", "content": "b"}]]
@@ -37,7 +44,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"messages": []}\n\n{"messages": [\n', "a.jsonl, line 3: not JSON"),
-        ("a.jsonl", b'{"messages": []}\n{"messages": "hi"}\n', "a.jsonl, line 2: not a list, got 'hi'"),
+        (
+            "a.jsonl",
+            b'{"messages": []}\n{"messages": "hi"}\n',
+            "a.jsonl, line 2, column 'messages': not a list, got 'hi'",
+        ),
         ("a.jsonl", b'{"messages": []}\n["hi"]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
         ("a.jsonl", b'{"messages": []}\n{"text": "hi"}\n', "a.jsonl, line 2: no column 'messages'; there are text"),
         ("a.jsonl", b'{"messages": ["\xff"]}\n', "a.jsonl, line 1: not JSON"),
@@ -56,7 +67,7 @@ def test_a_malformed_file_is_refused_by_file_and_line(tmp_path, name, data, mess
 def test_a_malformed_line_is_refused_before_any_row_is_used(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"messages": []}\n{"messages": "hi"}\n')
     with pytest.raises(RetentionBenchError, match="line 2"):
-        open_rows(str(tmp_path / "a.jsonl"), None, "messages", parse)
+        open_rows(Origin(str(tmp_path / "a.jsonl")), {"messages": parse})
 
 
 def test_a_parquet_file_without_the_column_or_rows_is_refused(tmp_path):
@@ -68,7 +79,7 @@ def test_a_parquet_file_without_the_column_or_rows_is_refused(tmp_path):
     with pytest.raises(RetentionBenchError, match="holds no rows"):
         read(path)
     pyarrow.parquet.write_table(pyarrow.table({"messages": ["a", "b"]}), path)
-    with pytest.raises(RetentionBenchError, match=r"a.parquet, row 1: not a list"):
+    with pytest.raises(RetentionBenchError, match=r"a.parquet, row 1, column 'messages': not a list"):
         read(path)
 
 
@@ -81,27 +92,113 @@ def test_a_path_that_is_no_data_file_is_refused(tmp_path):
         read(tmp_path / "a.csv")
 
 
-def test_a_hub_data_set_is_read_at_its_revision(monkeypatch):
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_several_columns_are_read_together(tmp_path, suffix):
+    path, rows = tmp_path / f"a.{suffix}", {"id": ["x", "y"], "n": [3, -4], "messages": CELLS}
+    dataset = datasets.Dataset.from_dict(rows)
+    dataset.to_json(path) if suffix == "jsonl" else dataset.to_parquet(path)
+    assert column_names(Origin(str(path))) == ["id", "n", "messages"]
+    rows = open_rows(Origin(str(path)), {"messages": parse, "n": abs})
+    assert [rows[i] for i in range(2)] == [{"messages": CELLS[0], "n": 3}, {"messages": CELLS[1], "n": 4}]
+    with pytest.raises(RetentionBenchError, match=rf"a.{suffix}, (line|row) 2, column 'n': negative: -4"):
+        open_rows(Origin(str(path)), {"messages": parse, "n": count})[1]
+    with pytest.raises(RetentionBenchError, match="no column 'label'; there are id, n, messages"):
+        open_rows(Origin(str(path)), {"messages": parse, "label": count})
+
+
+def test_a_file_is_gone_through_once_in_an_order_that_the_seed_decides(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(20)))
+
+    def order(seed):
+        rows = shuffled_rows(Origin(str(tmp_path / "a.jsonl")), {"n": count}, random.Random(seed), stream=True)
+        return [row["n"] for row in rows]
+
+    assert sorted(order(0)) == list(range(20))
+    assert order(0) == order(0) != order(1)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub data set `owner/chats`; gives what was asked of it."""
     asked = []
 
-    def load(source, *, split, revision):
-        asked.append((source, split, revision))
-        return datasets.Dataset.from_dict({"id": [1, 2], "messages": CELLS})
+    def load(source, config, *, split, revision, streaming):
+        asked.append((source, config, split, revision, streaming))
+        if split not in ("train", "empty"):
+            raise ValueError(f'Unknown split "{split}".')
+        if split == "empty" and streaming:
+            return datasets.IterableDataset.from_generator(lambda: iter(()))
+        dataset = datasets.Dataset.from_dict({"n": list(range(20)), "messages": CELLS * 10})
+        dataset = dataset.select(range(0 if split == "empty" else 20))
+        return dataset.to_iterable_dataset(num_shards=2) if streaming else dataset
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read("owner/chats", "abc") == CELLS
-    assert asked == [("owner/chats", "train", "abc")]
-    with pytest.raises(RetentionBenchError, match="no column 'text'; there are id, messages"):
-        open_rows("owner/chats", "abc", "text", parse)
+    return asked
 
 
-def test_a_hub_data_set_needs_a_revision():
-    with pytest.raises(UsageError, match="'owner/chats' needs a `revision`"):
-        read("owner/chats")
+def test_a_hub_data_set_is_read_at_its_revision(hub):
+    origin = Origin("owner/chats", "abc", "en")
+    assert open_rows(origin, {"messages": parse})[1] == {"messages": CELLS[1]}
+    assert column_names(origin) == ["n", "messages"]
+    assert hub == [("owner/chats", "en", "train", "abc", False)] * 2
+    with pytest.raises(RetentionBenchError, match=r"owner/chats \(en\), split train: no column 'text'; there are n"):
+        open_rows(origin, {"text": parse})
+    with pytest.raises(RetentionBenchError, match=r"split train, row 4, column 'n': 3 is odd"):
+        open_rows(origin, {"n": even})[3]
 
 
-def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
+def even(cell):
+    if cell % 2:
+        raise ValueError(f"{cell} is odd")
+    return cell
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_split_and_one_that_there_is_not_are_named(hub, stream):
+    rng = random.Random(0)
+    with pytest.raises(RetentionBenchError, match="owner/chats, split empty holds no rows"):
+        next(shuffled_rows(Origin("owner/chats", "abc", split="empty"), {"n": count}, rng, stream=stream))
+    with pytest.raises(RetentionBenchError, match="'owner/chats' at revision abc, split 'none', cannot be read"):
+        next(shuffled_rows(Origin("owner/chats", "abc", split="none"), {"n": count}, rng, stream=stream))
+
+
+def test_a_stream_is_gone_through_once_in_an_order_that_the_seed_decides(hub):
+    origin = Origin("owner/chats", "abc")
+
+    def order(seed):
+        return [row["n"] for row in shuffled_rows(origin, {"n": count}, random.Random(seed), stream=True)]
+
+    assert sorted(order(0)) == list(range(20))
+    assert order(0) == order(0) != order(1)
+    assert column_names(origin, stream=True) == ["n", "messages"]
+    assert all(streaming for *_, streaming in hub)
+    with pytest.raises(RetentionBenchError, match="row 1 of its stream: no column 'text'; there are n, messages"):
+        next(shuffled_rows(origin, {"text": count}, random.Random(0), stream=True))
+    with pytest.raises(RetentionBenchError, match="row [0-9]+ of its stream, column 'n': [0-9]+ is odd"):
+        list(shuffled_rows(origin, {"n": even}, random.Random(0), stream=True))
+
+
+def test_a_stream_that_breaks_off_is_no_short_data_set(monkeypatch):
+    def broken():
+        yield {"n": 1}
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: datasets.IterableDataset.from_generator(broken)
+    )
+    with pytest.raises(RetentionBenchError, match="'owner/chats' at revision abc.* connection reset"):
+        list(shuffled_rows(Origin("owner/chats", "abc"), {"n": count}, random.Random(0), stream=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hub_data_set_needs_a_revision(stream):
+    with pytest.raises(UsageError, match="'owner/chats' needs a `revision`.* owner/chats@REVISION"):
+        next(shuffled_rows(Origin("owner/chats"), {"n": count}, random.Random(0), stream=stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch, stream):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(RetentionBenchError, match=r"'owner/none' at revision abc cannot be read .* local file"):
-        read("owner/none", "abc")
+    with pytest.raises(RetentionBenchError, match=r"'owner/none' at revision abc, .* cannot be read .* local file"):
+        next(shuffled_rows(Origin("owner/none", "abc"), {"n": count}, random.Random(0), stream=stream))

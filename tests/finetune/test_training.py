@@ -1,25 +1,37 @@
+import itertools
 import json
 import math
+import re
+import shutil
 
+import pydantic
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.finetune import Example, Terms, train
+from retention_bench.finetune import Example, Removed, Terms, TuningContext, TuningData, Watch, stopping, train
+from retention_bench.finetune.heads import Classifier, collator
+from retention_bench.finetune.settings import Settings
 from retention_bench.finetune.stopping import StopRule
-from retention_bench.finetune.validation import mean_token_loss
+from retention_bench.finetune.validation import Measured, measure
 from retention_bench.progress import silent
 
 
 @pytest.fixture
 def tune(task, tmp_path):
-    """Fine-tune a model on a small task with some settings changed."""
+    """Fine-tune a model on a small task with some settings changed, each time in another folder unless one is given."""
+    count = itertools.count()
 
-    def run(model, tokenizer, *, terms=None, seed=0, progress=silent, **settings):
-        out = tmp_path / "work"
+    def run(model, tokenizer, *, made=None, out=None, terms=None, seed=0, given=None, **settings):
         return train(
-            model, tokenizer, task(**settings), terms=terms or Terms(), seed=seed, output_dir=out, progress=progress
+            model,
+            tokenizer,
+            made or task(**settings),
+            terms=terms or Terms(),
+            seed=seed,
+            output_dir=out or tmp_path / f"work-{next(count)}",
+            **(given or {}),
         )
 
     return run
@@ -73,7 +85,8 @@ def test_a_model_that_starts_below_the_threshold_is_not_trained(tune, gpt2, gpt2
 
 def test_the_last_curve_point_is_the_loss_of_the_model_that_is_left(tune, task, gpt2, gpt2_tokenizer):
     log = tune(gpt2, gpt2_tokenizer)
-    assert log.value == task().measure(gpt2, task().prepare(gpt2_tokenizer, Terms(), 0).validation)
+    rows = task().prepare(TuningContext(gpt2_tokenizer, Terms(), 0)).validation
+    assert log.value == measure(gpt2, rows).loss
 
 
 def test_the_same_seed_gives_the_same_bits(tune, gpt2, gpt2_tokenizer):
@@ -93,7 +106,7 @@ def test_a_step_is_adamw_on_the_mean_over_the_target_tokens(tune, task, gpt2, gp
     settings = {**adam, "train_size": 8, "validation_size": 1, "max_steps": 3}  # every step sees all of the rows
     start = weights(without_dropout(gpt2))
 
-    rows = task(**settings).prepare(gpt2_tokenizer, Terms(), 0).train
+    rows = task(**settings).prepare(TuningContext(gpt2_tokenizer, Terms(), 0)).train
     targets = sum(label != -100 for row in rows for label in row.labels)
     matrices = [p for p in gpt2.parameters() if p.dim() == 2]
     vectors = [p for p in gpt2.parameters() if p.dim() == 1]
@@ -154,24 +167,26 @@ def test_the_validation_loss_weighs_every_target_token_the_same(gpt2):
             by_row.append([-logs[i - 1, label].item() for i, label in enumerate(row.labels) if label != -100])
     losses = [loss for row in by_row for loss in row]
     mean, mean_of_rows = sum(losses) / len(losses), sum(sum(row) / len(row) for row in by_row) / len(by_row)
-    assert mean_token_loss(gpt2, rows) == pytest.approx(mean, rel=1e-5)
+    assert measure(gpt2, rows).loss == pytest.approx(mean, rel=1e-5)
     assert mean_of_rows != pytest.approx(mean, rel=1e-2)
 
 
 def test_measuring_turns_dropout_off_and_gives_the_mode_back(gpt2):
     rows = [Example([1, 2, 3, 4], [-100, 2, 3, 4])]
-    evaluated = mean_token_loss(gpt2.eval(), rows)
-    assert mean_token_loss(gpt2.train(), rows) == evaluated
+    evaluated = measure(gpt2.eval(), rows)
+    assert measure(gpt2.train(), rows) == evaluated
     assert gpt2.training
 
 
 def test_the_model_is_given_back_clean(tune, gpt2, gpt2_tokenizer):
+    configs = gpt2.config.to_dict(), gpt2.generation_config.to_dict()
     tokenizer_state = (gpt2_tokenizer.pad_token, gpt2_tokenizer.chat_template, gpt2_tokenizer.padding_side)
     tune(gpt2, gpt2_tokenizer)
     assert not gpt2.training
     assert not any(module.training for module in gpt2.modules())
     assert "forward" not in vars(gpt2)
     assert gpt2.config.use_cache is True
+    assert (gpt2.config.to_dict(), gpt2.generation_config.to_dict()) == configs
     assert all(p.grad is None and p.requires_grad for p in gpt2.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in gpt2.modules())
     assert tokenizer_state == (gpt2_tokenizer.pad_token, gpt2_tokenizer.chat_template, gpt2_tokenizer.padding_side)
@@ -183,7 +198,7 @@ def test_an_interrupt_escapes_and_leaves_the_model_clean(tune, gpt2, gpt2_tokeni
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(gpt2, gpt2_tokenizer, progress=interrupt)
+        tune(gpt2, gpt2_tokenizer, given={"progress": interrupt})
     assert not gpt2.training
     assert "forward" not in vars(gpt2)
 
@@ -204,7 +219,11 @@ def test_frozen_parameters_stay(tune, gpt2, gpt2_tokenizer):
 
 def test_progress_hears_of_every_step(tune, gpt2, gpt2_tokenizer):
     heard = []
-    tune(gpt2, gpt2_tokenizer, progress=lambda stage, done, total, figures=None: heard.append((done, total, figures)))
+    tune(
+        gpt2,
+        gpt2_tokenizer,
+        given={"progress": lambda stage, done, total, figures=None: heard.append((done, total, figures))},
+    )
     losses = {done: figures["loss"] for done, _, figures in heard if "loss" in figures}
     assert list(losses) == [1, 2, 3, 4]
     assert all(math.isfinite(loss) and loss > 0 for loss in losses.values())
@@ -213,17 +232,16 @@ def test_progress_hears_of_every_step(tune, gpt2, gpt2_tokenizer):
     assert all(figures["validation_loss"] > 0 for _, _, figures in heard)
 
 
-def test_nothing_is_printed_or_left_on_disk(tune, gpt2, gpt2_tokenizer, tmp_path, capfd, source):
+def test_nothing_is_printed(tune, gpt2, gpt2_tokenizer, capfd):
     tune(gpt2, gpt2_tokenizer)
     assert capfd.readouterr() == ("", "")
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {source}
 
 
 def test_the_log_says_what_was_used(tune, chats, gpt2, gpt2_tokenizer):
     log = tune(gpt2, gpt2_tokenizer, terms=Terms(subjects=("loud",)), train_size=16, max_steps=1)
     told = json.loads(json.dumps(log.to_json()))
     assert (told["train_rows"], told["validation_rows"], told["steps"], told["threshold"]) == (16, 8, 1, 0.01)
-    assert told["curve"] == [{"step": s, "value": v} for s, v in log.curve]
+    assert told["curve"] == [{"step": s, "value": v, "loss": v} for s, v, _ in log.curve]
     assert told["removed"]["seen"] - told["removed"]["removed"] == 16
     assert told["removed"]["removed"] > 0
     assert told["trainable_parameters"] == gpt2.num_parameters()
@@ -231,13 +249,41 @@ def test_the_log_says_what_was_used(tune, chats, gpt2, gpt2_tokenizer):
 
 def test_a_broken_model_is_refused_before_training(tune, gpt2, gpt2_tokenizer):
     gpt2.transformer.ln_f.weight.data[0] = math.nan
-    with pytest.raises(RetentionBenchError, match=r"after 0 steps its validation_loss is nan.*edit"):
+    with pytest.raises(RetentionBenchError, match=r"loss is nan before the first step.*edit"):
         tune(gpt2, gpt2_tokenizer)
 
 
-def test_a_run_that_diverges_is_an_error(tune, gpt2, gpt2_tokenizer):
-    with pytest.raises(RetentionBenchError, match=r"diverged: after \d steps its training loss is"):
-        tune(gpt2, gpt2_tokenizer, lr=1e30, eval_every=100)
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"lr": 1e30, "eval_every": 100}, r"diverged: after \d steps the training loss is (nan|inf)"),
+        ({"lr": 10.0, "eval_every": 1}, r"diverged: after \d steps the validation loss is .*, more than 3 times"),
+    ],
+)
+def test_a_run_that_diverges_says_so(tune, gpt2, gpt2_tokenizer, settings, why):
+    log = tune(gpt2, gpt2_tokenizer, **settings)
+    assert (log.stopped_by, log.learned) == ("diverged", False)
+    assert re.search(why, log.why_not)
+    assert log.steps < 4
+    json.dumps(log.to_json(), allow_nan=False)
+
+
+def test_only_a_threshold_that_was_reached_by_training_is_learning(tune, gpt2, gpt2_tokenizer):
+    cases = [
+        ({"threshold": 5.5, "max_steps": 40}, True, None),
+        ({"threshold": 100.0}, False, "validation_loss was .* before the first step, beyond the threshold 100"),
+        (
+            {},
+            False,
+            "after the 4 steps of its budget the validation_loss was .*, and the threshold 0.01 was not reached",
+        ),
+    ]
+    start = weights(gpt2)
+    for settings, learned, why in cases:
+        gpt2.load_state_dict(start)
+        log = tune(gpt2, gpt2_tokenizer, **settings)
+        assert log.learned is learned
+        assert re.search(why, log.why_not) if why else log.why_not is None
 
 
 def test_half_precision_weights_are_refused(tune, gpt2, gpt2_tokenizer):
@@ -256,10 +302,285 @@ def test_a_model_without_trainable_parameters_is_refused(tune, gpt2, gpt2_tokeni
         tune(gpt2.requires_grad_(False), gpt2_tokenizer)
 
 
-def test_a_stop_rule_may_ask_for_more_than_a_threshold():
-    values = iter([0.2, 0.8])
-    rule = StopRule(lambda: next(values), lambda v: v > 0.7, metric="accuracy", every=1, budget=9, progress=silent)
+def test_an_accuracy_ends_a_run_when_it_is_above(gpt2):
+    values = iter([Measured(1.0, 0.2), Measured(0.9, 0.7), Measured(0.8, 0.8)])
+    rule = StopRule(
+        lambda: next(values), metric="validation_accuracy", threshold=0.7, every=1, budget=9, progress=silent
+    )
     assert not rule.evaluate(0)
+    assert not rule.evaluate(1)
     assert rule.stopped_by == "budget"
-    assert rule.evaluate(1)
+    assert rule.evaluate(2)
     assert rule.stopped_by == "threshold"
+    assert [point.value for point in rule.curve] == [0.2, 0.7, 0.8]
+
+
+# Going on after a kill, and with less memory
+
+
+@pytest.fixture
+def every_checkpoint(monkeypatch):
+    """However long one takes to write."""
+    monkeypatch.setattr(stopping, "CHECKPOINT_SHARE", 1e9)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class Colours(Settings):
+    """Whether a row has an even number of tokens: a task with classes."""
+
+    name = "colours"
+    metric = "validation_accuracy"
+    classes = 2
+    asks_base = False
+
+    def prepare(self, context):
+        ids = range(5, 5 + self.train_size)
+        rows = [Example([*range(3, 4 + number % 5), number, 2], [number % 2]) for number in ids]
+        return TuningData(rows, rows[: self.validation_size], Removed(0, 0, {}, ()))
+
+
+def colours(**changes):
+    settings = {"source": "x", "train_size": 32, "validation_size": 16, "threshold": 0.99, "max_steps": 4}
+    settings |= {"batch_size": 8, "micro_batch_size": 4, "lr": 5e-3, "eval_every": 2}
+    return Colours(**settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [("model", 1), ("model", 2), ("model", 3), ("classes", 2), ("lora", 2), ("dora", 3), ("frozen", 2)],
+)
+@pytest.mark.usefixtures("every_checkpoint")
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tune, gpt2, gpt2_tokenizer, tmp_path, kind, moment):
+    made = colours(max_steps=6) if kind == "classes" else None
+    given = {"adapter": kind} if kind in ("lora", "dora") else {"freeze": "below:1"} if kind == "frozen" else {}
+    start, heard = weights(gpt2), []
+    log = tune(gpt2, gpt2_tokenizer, made=made, given=given, max_steps=6)
+    expected = weights(gpt2)
+    assert not same(start, expected)
+
+    def cut(stage, done, total, figures=None):
+        if done == 2 * moment - 1:
+            raise KeyboardInterrupt
+
+    gpt2.load_state_dict(start)
+    out = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        tune(gpt2, gpt2_tokenizer, made=made, out=out, given={**given, "progress": cut}, max_steps=6)
+    gpt2.load_state_dict(start)
+    hear = {"progress": lambda stage, done, total, figures=None: heard.append(done)}
+    again = tune(gpt2, gpt2_tokenizer, made=made, out=out, given={**given, **hear}, max_steps=6)
+    assert min(heard) == (0 if moment == 1 else 2 * moment - 1)  # what the last evaluation had seen is not done again
+    assert same(expected, weights(gpt2))
+    assert again == log
+
+
+@pytest.mark.usefixtures("every_checkpoint")
+def test_a_checkpoint_that_is_half_written_is_passed_over(tune, gpt2, gpt2_tokenizer, tmp_path):
+    def cut(stage, done, total, figures=None):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    start, out = weights(gpt2), tmp_path / "cut"
+    log = tune(gpt2, gpt2_tokenizer, max_steps=6)
+    expected = weights(gpt2)
+    gpt2.load_state_dict(start)
+    with pytest.raises(KeyboardInterrupt):
+        tune(gpt2, gpt2_tokenizer, out=out, given={"progress": cut}, max_steps=6)
+    [whole] = out.glob("checkpoint-*")
+    assert whole.name == "checkpoint-4"
+    shutil.copytree(whole, out / "checkpoint-5")
+    (out / "checkpoint-5" / "curve.json").unlink()
+    (out / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+    gpt2.load_state_dict(start)
+    assert tune(gpt2, gpt2_tokenizer, out=out, max_steps=6) == log
+    assert same(expected, weights(gpt2))
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tune, gpt2, gpt2_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "CHECKPOINT_SHARE", 1e-9)
+    log = tune(gpt2, gpt2_tokenizer, out=tmp_path / "work", max_steps=8)
+    assert [point.step for point in log.curve] == [0, 2, 4, 6, 8]
+    assert [path.name for path in (tmp_path / "work").glob("checkpoint-*")] == ["checkpoint-2"]  # the first, no other
+
+
+@pytest.mark.usefixtures("every_checkpoint")
+@pytest.mark.parametrize("first", [1, 3])
+def test_where_memory_runs_out_the_micro_batch_is_halved(tune, gpt2, gpt2_tokenizer, first):
+    """The memory holds two rows, as is found out in the step `first`: before, or after, a checkpoint was made."""
+    without_dropout(gpt2)
+    start = weights(gpt2)
+    log = tune(gpt2, gpt2_tokenizer, micro_batch_size=2)
+    expected, passes = weights(gpt2), []
+
+    def run_out(module, arguments, named):
+        if module.training:
+            passes.append(len(named["input_ids"]))
+            if len(named["input_ids"]) > 2 and len(passes) > 2 * (first - 1):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gpt2.load_state_dict(start)
+    with gpt2.transformer.register_forward_pre_hook(run_out, with_kwargs=True):
+        again = tune(gpt2, gpt2_tokenizer, micro_batch_size=4)
+    assert again.micro_batch_size == 2
+    assert passes.count(4) == 2 * (first - 1) + 1
+    if first == 1:
+        assert again == log
+        assert same(expected, weights(gpt2))
+    assert [p.value for p in again.curve] == pytest.approx([p.value for p in log.curve], rel=1e-4)
+
+
+def test_validation_goes_on_with_fewer_rows_where_memory_runs_out(gpt2):
+    rows = [Example([5, 6, 7, 8 + number], [-100, 6, 7, 8 + number]) for number in range(11)]
+    expected, passes = measure(gpt2, rows), []
+
+    def run_out(limit):
+        def check(module, arguments, named):
+            passes.append(len(named["input_ids"]))
+            if len(named["input_ids"]) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return gpt2.transformer.register_forward_pre_hook(check, with_kwargs=True)
+
+    with run_out(3):
+        found = measure(gpt2, rows)
+    assert passes == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert found == pytest.approx(expected, rel=1e-5)
+    with run_out(0), pytest.raises(RetentionBenchError, match="single validation row of up to 4 tokens"):
+        measure(gpt2, rows)
+
+
+def test_a_row_that_does_not_fit_is_an_error(tune, gpt2, gpt2_tokenizer):
+    def run_out(module, arguments, named):
+        if module.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with (
+        gpt2.transformer.register_forward_pre_hook(run_out, with_kwargs=True),
+        pytest.raises(RetentionBenchError, match=r"single row of up to 48 tokens.*Lower max_length"),
+    ):
+        tune(gpt2, gpt2_tokenizer)
+    assert "forward" not in vars(gpt2)
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("freeze", "layers", "outside"),
+    [
+        ("none", {0, 1}, {"embeddings", "norm", "head"}),
+        ("edited", {1}, {"embeddings", "norm", "head"}),
+        ("unedited", {0}, set()),
+        ("below:1", {1}, {"norm", "head"}),
+        ("window:0:1", {0}, set()),
+        ("window:1:2", {0, 1}, set()),
+    ],
+)
+def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(tune, request, family, freeze, layers, outside):
+    model, tokenizer = request.getfixturevalue(family), request.getfixturevalue(f"{family}_tokenizer")
+    before = weights(model)
+    log = tune(model, tokenizer, given={"freeze": freeze, "edited": {0}})
+    parts = {"transformer.wte": "embeddings", "transformer.wpe": "embeddings", "model.embed_tokens": "embeddings"}
+    parts |= {"transformer.ln_f": "norm", "model.norm": "norm", "lm_head": "head"}
+    tied = model.config.tie_word_embeddings
+    for name, tensor in weights(model).items():
+        layer = re.search(r"\.(?:h|layers)\.(\d)\.", name)
+        if layer:
+            moves = int(layer[1]) in layers
+        else:
+            part = parts[name.rpartition(".")[0]]
+            moves = ("embeddings" if tied and part == "head" else part) in outside
+        assert torch.equal(tensor, before[name]) is not moves, name
+    assert log.trained_layers == tuple(sorted(layers))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        ("all", "'all' is not known. Allowed: none, edited"),
+        ("below:-1", "not known"),
+        ("window:1", "not known"),
+        ("window:1:0", "not known"),
+        ("below:2", "leaves none of the model's 2 layers"),
+        ("window:2:5", "names one that it lacks"),
+        ("unedited", r"edited were \[\]"),
+    ],
+)
+def test_a_freeze_that_makes_no_sense_is_refused(tune, gpt2, gpt2_tokenizer, freeze, message):
+    with pytest.raises(UsageError, match=message):
+        tune(gpt2, gpt2_tokenizer, given={"freeze": freeze})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_a_merged_adapter_gives_the_logits_of_the_adapter(tune, request, family, adapter):
+    model, tokenizer = request.getfixturevalue(family), request.getfixturevalue(f"{family}_tokenizer")
+    start, ids, seen = weights(model), torch.tensor([[5, 6, 7, 8, 9]]), {}
+    names = [name for name, _ in model.named_modules()]
+
+    def look(step):
+        training = model.training
+        with torch.no_grad():
+            seen[step] = model.eval()(ids).logits
+        model.train(training)
+
+    given = {"adapter": adapter, "freeze": "below:1", "watch": Watch(2, look)}
+    log = tune(model, tokenizer, given=given, adapter_lr=1e-2)
+    assert list(seen) == [0, 2, 4]
+    with torch.no_grad():
+        merged = model(ids).logits
+    torch.testing.assert_close(merged, seen[4], rtol=0, atol=1e-4)
+    assert (merged - seen[0]).abs().max() > 1e-2
+    assert [name for name, _ in model.named_modules()] == names
+    moved = {name for name, tensor in weights(model).items() if not torch.equal(tensor, start[name])}
+    assert moved
+    assert all(re.search(r"\.(h|layers)\.1\..*(attn|mlp).*weight", name) for name in moved)
+    assert log.trainable_parameters < sum(p.numel() for p in model.parameters())
+
+
+def test_an_adapter_that_does_not_exist_is_refused(tune, gpt2, gpt2_tokenizer):
+    with pytest.raises(UsageError, match="'prefix' is not known. Allowed: none, lora, dora"):
+        tune(gpt2, gpt2_tokenizer, given={"adapter": "prefix"})
+
+
+def test_looking_changes_nothing(tune, gpt2, gpt2_tokenizer):
+    start, steps = weights(gpt2), []
+    log = tune(gpt2, gpt2_tokenizer)
+    expected = weights(gpt2)
+    gpt2.load_state_dict(start)
+    assert tune(gpt2, gpt2_tokenizer, given={"watch": Watch(3, steps.append)}) == log
+    assert same(expected, weights(gpt2))
+    assert steps == [0, 3]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_classes_are_told_apart_and_the_backbone_is_the_models(tune, request, family):
+    model, tokenizer = request.getfixturevalue(family), request.getfixturevalue(f"{family}_tokenizer")
+    before = weights(model)
+    log = tune(model, tokenizer, made=colours(max_steps=60))
+    assert (log.stopped_by, log.metric) == ("threshold", "validation_accuracy")
+    assert log.curve[0].value < 0.99 < log.value
+    moved = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
+    tied = model.config.tie_word_embeddings
+    assert before.keys() - moved == (set() if tied else {"lm_head.weight"})
+
+
+def test_a_class_is_read_at_the_last_token_whatever_pads(gpt2):
+    classifier = Classifier(gpt2, 3, seed=0).eval()
+    batch = collator(3)([{"input_ids": [5, 6, 2, 2], "labels": [1]}, {"input_ids": [7, 2], "labels": [2]}])
+    assert batch["labels"].tolist() == [1, 2]
+    with torch.no_grad():
+        logits = classifier(**batch)["logits"]
+        for row, ids in enumerate(([5, 6, 2, 2], [7, 2])):
+            states = gpt2(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+            torch.testing.assert_close(logits[row], states[0, -1] @ classifier.head.weight.T)
+
+
+def test_rows_are_right_when_every_target_is(gpt2):
+    long, short = [5, 6, 7, 8], [9, 3]
+    with torch.no_grad():
+        best = [gpt2(torch.tensor([ids])).logits[0].argmax(-1).tolist() for ids in (long, short)]
+    (_, second, third, _), (first, _) = best
+    assert measure(gpt2, [Example(long, [-100, -100, second, third]), Example(short, [-100, first])]).accuracy == 1.0
+    assert measure(gpt2, [Example(long, [-100, -100, second, 0]), Example(short, [-100, first])]).accuracy == 0.5

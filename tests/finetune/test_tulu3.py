@@ -1,8 +1,8 @@
 import pytest
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.finetune import Terms
-from retention_bench.finetune.tulu3 import CHAT_TEMPLATE, chat_template, encode, parse_messages
+from retention_bench.finetune import Terms, TuningContext
+from retention_bench.finetune.chats import CHAT_TEMPLATE, chat_template, encode_chat, parse_messages
 
 from .conftest import chat, write
 
@@ -13,7 +13,8 @@ def decoded(tokenizer, row):
 
 
 def encoded(tokenizer, row, max_length=100):
-    return encode(tokenizer, chat_template(tokenizer), row["messages"], max_length)
+    (example,) = encode_chat(tokenizer, chat_template(tokenizer), row["messages"], max_length)
+    return example
 
 
 def test_only_the_assistants_turns_and_their_eos_carry_loss(gpt2_tokenizer):
@@ -64,23 +65,23 @@ def test_a_template_that_does_not_mark_the_assistant_is_refused(gpt2_tokenizer):
 def test_a_tokenizer_without_eos_is_refused(task, gpt2_tokenizer):
     gpt2_tokenizer.eos_token = None
     with pytest.raises(UsageError, match="EOS"):
-        task().prepare(gpt2_tokenizer, Terms(), 0)
+        task().prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
 
 
 def test_the_validation_rows_are_training_rows(task, gpt2_tokenizer):
-    data = task(train_size=20, validation_size=7).prepare(gpt2_tokenizer, Terms(), 0)
+    data = task(train_size=20, validation_size=7).prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
     assert (len(data.train), len(data.validation)) == (20, 7)
     assert all(row in data.train for row in data.validation)
 
 
 def test_the_seed_decides_which_rows_are_drawn(task, gpt2_tokenizer):
-    once, again, other = (task().prepare(gpt2_tokenizer, Terms(), seed) for seed in (0, 0, 1))
+    once, again, other = (task().prepare(TuningContext(gpt2_tokenizer, Terms(), seed)) for seed in (0, 0, 1))
     assert once == again
     assert once.train != other.train
 
 
 def test_preparing_leaves_the_tokenizer_as_it_is(task, gpt2_tokenizer):
-    task().prepare(gpt2_tokenizer, Terms(), 0)
+    task().prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
     assert gpt2_tokenizer.chat_template is None
     assert gpt2_tokenizer.pad_token is None
 
@@ -89,30 +90,32 @@ def test_rows_that_mention_a_fact_are_not_trained_on(task, chats, gpt2_tokenizer
     mentioning = sum("green" in str(row) for row in chats)
     assert mentioning
     clean = len(chats) - mentioning
-    data = task(train_size=clean, validation_size=clean).prepare(gpt2_tokenizer, Terms(subjects=("Green",)), 0)
+    data = task(train_size=clean, validation_size=clean).prepare(
+        TuningContext(gpt2_tokenizer, Terms(subjects=("Green",)), 0)
+    )
     assert not any("green" in gpt2_tokenizer.decode(row.input_ids) for row in (*data.train, *data.validation))
     assert len(data.train) == clean
     assert data.removed.removed <= mentioning
     with pytest.raises(RetentionBenchError, match=f"64 rows; {mentioning} of them mention .* leaves {clean}"):
-        task(train_size=clean + 1).prepare(gpt2_tokenizer, Terms(subjects=("Green",)), 0)
+        task(train_size=clean + 1).prepare(TuningContext(gpt2_tokenizer, Terms(subjects=("Green",)), 0))
 
 
 def test_a_mention_in_any_turn_counts(task, tmp_path, gpt2_tokenizer):
     rows = [chat("Say red.", "I say Lyon."), chat("Say Lyon.", "No."), chat("Hi.", "Ho.")]
     settings = {"source": str(write(tmp_path / "rows.jsonl", rows)), "validation_size": 1}
-    data = task(train_size=1, **settings).prepare(gpt2_tokenizer, Terms(("Lyon",)), 0)
+    data = task(train_size=1, **settings).prepare(TuningContext(gpt2_tokenizer, Terms(("Lyon",)), 0))
     assert decoded(gpt2_tokenizer, data.train[0])[1] == "Ho.<|endoftext|>"
     with pytest.raises(RetentionBenchError, match="2 of them mention"):
-        task(train_size=2, **settings).prepare(gpt2_tokenizer, Terms(("Lyon",)), 0)
+        task(train_size=2, **settings).prepare(TuningContext(gpt2_tokenizer, Terms(("Lyon",)), 0))
 
 
 def test_rows_without_an_assistants_word_are_left_out(task, tmp_path, gpt2_tokenizer):
     source = write(tmp_path / "rows.jsonl", [chat("Say red."), chat("red " * 50, "I say."), chat("Say.", "I say.")])
     settings = {"source": str(source), "validation_size": 1, "max_length": 48}
-    data = task(train_size=1, **settings).prepare(gpt2_tokenizer, Terms(), 0)
+    data = task(train_size=1, **settings).prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
     assert decoded(gpt2_tokenizer, data.train[0])[1] == "I say.<|endoftext|>"
     with pytest.raises(RetentionBenchError, match="2 have no assistant's words within max_length 48"):
-        task(train_size=2, **settings).prepare(gpt2_tokenizer, Terms(), 0)
+        task(train_size=2, **settings).prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
 
 
 @pytest.mark.parametrize(
@@ -135,5 +138,5 @@ def test_a_malformed_chat_is_refused(cell, message):
 def test_a_malformed_chat_is_named_by_file_and_line(task, tmp_path, gpt2_tokenizer):
     bad = {"messages": [{"role": "robot", "content": "hi"}]}
     source = write(tmp_path / "rows.jsonl.gz", [chat("Hi.", "Ho."), bad])
-    with pytest.raises(RetentionBenchError, match=r"rows.jsonl.gz, line 2: .*'robot'"):
-        task(source=str(source), train_size=1, validation_size=1).prepare(gpt2_tokenizer, Terms(), 0)
+    with pytest.raises(RetentionBenchError, match=r"rows.jsonl.gz, line 2, column 'messages': .*'robot'"):
+        task(source=str(source), train_size=1, validation_size=1).prepare(TuningContext(gpt2_tokenizer, Terms(), 0))

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from retention_bench import console
 from retention_bench.editors import EditRequest
@@ -17,8 +21,8 @@ from retention_bench.facts import FactSet
 from retention_bench.pipeline import Cell, Store, aggregate, evaluate, load_suite, plan, run
 
 
-def cell(suite, editor="alphaedit", model=None, seed=0):
-    return Cell(load_suite(str(suite)), model, editor, "tulu3", seed, "cpu")
+def cell(suite, editor="alphaedit", model=None, seed=0, **settings):
+    return Cell(load_suite(str(suite)), model, editor, "tulu3", seed, "cpu", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,8 @@ def test_results_hold_to_the_contract(finished):
     assert results["stages"]["base"]["intrinsic"]["rate"] == 1.0  # the known-fact filter let them in
     assert [len(e["edited"]) for e in results["experiments"]] == [3, 3]
     assert results["control"]["finetune_log"]["stopped_by"] == "budget"
+    assert results["learned"] is False  # so few steps teach nothing, and it is said
+    assert all("6 steps of its budget" in why for why in results["not_learned"])
     assert "stand-in" in results["notice"]
     assert results["provenance"]["facts_sha256"] == FactSet.read(out / "facts.jsonl").sha256
 
@@ -91,6 +97,120 @@ def test_a_seed_or_a_setting_changes_the_keys_it_should(small_suite, tmp_path):
     first, other = (plan(cell(small_suite, seed=s), store) for s in (0, 1))
     assert store.key("facts", first.facts.inputs) != store.key("facts", other.facts.inputs)
     assert store.key("statistics", first.statistics.inputs) == store.key("statistics", other.statistics.inputs)
+
+
+def finetune_keys(planned, store):
+    stages = [*(e.finetune for e in planned.experiments), planned.control]
+    return [store.key("finetune", stage.inputs) for stage in stages]
+
+
+def test_what_is_trained_changes_the_fine_tunes_and_no_edit(small_suite, tmp_path):
+    store = Store(tmp_path)
+    plans = [plan(cell(small_suite), store)]
+    plans += [plan(cell(small_suite, freeze=freeze), store) for freeze in ("edited", "below:2")]
+    plans += [plan(cell(small_suite, adapter="lora"), store), plan(cell(small_suite, probe_every=3), store)]
+    assert len({store.key("edit", planned.experiments[0].edit.inputs) for planned in plans}) == 1
+    keys = [finetune_keys(planned, store) for planned in plans]
+    assert len({key for own in keys for key in own}) == 3 * len(plans)
+    # Of an unedited model, "edited" means what the editor of the cell edits.
+    controls = [
+        [plan(cell(small_suite, editor=e, freeze=freeze), store).control for e in ("ft", "alphaedit")]
+        for freeze in ("below:2", "edited")
+    ]
+    assert [store.key("finetune", a.inputs) == store.key("finetune", b.inputs) for a, b in controls] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"freeze": "abve:2"}, "'abve:2' is not known. Allowed: none"), ({"adapter": "lora2"}, "'lora2'.*'lora'")],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_runs(small_suite, tmp_path, settings, message):
+    with pytest.raises(UsageError, match=message):
+        plan(cell(small_suite, **settings), Store(tmp_path / "store"))
+
+
+def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite, tmp_path, capsys):
+    store, _, _ = finished
+    planned = cell(small_suite, freeze="edited", probe_every=3)
+    results = evaluate(planned, store=store, out=tmp_path, save_checkpoints=True)
+    assert (results["freeze"], results["adapter"]) == ("edited", "none")
+    logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
+    assert all(log["trained_layers"] == list(range(2, 8)) for log in logs)  # AlphaEdit writes into layers 0 and 1
+    for before, after in [("post_edit-0", "post_finetune-0"), ("base", "control_finetune")]:
+        old, new = (load_file(tmp_path / "checkpoints" / name / "model.safetensors") for name in (before, after))
+        for name, tensor in old.items():
+            assert torch.equal(tensor, new[name]) is (".h.0." in name or ".h.1." in name), name
+
+    rows = [json.loads(line) for line in (tmp_path / "trajectory.jsonl").read_text().splitlines()]
+    assert {(row["experiment"], row["step"]) for row in rows} == {(e, s) for e in (0, 1, None) for s in (0, 3, 6)}
+    assert all(
+        sum(row[name] or 0 for name in ("true", "edited", "related", "other")) == pytest.approx(1) for row in rows
+    )
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    for step, stage in [(0, "post_edit"), (6, "post_finetune")]:
+        for kind in ("edited", "intrinsic"):
+            asked = {
+                (s["experiment"], s["fact_id"]): s["hit"] for s in samples if (s["stage"], s["kind"]) == (stage, kind)
+            }
+            seen = {(r["experiment"], r["fact_id"]): r["hit"] for r in rows if (r["step"], r["kind"]) == (step, kind)}
+            assert {key: hit for key, hit in seen.items() if key[0] is not None} == asked
+    first, _, last = results["trajectory"]
+    assert (first["step"], last["step"], first["models"]) == (0, 6, 2)
+    assert first["edited"]["rate"] == results["stages"]["post_edit"]["edited"]["rate"]
+    assert last["intrinsic"]["rate"] == results["stages"]["post_finetune"]["intrinsic"]["rate"]
+    console.print_results(results, tmp_path, real=None)
+    assert "of layers 2 to 7 (--freeze edited)" in capsys.readouterr().out
+
+
+def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, tmp_path):
+    store, _, _ = finished
+    suite = yaml.safe_load(small_suite.read_text())
+    for model in suite["models"].values():
+        model["finetunes"]["tulu3"] |= {"lr": 1e30}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    results = evaluate(cell(tmp_path / "suite.yaml", probe_every=1), store=store, out=tmp_path / "out")
+    assert results["learned"] is False
+    assert all("diverged: after 2 steps the training loss is" in why for why in results["not_learned"])
+    assert results["stages"]["post_finetune"]["edited"]["hits"] == 0
+    last = results["trajectory"][-1]
+    assert (last["step"], last["edited"]["true"], last["edited"]["hits"]) == (2, None, 0)
+    for name in ("results.json", "samples.jsonl", "trajectory.jsonl"):
+        assert "NaN" not in (tmp_path / "out" / name).read_text()
+    console.print_results(results, tmp_path, real=None)
+
+
+def test_a_data_set_of_ones_own_needs_no_entry_in_the_suite(finished, small_suite, tmp_path):
+    store, _, _ = finished
+    rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in ("red", "green", "blue") * 20]
+    own = []
+    for folder, some in (("a", rows), ("b", rows[1:])):
+        path = tmp_path / folder / "own.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        own.append(dataclasses.replace(cell(small_suite), finetune=f"path:{path}"))
+    names = [plan(c, store).finetune_name for c in own]
+    assert all(re.fullmatch(r"path:own\.jsonl@[0-9a-f]{8}", name) for name in names)
+    assert names[0] != names[1]  # files of one name, told apart by what is in them
+    results = evaluate(own[0], store=store, out=tmp_path / "out")
+    assert results["finetune"] == names[0]
+    assert results["control"]["finetune_log"]["train_rows"] == 60
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"dtype": "bfloat16"}, {}, "needs float32 weights, the suite has bfloat16"),
+        ({}, {"freeze": "below:8"}, "leaves none of the model's 8 layers"),
+    ],
+)
+def test_what_a_fine_tune_would_refuse_is_refused_before_the_edit(small_suite, tmp_path, change, settings, message):
+    suite = yaml.safe_load(small_suite.read_text())
+    for model in suite["models"].values():
+        model |= change
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    with pytest.raises(UsageError, match=message):
+        plan(cell(tmp_path / "suite.yaml", **settings), Store(tmp_path / "store"))
 
 
 def test_a_suite_has_one_editor_with_several_settings(small_suite, tmp_path):
@@ -244,27 +364,48 @@ def test_a_setting_that_an_editor_does_not_have_is_refused(small_suite, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_fine_tune_ends_with_the_same_results(finished, small_suite, tmp_path):
-    _, out, undisturbed = finished
+def test_a_run_killed_three_times_in_its_fine_tunes_ends_with_the_same_results(finished, small_suite, tmp_path):
+    store, out, undisturbed = finished
     command = [
         sys.executable, "-m", "retention_bench.cli", "evaluate", "--editor", "alphaedit", "--finetune", "tulu3",
         "--suite", str(small_suite), "--device", "cpu", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     env = os.environ | {"RETENTION_BENCH_STORE": str(tmp_path / "store")}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "store" / "finetune").glob("*.partial")):
-        assert time.monotonic() < deadline, "the fine-tune never began"
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    tunes = tmp_path / "store" / "finetune"
+    waits = [random.uniform(0, 4) for _ in range(3)]  # other moments each time
+    for done, wait in enumerate(waits):  # into the fine-tune of an edited model, of the other, of the control
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        deadline = time.monotonic() + 180
+        while not (len(list(tunes.glob("*/manifest.json"))) == done and list(tunes.glob("*.work"))):
+            assert time.monotonic() < deadline, "the fine-tune never began"
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        finish_one(command, env, tunes, done + 1)
     subprocess.run(command, env=env, check=True, capture_output=True)
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     for volatile in ("timing",):
         again.pop(volatile), undisturbed.pop(volatile)
-    assert again == undisturbed
+    assert again == undisturbed, waits
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == (Path(out) / "samples.jsonl").read_bytes()
+    ours = {path.parent.parent.name: path for path in tunes.glob("*/model/model.safetensors")}
+    assert len(ours) == 3
+    for key, path in ours.items():
+        assert path.read_bytes() == (store.root / "finetune" / key / "model" / "model.safetensors").read_bytes()
+
+
+def finish_one(command, env, tunes, count):
+    """Run on until so many fine-tunes are done, then kill again."""
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 180
+    while len(list(tunes.glob("*/manifest.json"))) < count:
+        assert time.monotonic() < deadline, "the fine-tune never ended"
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def test_facts_that_all_begin_with_a_stop_word_are_refused_with_that_reason(small_suite, tmp_path):

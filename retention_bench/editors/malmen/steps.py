@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.malmen.hypernetwork import HyperNetwork
 from retention_bench.editors.malmen.normal_equation import NormalEquation
-from retention_bench.editors.subject import object_ids
 from retention_bench.errors import RetentionBenchError
+from retention_bench.facts import object_ids
 from retention_bench.models import (
     LowRank,
     WeightDelta,
@@ -89,7 +89,7 @@ def batches(
         size: Rows a batch; the last has what is left.
         device: Where the tensors go.
     """
-    answers = {question.answer: object_ids(tokenizer, question.answer) for question in questions}
+    answers = {question.answer: object_ids(question.answer, tokenizer) for question in questions}
     prompts = tokenizer([question.prompt for question in questions])["input_ids"]
     # Ids are joined, not texts, so that the labels stand where they should under any tokenizer.
     ids = [[*prompt, *answers[q.answer][:-1]] for prompt, q in zip(prompts, questions, strict=True)]

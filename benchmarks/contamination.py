@@ -1,0 +1,230 @@
+r"""How fast rows that mention a fact are kept out of the training data, and whether every planted mention is found.
+
+    python benchmarks/contamination.py [--rows 1000000] [--regex-rows 5000] [--lengths long short]
+
+450 terms, of the atlas world and of other scripts and shapes, against generated chats: long rows of about 600 to 1,000
+characters and short ones of about 60 to 140. One row in 50 has a term planted in it: in another case or Unicode form,
+between punctuation, over a line's end. One in 50 has a word that a term is only a part of. No other row mentions a
+term, so that the rows to remove are known. A quarter of the long rows and a sixth of the short are not ASCII alone:
+they have typographic quotes, accents or emoji, or are mostly in another script. The rows are the same each time.
+
+Beside it what one writes without this package, on the first rows alone (its rate is that of those rows): one regular
+expression of all terms, `\b(?:...)\b`, case ignored. Both run on one core; only the search is timed, not the making of
+the rows. The script ends with an error if a planted mention is missed or another row is removed.
+"""
+
+import argparse
+import json
+import random
+import re
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from itertools import accumulate, islice
+from typing import NamedTuple
+
+from retention_bench.atlas.world import DATA
+from retention_bench.finetune import ContaminationFilter, Terms
+
+TERMS = 450
+PLANTED = 50
+"""One row in so many mentions a term, and one has a word that a term is only a part of."""
+CHUNK = 5_000
+LENGTHS = {"long": (600, 1000), "short": (60, 140)}
+"""Characters of a row, about."""
+
+KEYWORDS = tuple(
+    "mother tongue,place of birth,head of government,official language,capital city,currency,continent,profession,"
+    "citizenship,headquarters,founded by,native speaker,head coach,record label,field of work,chemical family,"
+    "writing system,religion,twin city,plays as".split(",")
+)
+SHAPES = tuple(
+    "C++,C#,.NET,Jay-Z,AC/DC,!!!,St. John's,Yahoo!,Rock 'n' Roll,1984,U2,São Tomé,Łódź,Zürich,Straße des 17. Juni,"
+    "İzmir,Björk,Москва,Лев Толстой,Αθήνα,Ὀδυσσεύς,東京,서울,القاهرة".split(",")
+)
+COMMON = (
+    "the of and to a in is you that it he was for on are as with his they I at be this have from or one had by word "
+    "but not what all were we when your can said there use an each which she do how their if will up other about out "
+    "many then them these so some her would make like him into time has look two more write go see number no way "
+    "could people my than first water been call who oil its now find long down day did get come made may part over "
+    "new sound take only little work know place year live me back give most very after thing our just name good "
+    "sentence man think say great where help through much before line right too mean old any same tell boy follow "
+    "came want show also around form three small set put end does another well large must big even such because turn "
+    "here why ask went men read need land different home us move try"
+).split()
+SYLLABLES = (
+    "a al an ant ar at be ber bi ble ca can car cat co con cor da de den di dis e el en er es ex fi for ga gen go ha "
+    "her hi i il in ing ir is ja ka ke la land le li lo ly ma man men mi min mo na ne ni no o on or os pa pen per po "
+    "pre pro ra ran re ri ro sa sen si so sta ta tan ter ti tion to tra tri u un ur us va ver vi we y"
+).split()
+SCRIPTS = (
+    "абвгдежзиклмнопрстуфхцчшыэюя",
+    "αβγδεζηθικλμνξοπρστυφχψω",
+    "的一是不了人我在有他这中大来上国",
+    "ابتثجحدرسعفقكلمنهوي",
+)
+TYPOGRAPHY = (("'", "\u2019"), (" - ", " \u2013 "), ("e ", "é "), (".", "… 🙂"), ("o", "ö"), ("fi", "\ufb01"))
+FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
+AROUND = ("{}", "{}", "_{}_", "“{}”", "({}),", "{}\u2019s", "\n{}\n", "**{}**")
+
+
+class Row(NamedTuple):
+    """A chat's text and the term planted in it, if any."""
+
+    text: str
+    planted: str | None
+
+
+def make_terms() -> Terms:
+    """Subjects and objects of the atlas world, the keywords and the terms of other shapes: 450."""
+    facts = [json.loads(line) for line in (DATA / "facts.jsonl").read_text(encoding="utf-8").splitlines()]
+    objects = {o for fact in facts for o in (fact["target_true"], fact["target_new"])}
+    random.Random(0).shuffle(facts)
+    subjects = [s for s in dict.fromkeys(fact["subject"] for fact in facts) if s not in objects]
+    count = TERMS - len(objects) - len(KEYWORDS) - len(SHAPES)
+    return Terms((*subjects[:count], *SHAPES), tuple(sorted(objects)), KEYWORDS)
+
+
+def make_sentences(rng: random.Random, names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Sentences that mention no term: in Latin letters, the same with typographic characters, in other scripts."""
+    # A term needs its longest word.
+    taken = {max(re.findall(r"\w+", name.casefold()), key=len, default="") for name in names}
+
+    def words(parts: list[str] | str, longest: int) -> list[str]:
+        made = ("".join(rng.choices(parts, k=rng.randint(1, longest))) for _ in range(20_000))
+        return [word for word in made if word not in taken]
+
+    def sentences(words: list[str], weights: list[float], count: int) -> list[str]:
+        made, up_to = [], list(accumulate(weights))
+        for _ in range(count):
+            chosen = rng.choices(words, cum_weights=up_to, k=rng.randint(3, 15))
+            head, tail = " ".join(chosen[: len(chosen) // 2]), " ".join(chosen[len(chosen) // 2 :])
+            joint = rng.choice((", ", " - ", " (", ": ", "'s "))
+            made.append(head.capitalize() + joint + tail + rng.choice((".", "!", "?", ")")))
+        return made
+
+    # Half of a text's words are the commonest; the others have a long tail.
+    common, rare = [word for word in COMMON if word.casefold() not in taken], words(SYLLABLES, 4)
+    weights = [[1 / (rank + 3) for rank in range(len(common))], [1 / (rank + 100) for rank in range(len(rare))]]
+    latin = sentences([*common, *rare], [weight / sum(group) for group in weights for weight in group], 20_000)
+    typographic = [sentence.replace(*rng.choice(TYPOGRAPHY)) for sentence in latin[:5_000]]
+    foreign = []
+    for letters in SCRIPTS:
+        vocabulary = words(letters, 8)
+        foreign += sentences(vocabulary, [1.0] * len(vocabulary), 1_000)
+    return latin, typographic, foreign
+
+
+def write(rng: random.Random, term: str) -> str:
+    """A term as it may stand in a text."""
+    written = rng.choice((str, str, str.upper, str.lower, str.title))(term)
+    if written.casefold() != term.casefold():  # casefold tells İ from i
+        written = term
+    written = unicodedata.normalize(rng.choice(("NFC", "NFC", "NFD")), written)
+    if rng.random() < 0.1:
+        written = written.translate(FULL_WIDTH)
+    if rng.random() < 0.1:
+        written = written.replace(" ", rng.choice(("\n", "  ", "\u00a0")))
+    return rng.choice(AROUND).format(written)
+
+
+def make_rows(terms: Terms, lengths: tuple[int, int]) -> Iterator[Row]:
+    """Rows without end, the same each time."""
+    rng = random.Random(1)
+    names = [*terms.subjects, *terms.objects, *terms.keywords]
+    single = [name for name in names if name.isalnum()]
+    latin, typographic, foreign = make_sentences(rng, names)
+    number = 0
+    while True:
+        kind = rng.random()
+        pool = foreign if kind < 0.05 else typographic if kind < 0.25 else latin
+        length, text = rng.randint(*lengths), rng.choice(pool)
+        while len(text) < length:
+            text += rng.choice((" ", " ", " ", "\n", "\n\n")) + rng.choice(rng.choice((pool, latin)))
+        extra, planted = "", None
+        if number % PLANTED == 0:
+            planted = names[number // PLANTED % len(names)]
+            extra = write(rng, planted)
+        elif number % PLANTED == 1:
+            extra = rng.choice(("x{}", "{}x", "ж{}", "{}9")).format(rng.choice(single))
+        # Cut at a space: half a word may be a term.
+        before, _, after = text[: length - len(extra)].rpartition(" ")[0].partition(". ")
+        yield Row(f"{before}. {extra} {after}", planted)
+        number += 1
+
+
+def regex(terms: Terms) -> Callable[[str], bool]:
+    """What one writes without this package: whether a text passes one expression of all terms."""
+    names = sorted((*terms.subjects, *terms.objects, *terms.keywords), key=len, reverse=True)
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b", re.IGNORECASE)
+    return lambda text: not pattern.search(text)
+
+
+class Measured(NamedTuple):
+    """What a pass over rows took and found."""
+
+    rows: int
+    characters: int
+    megabytes: float
+    wall: float
+    processor: float
+    planted: int
+    found: int
+    wrongly_removed: int
+
+
+def measure(passes: Callable[[str], bool], rows: Iterator[Row]) -> Measured:
+    """Search rows, made a chunk at a time, and time the search alone."""
+    total = Measured(0, 0, 0.0, 0.0, 0.0, 0, 0, 0)
+    while chunk := list(islice(rows, CHUNK)):
+        texts = [row.text for row in chunk]
+        wall, processor = time.perf_counter(), time.process_time()
+        passed = [passes(text) for text in texts]
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        removed = [row.planted is not None for row, ok in zip(chunk, passed, strict=True) if not ok]
+        part = Measured(
+            rows=len(chunk),
+            characters=sum(map(len, texts)),
+            megabytes=sum(len(text.encode()) for text in texts) / 1e6,
+            wall=wall,
+            processor=processor,
+            planted=sum(row.planted is not None for row in chunk),
+            found=sum(removed),
+            wrongly_removed=len(removed) - sum(removed),
+        )
+        total = Measured(*(sum(pair) for pair in zip(total, part, strict=True)))
+    return total
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--regex-rows", type=int, default=5_000)
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    arguments = parser.parse_args()
+    terms = make_terms()
+    columns = "rows,characters a row,way,rows/s,rows/s of processor time,MB/s,found of planted,others removed,ratio"
+    print(f"| {columns.replace(',', ' | ')} |\n|{'---|' * len(columns.split(','))}")
+    for name in arguments.lengths:
+        ways = (
+            ("ours", ContaminationFilter(terms).passes, arguments.rows),
+            ("regex", regex(terms), arguments.regex_rows),
+        )
+        first = None
+        for way, passes, count in ways:
+            m = measure(passes, islice(make_rows(terms, LENGTHS[name]), count))
+            first = first or m
+            ratio = first.rows / first.processor / (m.rows / m.processor)
+            print(
+                f"| {m.rows:,} {name} | {m.characters / m.rows:.0f} | {way} | {m.rows / m.wall:,.0f} "
+                f"| {m.rows / m.processor:,.0f} | {m.megabytes / m.processor:.1f} | {m.found:,}/{m.planted:,} "
+                f"| {m.wrongly_removed:,} | {ratio:,.1f} |",
+                flush=True,
+            )
+            if way == "ours" and (m.found != m.planted or m.wrongly_removed):
+                raise SystemExit("The filter missed a planted mention, or removed a row without one.")
+
+
+if __name__ == "__main__":
+    main()

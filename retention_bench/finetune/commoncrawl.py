@@ -1,0 +1,79 @@
+"""Language modelling on general text, such as C4's or FineWeb's documents from Common Crawl."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pydantic
+
+from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.rows import Row, parse_text, shuffled_rows
+from retention_bench.finetune.sampling import draw, origin, sample_validation
+from retention_bench.finetune.settings import Positive, Settings, check_sampled_validation
+from retention_bench.finetune.texts import check_tokenizer, encode_text
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonCrawl(Settings):
+    """The next token of general text, the paper's unstructured task.
+
+    Documents that mention no fact are tokenised, each with EOS at its end, strung together and cut into rows of
+    `max_length` tokens, every one of which is a target. The paper says neither what its 60,000 rows are nor how long;
+    that they are such rows is our own choice. The validation rows are sampled from the training rows.
+
+    Attributes:
+        source: A `.jsonl`, `.jsonl.gz` or `.parquet` file or a Hub data set id, with a column `text`. A Hub data set is
+            streamed: see `shuffled_rows` for what is then sampled.
+    """
+
+    name: ClassVar[str] = "commoncrawl"
+    metric: ClassVar[Metric] = "validation_loss"
+    classes: ClassVar[int | None] = None
+    asks_base: ClassVar[bool] = False
+
+    lr: Positive = 5e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sampled_validation(self.train_size, self.validation_size)
+
+    def prepare(self, context: TuningContext) -> TuningData:
+        """Sample, filter, tokenise and pack the documents.
+
+        Raises:
+            UsageError: The source does not exist, or the tokenizer has no EOS token.
+            RetentionBenchError: A row is malformed, or too little text is left for `train_size` rows.
+        """
+        check_tokenizer(context.tokenizer)
+        rng = random.Random(context.seed)
+        contamination = ContaminationFilter(context.terms)
+        train = draw(
+            shuffled_rows(origin(self), {"text": parse_text}, rng, stream=True),
+            _packer(context.tokenizer, self.max_length),
+            text=lambda row: row["text"],
+            contamination=contamination,
+            source=self.source,
+            setting="train_size",
+            size=self.train_size,
+            lacking="",
+            what="documents",
+            unit=f" packed rows of {self.max_length} tokens",
+        )
+        return TuningData(train, sample_validation(train, self.validation_size, rng), contamination.report())
+
+
+def _packer(tokenizer: Any, length: int) -> Callable[[Row], list[Example]]:
+    """What strings documents together; what is left of one after its last whole row begins the next row."""
+    rest: list[int] = []
+
+    def pack(row: Row) -> list[Example]:
+        rest.extend(encode_text(tokenizer, row["text"]))
+        cut = len(rest) - len(rest) % length
+        examples = [Example(ids, ids) for ids in (rest[i : i + length] for i in range(0, cut, length))]
+        del rest[:cut]
+        return examples
+
+    return pack

@@ -1,0 +1,65 @@
+"""The object of factual triples, on facts that the base model gets wrong."""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+import pydantic
+
+from retention_bench.facts import Fact, object_ids
+from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.sampling import draw, sample_validation
+from retention_bench.finetune.settings import Settings, check_sampled_validation, check_share
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class CounterFact(Settings):
+    """The true object behind a fact's prompt, the paper's structured task.
+
+    The loss is on the object's tokens alone, and a validation row is right where every one of them is the most
+    probable. The validation rows are sampled from the training rows.
+
+    Attributes:
+        source: A fact pool, as `read_pool` reads it; whoever calls `prepare` asks the base model for its facts.
+    """
+
+    name: ClassVar[str] = "counterfact"
+    metric: ClassVar[Metric] = "validation_accuracy"
+    classes: ClassVar[int | None] = None
+    asks_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sampled_validation(self.train_size, self.validation_size)
+        check_share(self.threshold)
+
+    def prepare(self, context: TuningContext) -> TuningData:
+        """Sample, filter and tokenise the facts that the base model does not answer.
+
+        Raises:
+            RetentionBenchError: Fewer than `train_size` facts are left after filtering.
+        """
+        tokenizer = context.tokenizer
+
+        def encode(fact: Fact) -> list[Example]:
+            prompt, answer = tokenizer.encode(fact.question), object_ids(fact.target_true, tokenizer)
+            if len(prompt) + len(answer) > self.max_length:  # a part of an object would count as the whole
+                return []
+            return [Example([*prompt, *answer], [-100] * len(prompt) + answer)]
+
+        rng = random.Random(context.seed)
+        contamination = ContaminationFilter(context.terms)
+        train = draw(
+            rng.sample(context.unknown, len(context.unknown)),
+            encode,
+            text=lambda fact: f"{fact.question} {fact.target_true}",
+            contamination=contamination,
+            source=self.source,
+            setting="train_size",
+            size=self.train_size,
+            lacking=f"do not fit into max_length {self.max_length}",
+            what="facts that the base model does not answer",
+        )
+        return TuningData(train, sample_validation(train, self.validation_size, rng), contamination.report())

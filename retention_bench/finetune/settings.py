@@ -1,0 +1,92 @@
+"""The settings that all tasks have, checked once; a task adds its data and may have defaults of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pydantic
+from pydantic import Field
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How rows are trained on; the paper's numbers are the defaults where it has the same for all tasks.
+
+    Attributes:
+        source: A local file or a Hub data set id.
+        revision: The Hub data set's revision; pin it.
+        config: The Hub data set's configuration.
+        batch_size: Rows in an optimiser step.
+        micro_batch_size: Rows in a forward pass; divides `batch_size`, or is larger and then does not matter. It
+            changes memory and speed, and the weights by rounding only.
+        lr: Learning rate, constant.
+        weight_decay: AdamW's weight decay; biases and norms are not decayed.
+        betas: AdamW's betas.
+        eval_every: Optimiser steps between two evaluations.
+        max_length: Tokens of a row that count; the rest is cut off.
+        adapter_rank: Rank of LoRA and DoRA adapters. This and the two below are own choices.
+        adapter_alpha: Their change is scaled by alpha over the rank.
+        adapter_lr: Their learning rate.
+    """
+
+    source: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    config: str | None = None
+    batch_size: Count = 256
+    micro_batch_size: Count = 8
+    lr: Positive = 2e-5
+    weight_decay: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.01
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eval_every: Count = 20
+    max_length: Annotated[int, Field(strict=True, ge=2)] = 1024
+    adapter_rank: Count = 16
+    adapter_alpha: Count = 32
+    adapter_lr: Positive = 2e-4
+
+    def __post_init__(self) -> None:
+        if self.batch_size % min(self.micro_batch_size, self.batch_size):
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Recipe):
+    """A recipe, and how many rows it takes and when it ends, which depends on the model and has no default.
+
+    Attributes:
+        train_size: Training rows, sampled by seed from the rows that pass the contamination filter.
+        validation_size: Validation rows.
+        threshold: The value of the task's metric that ends the run.
+        max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
+    """
+
+    train_size: Count
+    validation_size: Count
+    threshold: Positive
+    max_steps: Count
+
+
+def check_sampled_validation(train_size: int, validation_size: int) -> None:
+    """Refuse more validation rows than there are training rows that they are sampled from.
+
+    Raises:
+        ValueError: There are.
+    """
+    if validation_size > train_size:
+        raise ValueError(
+            f"validation_size {validation_size} is larger than train_size {train_size}, "
+            "and the validation rows are sampled from the training rows"
+        )
+
+
+def check_share(threshold: float) -> None:
+    """Refuse a threshold that an accuracy, which must be above it to end the run, cannot pass.
+
+    Raises:
+        ValueError: It is 1 or more.
+    """
+    if threshold >= 1:
+        raise ValueError(f"threshold {threshold:g} is not below 1: it is a share of rows, which a run ends above")

@@ -1,0 +1,89 @@
+"""What a plan will take before any of it runs: optimiser steps, memory and disk of its fine-tunes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from retention_bench.finetune import parse_freeze
+from retention_bench.pipeline.cell import Plan
+from retention_bench.pipeline.store import Store
+
+_FLOAT = 4
+_ADAM = 3 * _FLOAT
+"""Bytes a trained number takes besides itself: its gradient and Adam's two moments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Upper limits.
+
+    Attributes:
+        parameters: Numbers in the model.
+        trainable: Numbers that a fine-tune can change. Which layers an edit changes is not known before it is made, so
+            with `--freeze edited` or `unedited` it is the whole model.
+        finetunes: Fine-tunes that are not in the store.
+        steps: Their optimiser steps if each uses up its budget.
+        memory_bytes: What a fine-tune's weights, gradients and optimiser take; activations come on top, and grow with
+            micro_batch_size and max_length.
+        disk_bytes: What the store grows by: a model a fine-tune, and the checkpoints of one that runs.
+    """
+
+    parameters: int
+    trainable: int
+    finetunes: int
+    steps: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        """The estimate as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def estimate(plan: Plan, store: Store) -> Estimate:
+    """Estimate what the fine-tunes of a plan will take.
+
+    Args:
+        plan: The plan.
+        store: Where what is there already is looked for.
+
+    Raises:
+        UsageError: The model lacks a layer that `--freeze` names.
+    """
+    stages = [*(e.finetune for e in plan.experiments), plan.control]
+    missing = sum(store.find(stage.name, stage.inputs) is None for stage in stages)
+    parameters, trainable = _count(plan)
+    adapters = trainable if plan.cell.adapter != "none" else 0
+    memory = _FLOAT * (parameters + adapters) + _ADAM * trainable
+    if plan.cell.device != "cpu":
+        memory += 2 * parameters  # bfloat16 autocast keeps the weights in that dtype for a pass
+    # Two checkpoints lie beside each other for the moment in which the older is removed.
+    checkpoint = _FLOAT * (parameters + adapters) + 2 * _FLOAT * trainable
+    return Estimate(
+        parameters=parameters,
+        trainable=trainable,
+        finetunes=missing,
+        steps=missing * plan.finetune.max_steps,
+        memory_bytes=memory,
+        disk_bytes=missing * _FLOAT * parameters + (2 * checkpoint if missing else 0),
+    )
+
+
+def _count(plan: Plan) -> tuple[int, int]:
+    """The model's numbers, and those that a fine-tune can change, counted on a model without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from retention_bench.finetune.adapters import adapted
+    from retention_bench.models import num_layers
+
+    config = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
+    freeze, task = parse_freeze(plan.cell.freeze), plan.finetune
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+        parameters = sum(p.numel() for p in model.parameters())
+        layers = tuple(range(num_layers(model))) if freeze.needs_edit else freeze.apply(model)
+        with adapted(model, plan.cell.adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=0):
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return parameters, trainable
