@@ -110,7 +110,7 @@ def hub(monkeypatch):
         return [ROME]
 
     fake = types.SimpleNamespace(
-        load_dataset=load_dataset, exceptions=types.SimpleNamespace(DatasetGenerationError=RuntimeError)
+        load_dataset=load_dataset, exceptions=types.SimpleNamespace(DatasetsError=RuntimeError)
     )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return calls

