@@ -185,7 +185,9 @@ def evaluate(
     else:
         console.print_results(results, out, real=cell.suite.real)
     if probe_fact:
-        rows = [json.loads(line) for line in (out / "trajectory.jsonl").read_text(encoding="utf-8").splitlines()]
+        from retention_bench.pipeline.store import read_jsonl
+
+        rows = read_jsonl(out / "trajectory.jsonl")
         ids = dict.fromkeys(row["fact_id"] for row in rows)
         for fact in probe_fact:
             if fact not in ids:

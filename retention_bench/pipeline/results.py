@@ -16,7 +16,7 @@ import retention_bench
 from retention_bench.analysis import gap, rate, retention
 from retention_bench.facts import FactSet
 from retention_bench.pipeline.cell import Plan
-from retention_bench.pipeline.store import Store, manifest, versions, write_text
+from retention_bench.pipeline.store import Store, manifest, read_jsonl, versions, write_text
 
 SCHEMA_VERSION = 1
 STAGES = ("base", "post_edit", "post_finetune", "control_finetune")
@@ -50,9 +50,9 @@ def gather(
         folder: Where to write.
     """
     rows = [
-        {"experiment": experiment, "stage": stage, **json.loads(line)}
+        {"experiment": experiment, "stage": stage, **row}
         for experiment, stage, place in scored
-        for line in (place / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        for row in read_jsonl(place / "samples.jsonl")
     ]
     cell, log = plan.cell, _read_log
     logs = [log(folder) for folder in (*tuned, control)]
@@ -181,7 +181,7 @@ def _trajectory(tuned: Sequence[Path]) -> list[Row]:
         path = folder / "trajectory.jsonl"
         if path.is_file():
             own = number if number < len(tuned) - 1 else None
-            rows += [{"experiment": own, **json.loads(line)} for line in path.read_text("utf-8").splitlines()]
+            rows += [{"experiment": own, **row} for row in read_jsonl(path)]
     return rows
 
 

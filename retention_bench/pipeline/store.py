@@ -145,6 +145,12 @@ def peak_memory_mib() -> int:
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file. (`str.splitlines` would cut a row at a U+0085 or U+2028 within a text.)"""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text to a temporary name, then rename it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")

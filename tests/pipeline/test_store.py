@@ -5,9 +5,11 @@ import sys
 import textwrap
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.pipeline.store import Store, exclusive, manifest
+from retention_bench.pipeline.store import Store, exclusive, manifest, read_jsonl, write_text
 
 
 def write(text, count=None):
@@ -143,3 +145,15 @@ def test_inputs_that_are_no_json_are_a_bug(tmp_path):
     with pytest.raises((TypeError, ValueError)):
         Store(tmp_path).key("edit", {"x": float("nan")})
     assert json.loads((Store(tmp_path).get("a", {}, write("x")) / "manifest.json").read_text())["stage"] == "a"
+
+
+@given(st.lists(st.text(), max_size=5))
+def test_rows_come_back_whatever_is_in_their_texts(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    assert [row["text"] for row in read_jsonl(path)] == texts
+
+
+def test_a_line_separator_within_a_text_ends_no_row(tmp_path):
+    write_text(tmp_path / "rows.jsonl", '{"text": "a\u2028b\u0085c"}\n{"text": "d"}\n')
+    assert [row["text"] for row in read_jsonl(tmp_path / "rows.jsonl")] == ["a\u2028b\u0085c", "d"]
