@@ -146,7 +146,7 @@ def peak_memory_mib() -> int:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file. (`str.splitlines` would cut a row at a U+0085 or U+2028 within a text.)"""
+    """The rows of a JSONL file; `str.splitlines` would cut a row at a U+0085 or U+2028 within a text."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
