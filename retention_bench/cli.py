@@ -109,6 +109,12 @@ _PATH = click.Path(path_type=Path)
     metavar="ID",
     help="With --probe-every: also print this fact's most probable tokens, step by step.",
 )
+@click.option(
+    "--accelerate-config",
+    metavar="ddp|fsdp|FILE",
+    help="Fine-tune on all visible GPUs: ddp for models that fit one of them, fsdp for larger ones; or a file that "
+    "`accelerate config` wrote.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
@@ -126,6 +132,7 @@ def evaluate(
     adapter: str,
     probe_every: int,
     probe_fact: tuple[str, ...],
+    accelerate_config: str | None,
     out: Path | None,
     device: str,
     save_checkpoints: bool,
@@ -155,6 +162,7 @@ def evaluate(
         freeze=freeze,
         adapter=adapter,
         probe_every=probe_every,
+        accelerate_config=accelerate_config,
     )
     planned = plan(cell, store)
     if dry_run:

@@ -33,6 +33,7 @@ class Classifier(torch.nn.Module):
         super().__init__()
         self.config = model.config
         self.backbone = model.base_model
+        self._no_split_modules = model._no_split_modules  # says to accelerate what FSDP may cut a model between
         width = model.get_input_embeddings().weight.shape[1]
         spread = getattr(model.config, "initializer_range", 0.02)
         drawn = torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)) * spread

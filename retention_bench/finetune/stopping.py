@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retention_bench.errors import RetentionBenchError
+from retention_bench.finetune import processes
 from retention_bench.finetune.base import Metric
 from retention_bench.finetune.validation import Measured, reached
 from retention_bench.progress import Progress
@@ -125,7 +126,8 @@ class StopRule(TrainerCallback):
         # Nobody goes on from the last evaluation, so it needs no checkpoint.
         self._asked = time.monotonic()
         affordable = (self._asked - self._saved) * CHECKPOINT_SHARE >= self._cost
-        control.should_save = due and not over and step < self._budget and affordable
+        # All processes write at the same steps: the clock of the first decides.
+        control.should_save = due and not over and step < self._budget and processes.gathered(affordable)[0]
         return control
 
     def on_log(
@@ -153,6 +155,9 @@ class StopRule(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the curve into the trainer's checkpoint, which makes it whole, and remove those before it."""
         assert args.output_dir is not None
+        processes.gathered(None)  # each has written its part
+        if processes.index():
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         partial = folder / f".{_CURVE}"
         partial.write_text(json.dumps(self.curve), encoding="utf-8")
@@ -172,12 +177,13 @@ class StopRule(TrainerCallback):
         Returns:
             The checkpoint, or None where there is none.
         """
-        whole = None
-        for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
-            if (checkpoint / _CURVE).is_file():
-                whole = checkpoint
-            else:
-                shutil.rmtree(checkpoint)
+        found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        whole = next((checkpoint for checkpoint in reversed(found) if (checkpoint / _CURVE).is_file()), None)
+        processes.gathered(None)  # all have looked
+        if not processes.index():
+            for checkpoint in found:
+                if not (checkpoint / _CURVE).is_file():
+                    shutil.rmtree(checkpoint)
         points = json.loads((whole / _CURVE).read_text(encoding="utf-8")) if whole else []
         self.curve = [Point(*point) for point in points]
         return whole

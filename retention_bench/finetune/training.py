@@ -7,87 +7,32 @@ everything is float32; on a GPU the weights are float32 and the forward pass run
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import logging
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact
+from retention_bench.finetune import processes
 from retention_bench.finetune.adapters import adapted
 from retention_bench.finetune.base import ADAPTERS, Finetune, TuningContext, TuningData
-from retention_bench.finetune.contamination import Removed, Terms
+from retention_bench.finetune.cleanup import given_back, quiet
+from retention_bench.finetune.contamination import Terms
 from retention_bench.finetune.freezing import parse_freeze
 from retention_bench.finetune.heads import Classifier, collator
-from retention_bench.finetune.stopping import Point, StoppedBy, StopRule
-from retention_bench.finetune.validation import measure
+from retention_bench.finetune.log import FinetuneLog
+from retention_bench.finetune.stopping import StopRule
+from retention_bench.finetune.validation import ROWS, measure
 from retention_bench.progress import Progress, silent
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneLog:
-    """How a fine-tune went; without times, so that the same run gives the same bytes.
-
-    Attributes:
-        steps: Optimiser steps done.
-        stopped_by: What ended the run.
-        learned: The threshold ended it, and was not reached before the first step. Only then is what the model still
-            knows retention.
-        why_not: Why nothing was learned, in words; None if something was.
-        metric: The name of the metric that the stop rule looks at.
-        value: The metric at the end; None where it is not a number.
-        threshold: The value that ends a run.
-        curve: The metric at step 0 and at every evaluation.
-        started_below: The metric was beyond the threshold before the first step, so the model was not trained at all.
-        train_rows: Training rows.
-        validation_rows: Validation rows.
-        removed: What the contamination filter took out.
-        freeze: What was kept from changing.
-        adapter: What was trained in the weights' place.
-        trained_layers: The layers that were trained.
-        trainable_parameters: Numbers that the optimiser could change.
-        parameters: Numbers in the model.
-        micro_batch_size: Rows in a forward pass, after all halvings.
-    """
-
-    steps: int
-    stopped_by: StoppedBy
-    learned: bool
-    why_not: str | None
-    metric: str
-    value: float | None
-    threshold: float
-    curve: tuple[Point, ...]
-    started_below: bool
-    train_rows: int
-    validation_rows: int
-    removed: Removed
-    freeze: str
-    adapter: str
-    trained_layers: tuple[int, ...]
-    trainable_parameters: int
-    parameters: int
-    micro_batch_size: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The log as plain JSON values."""
-        return {
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
-            "curve": [point._asdict() for point in self.curve],
-            "removed": self.removed.to_json(),
-            "trained_layers": list(self.trained_layers),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +70,10 @@ def train(
     trainer. It holds the trained weights; saving them is the caller's business. On a CPU the same model, task, terms
     and seed give the same weights, bit for bit, also where a run was killed and went on.
 
+    Processes of a process group may call this together, each with the same arguments and the same model on a device of
+    its own. They share out the rows of every step, and all have the trained model in the end. Where `accelerate` is
+    configured for FSDP the model can then be saved, but not run any more.
+
     Args:
         model: A causal language model with float32 weights.
         tokenizer: Its tokenizer; left as it is.
@@ -140,27 +89,38 @@ def train(
             stay as they are.
         adapter: `none`, or `lora` or `dora` on every linear map of the layers that are trained.
         edited: The layers that an edit changed, for `freeze`.
-        watch: Looks at the model now and then.
+        watch: Looks at the model now and then; with several processes in all of them.
         progress: Called at every step with the loss.
 
     Raises:
         UsageError: A setting, the tokenizer or the model's dtype does not fit.
         RetentionBenchError: The data cannot be used, the model is broken, or a single row does not fit the memory.
+        torch.OutOfMemoryError: Memory ran out in one of several processes, which cannot go on together then. What a
+            single process does about it, a smaller `micro_batch_size`, the caller may do by starting them again.
     """
     if adapter not in ADAPTERS:
         raise UsageError(f"--adapter {adapter!r} is not known. Allowed: {', '.join(ADAPTERS)}.")
-    with _quiet(), _given_back(model):
+    with quiet(), given_back(model):
         layers = parse_freeze(freeze).apply(model, edited)
         _check_model(list(model.parameters()), device)
+        share = _share(task.batch_size)
         data = task.prepare(TuningContext(tokenizer, terms, seed, unknown))
         _check_length(model, data)
         with adapted(model, adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=seed):
             trained = model if task.classes is None else Classifier(model, task.classes, seed)
             model.to(device)
             trained.to(device)  # the head too, where it is another
+            if watch is not None and trained is not model and processes.sharded() and _is_tied(model):
+                raise UsageError(
+                    f"Under FSDP the head of {type(model).__name__}, which is its embedding matrix, is out of reach "
+                    f"while {task.name} trains another head. Leave --probe-every out, or give --accelerate-config ddp."
+                )
             watch = _in_its_own_precision(model, watch)
+            micro_batch = _largest_divisor(share, task.micro_batch_size)
+            # Several processes can only begin again with a smaller micro-batch, so this must follow it.
+            size = ROWS if processes.count() == 1 else min(ROWS, micro_batch)
             rule = StopRule(
-                lambda: measure(trained, data.validation, task.classes),
+                lambda: measure(trained, data.validation, task.classes, size),
                 metric=task.metric,
                 threshold=task.threshold,
                 every=task.eval_every,
@@ -168,7 +128,6 @@ def train(
                 progress=progress,
             )
             count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-            micro_batch = min(task.micro_batch_size, task.batch_size)
             checkpoint = rule.resume(Path(output_dir))
             if checkpoint is None and watch is not None:
                 watch.look(0)
@@ -176,6 +135,9 @@ def train(
             if not started_below:
                 run = _Run(trained, tokenizer, task, data, rule, watch, seed, Path(output_dir), device, adapter)
                 micro_batch = run.fit(micro_batch, checkpoint)
+            if processes.count() > 1:
+                processes.unshard(trained)
+                model.tie_weights()  # a head that is the embedding matrix is no part of a `Classifier`
     gc.collect()  # trainer and optimiser refer to each other in circles, and the optimiser is as large as two models
     last = rule.curve[-1]
     return FinetuneLog(
@@ -197,11 +159,15 @@ def train(
         trainable_parameters=count,
         parameters=sum(p.numel() for p in model.parameters()),
         micro_batch_size=micro_batch,
+        processes=processes.count(),
     )
 
 
 def _in_its_own_precision(model: Any, watch: Watch | None) -> Watch | None:
-    """The same watch, without the autocast that the trainer puts around the model on a GPU: as scores are taken."""
+    """The same watch, without the autocast that the trainer puts around the model on a GPU: as scores are taken.
+
+    What FSDP has spread it puts together in bfloat16 for every pass, also for this one.
+    """
     if watch is None:
         return None
 
@@ -257,7 +223,11 @@ class _Run:
 
         Raises:
             RetentionBenchError: A single row does not fit.
+            torch.OutOfMemoryError: As `train`.
         """
+        if processes.count() > 1:
+            self._train(micro_batch, checkpoint)
+            return micro_batch
         # What a run that ran out of memory before its first checkpoint begins again from.
         start = {
             name: p.detach().to("cpu", copy=True) for name, p in self.trained.named_parameters() if p.requires_grad
@@ -272,7 +242,7 @@ class _Run:
                         f"A single row of up to {self.task.max_length} tokens does not fit the memory of "
                         f"{self.device}. Lower max_length, train an adapter, or take a larger device."
                     ) from error
-            micro_batch = next(n for n in range(micro_batch // 2, 0, -1) if self.task.batch_size % n == 0)
+            micro_batch = _largest_divisor(self.task.batch_size, micro_batch // 2)
             gc.collect()
             torch.cuda.empty_cache()
             checkpoint = self.rule.resume(self.output_dir)
@@ -287,7 +257,7 @@ class _Run:
             "output_dir": str(self.output_dir),
             "max_steps": task.max_steps,
             "per_device_train_batch_size": micro_batch,
-            "gradient_accumulation_steps": task.batch_size // micro_batch,
+            "gradient_accumulation_steps": task.batch_size // (micro_batch * processes.count()),
             "learning_rate": task.lr if self.adapter == "none" else task.adapter_lr,
             "lr_scheduler_type": "constant",
             "optim": "adamw_torch",
@@ -347,6 +317,25 @@ def _order(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[i
     return [row for start in starts for row in sorted(order[start : start + batch_size], key=lengths.__getitem__)]
 
 
+def _share(batch_size: int) -> int:
+    """The rows of a step that each process takes.
+
+    Raises:
+        UsageError: They cannot take equally many.
+    """
+    share, rest = divmod(batch_size, processes.count())
+    if rest:
+        raise UsageError(
+            f"A step's {batch_size} rows cannot be shared out equally among {processes.count()} processes. Start a "
+            "number of processes that divides batch_size."
+        )
+    return share
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
+
+
 def _check_model(parameters: list[Any], device: str) -> None:
     if not any(p.requires_grad for p in parameters):
         raise UsageError("All of the model's parameters are frozen, so there is nothing to fine-tune.")
@@ -355,8 +344,15 @@ def _check_model(parameters: list[Any], device: str) -> None:
         # An AdamW step at a rate of 2e-5 is smaller than bfloat16 can add to a weight: the model would hardly move, and
         # keep its edits for that reason.
         raise UsageError(f"A fine-tune needs float32 weights, the model has {others.pop()}. Set its `dtype: float32`.")
-    if device != "cpu" and torch.cuda.device_count() > 1:
-        raise UsageError("A fine-tune runs on one GPU and several are visible. Choose one: CUDA_VISIBLE_DEVICES=0.")
+    if device != "cpu" and torch.cuda.device_count() > 1 and processes.count() == 1:
+        raise UsageError(
+            f"{torch.cuda.device_count()} GPUs are visible. Fine-tune on all of them with --accelerate-config ddp, or "
+            "fsdp, or choose one: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _is_tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _check_length(model: Any, data: TuningData) -> None:
@@ -364,55 +360,3 @@ def _check_length(model: Any, data: TuningData) -> None:
     longest = max(len(row.input_ids) for row in (*data.train, *data.validation))
     if limit is not None and longest > limit:
         raise UsageError(f"The model takes {limit} tokens, the longest row has {longest}. Set max_length to {limit}.")
-
-
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-@contextlib.contextmanager
-def _given_back(model: Any) -> Iterator[None]:
-    """Undo what is done to a model besides training it: freezing, and what the trainer leaves behind.
-
-    SFTTrainer replaces `forward` on the instance (and autocast does so again), Trainer writes `use_cache=False` into
-    the config, which a checkpoint would carry on into slow decoding.
-    """
-    forward, use_cache = model.__dict__.get("forward"), model.config.use_cache
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    # TRL aligns the special tokens of model and tokenizer.
-    configs = [config for config in (model.config, model.generation_config) if config is not None]
-    tokens = [(config, name, getattr(config, name, None)) for config in configs for name in _SPECIAL]
-    try:
-        yield
-    finally:
-        model.__dict__.pop("forward", None)
-        if forward is not None:
-            model.forward = forward
-        model.__dict__.pop("_original_forward", None)  # accelerate's
-        model.config.use_cache = use_cache
-        for config, name, value in tokens:
-            setattr(config, name, value)
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        model.eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries below error level: the stop rule reports to the caller, and the log tells the rest."""
-    bars, shards = datasets.are_progress_bars_disabled(), transformers.utils.logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("transformers", "trl", "accelerate", "datasets")]
-    levels = [logger.level for logger in loggers]
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-        if shards:
-            transformers.utils.logging.enable_progress_bar()

@@ -1,7 +1,8 @@
 """The pipeline: suites, cells and their stages, the content-addressed store, the results."""
 
-from retention_bench.pipeline.cell import Cell, Plan, plan
+from retention_bench.pipeline.cell import Cell, Plan
 from retention_bench.pipeline.estimate import Estimate, estimate
+from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import aggregate
 from retention_bench.pipeline.run import evaluate
 from retention_bench.pipeline.store import Store, default_root

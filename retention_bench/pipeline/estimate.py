@@ -24,8 +24,8 @@ class Estimate:
             with `--freeze edited` or `unedited` it is the whole model.
         finetunes: Fine-tunes that are not in the store.
         steps: Their optimiser steps if each uses up its budget.
-        memory_bytes: What a fine-tune's weights, gradients and optimiser take; activations come on top, and grow with
-            micro_batch_size and max_length.
+        memory_bytes: What a fine-tune's weights, gradients and optimiser take, on each GPU where there are several;
+            activations come on top, and grow with micro_batch_size and max_length.
         disk_bytes: What the store grows by: a model a fine-tune, and the checkpoints of one that runs.
     """
 
@@ -58,6 +58,9 @@ def estimate(plan: Plan, store: Store) -> Estimate:
     memory = _FLOAT * (parameters + adapters) + _ADAM * trainable
     if plan.cell.device != "cpu":
         memory += 2 * parameters  # bfloat16 autocast keeps the weights in that dtype for a pass
+    if plan.launcher and plan.launcher.sharded:
+        # Each has its share, or at the start and in the end the weights alone.
+        memory = max(memory // plan.launcher.processes, _FLOAT * (parameters + adapters))
     # Two checkpoints lie beside each other for the moment in which the older is removed.
     checkpoint = _FLOAT * (parameters + adapters) + 2 * _FLOAT * trainable
     return Estimate(

@@ -1,8 +1,9 @@
-"""Load a model for a stage."""
+"""Load a model for a stage, and save one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,3 +32,15 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return load_model(path, device=device, dtype=getattr(torch, dtype), revision=revision)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer as a checkpoint, in safetensors.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        folder: The checkpoint's folder; made where it is missing.
+    """
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)

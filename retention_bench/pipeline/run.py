@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import (
     MODEL,
-    Fact,
     FactSet,
     Pool,
     augment,
@@ -25,8 +25,9 @@ from retention_bench.facts import (
     read_pool,
     unseen,
 )
-from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage, plan
-from retention_bench.pipeline.loading import load
+from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
+from retention_bench.pipeline.loading import load, save
+from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import gather
 from retention_bench.pipeline.statistics import measure
 from retention_bench.pipeline.store import Store, exclusive, write_text
@@ -34,7 +35,6 @@ from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from retention_bench.editors import KeyStatistics
-    from retention_bench.finetune import Watch
     from retention_bench.models import WeightDelta
 
 
@@ -95,6 +95,12 @@ class _Bench:
         found = self.store.find(stage.name, stage.inputs)
         self.announce(stage.title, found is not None)
         return found or self.store.get(stage.name, stage.inputs, compute)
+
+    def _found(self, stage: Stage) -> Path:
+        """The folder of a stage that has been run."""
+        folder = self.store.find(stage.name, stage.inputs)
+        assert folder is not None
+        return folder
 
     def _load(self, path: str, revision: str | None) -> tuple[Any, Any]:
         # Training keeps the dtype; the recipes' mixed precision is the fine-tune's own affair.
@@ -185,9 +191,7 @@ class _Bench:
 
     def known(self) -> dict[str, Any]:
         """Counts of the known-fact filter and mean probabilities (the paper's Table 4)."""
-        folder = self.store.find(self.plan.facts.name, self.plan.facts.inputs)
-        assert folder is not None  # asked for after `facts`
-        return json.loads((folder / "known.json").read_text(encoding="utf-8"))
+        return json.loads((self._found(self.plan.facts) / "known.json").read_text(encoding="utf-8"))
 
     @functools.cached_property
     def prompts(self) -> dict[str, list[str]]:
@@ -232,11 +236,14 @@ class _Bench:
         return measure(self.store, stage, self.base, corpus, progress=self.progress)
 
     @functools.cached_property
-    def unknown(self) -> tuple[Fact, ...]:
-        """The facts that the fine-tune teaches: those in its source that the base model answers wrongly; or none."""
+    def unknown(self) -> Path | None:
+        """The file of the facts that the fine-tune teaches, those in its source that the base model answers wrongly.
+
+        None where it teaches something else.
+        """
         stage, task = self.plan.unknown, self.plan.finetune
         if stage is None:
-            return ()
+            return None
 
         def compute(folder: Path) -> None:
             pool = read_pool(task.source, task.revision, task.config)
@@ -249,7 +256,7 @@ class _Bench:
                 )
             wrong.write(folder / "facts.jsonl")
 
-        return FactSet.read(self._get(stage, compute) / "facts.jsonl").facts
+        return self._get(stage, compute) / "facts.jsonl"
 
     @functools.cached_property
     def fitted(self) -> Path | None:
@@ -306,6 +313,11 @@ class _Bench:
         """An experiment's edit."""
         from retention_bench.models import WeightDelta
 
+        return WeightDelta.load(self._delta(experiment))
+
+    def _delta(self, experiment: Experiment) -> Path:
+        """The file of an experiment's edit."""
+
         def compute(folder: Path) -> None:
             import torch
 
@@ -323,71 +335,62 @@ class _Bench:
             requests = [EditRequest.from_fact(f, self.prompts.get(f.id, ())) for f in self.group(experiment).edited]
             self.plan.editor.edit(model, tokenizer, requests, context).save(folder / "delta.safetensors")
 
-        return WeightDelta.load(self.store.get("edit", experiment.edit.inputs, compute) / "delta.safetensors")
+        return self.store.get("edit", experiment.edit.inputs, compute) / "delta.safetensors"
 
     def tuned(self, stage: Stage, experiment: Experiment | None) -> Path:
         """The folder of a fine-tuned model: a full checkpoint in `model/` and the log."""
 
         def compute(folder: Path) -> None:
-            import torch
+            from retention_bench.finetune import parse_finetune, parse_freeze
+            from retention_bench.pipeline.launching import launch
+            from retention_bench.pipeline.tuning import Job, tune
 
-            from retention_bench.finetune import Terms, parse_freeze, train
-
-            delta = self.delta(experiment) if experiment else None
-            needs_edit = parse_freeze(self.plan.cell.freeze).needs_edit
-            deltas = [delta] if delta else [self.delta(e) for e in self.plan.experiments] if needs_edit else []
+            p, cell = self.plan, self.plan.cell
+            delta = self._delta(experiment) if experiment else None
+            edits = [delta] if delta else []
+            if not edits and parse_freeze(cell.freeze).needs_edit:
+                edits = [self._delta(e) for e in p.experiments]
             unknown = self.unknown
+            work = self.store.scratch(stage.name, stage.inputs)
+            asked, objects = None, {}
+            if cell.probe_every:
+                asked, objects = str(work / "asked.jsonl"), self._objects()
+                self.group(experiment).write(Path(asked))
             self.release()
-            torch.manual_seed(self.plan.cell.seed)
-            model, tokenizer = self._load(self.plan.model.path, self.plan.model.revision)
-            if delta is not None:
-                delta.apply_(model)
-            cell, work = self.plan.cell, self.store.scratch(stage.name, stage.inputs)
-            log = train(
-                model,
-                tokenizer,
-                self.plan.finetune,
-                terms=Terms.from_facts(self.facts, keywords=cell.suite.facts.keywords),
-                seed=cell.seed,
-                output_dir=work,
+            job = Job(
+                model=p.model.path,
+                revision=p.model.revision,
+                dtype=p.model.dtype,
                 device=cell.device,
-                unknown=unknown,
+                delta=str(delta) if delta else None,
+                edits=tuple(map(str, edits)),
+                facts=str(self._found(p.facts) / "facts.jsonl"),
+                keywords=cell.suite.facts.keywords,
+                unknown=str(unknown) if unknown else None,
+                finetune=parse_finetune(cell.finetune)[0],
+                settings=dataclasses.asdict(p.finetune),  # type: ignore[call-overload]
                 freeze=cell.freeze,
                 adapter=cell.adapter,
-                edited={layer for some in deltas for layer in some.layers(model)},
-                watch=self._watch(model, tokenizer, experiment, work),
-                progress=self.progress,
+                seed=cell.seed,
+                probe_every=cell.probe_every,
+                asked=asked,
+                objects=objects,
+                work=str(work),
             )
-            _save_checkpoint(model, tokenizer, folder / "model")
-            write_text(folder / "log.json", json.dumps(log.to_json(), indent=2, allow_nan=False))
-            if cell.probe_every:
-                # A run that was cut off may have come further than the one that ended. All names are of one length.
-                last = f"probe-{log.steps:09}.jsonl"
-                looks = sorted(path for path in work.glob("probe-*.jsonl") if path.name <= last)
-                write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
+            if p.launcher is None:
+                tune(job, folder, self.progress)
+            else:
+                launch(job, folder, p.launcher, self.progress)
 
         return self._get(stage, compute)
 
-    def _watch(self, model: Any, tokenizer: Any, experiment: Experiment | None, work: Path) -> Watch | None:
-        """What follows the facts through a fine-tune; every look has a file of its own, which outlives a kill."""
-        from retention_bench.finetune import Watch
-        from retention_bench.scoring import Prober
-
-        every = self.plan.cell.probe_every
-        if not every:
-            return None
-        objects: dict[str, set[str]] = {}
+    def _objects(self) -> dict[str, list[str]]:
+        """The names of all objects in the pool, by relation."""
+        names: dict[str, set[str]] = {}
         for fact in self._pool.facts:
-            names = {name for name in (fact.target_true, fact.target_new) if name is not None}
-            objects.setdefault(fact.relation, set()).update(names)
-        prober = Prober(model, tokenizer, self.group(experiment), objects)
-
-        def look(step: int) -> None:
-            looks = ({"step": step, **probe.to_json()} for probe in prober.look())
-            rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in looks)
-            write_text(work / f"probe-{step:09}.jsonl", "".join(rows))
-
-        return Watch(every, look)
+            named = {name for name in (fact.target_true, fact.target_new) if name is not None}
+            names.setdefault(fact.relation, set()).update(named)
+        return {relation: sorted(some) for relation, some in names.items()}
 
     def score(self, stage: Stage, experiment: Experiment | None, tuned: Path | None) -> Path:
         """The folder of a model's samples."""
@@ -425,7 +428,7 @@ class _Bench:
                 _ = self.statistics, self.fitted  # announced before the edit that needs them
             _ = self.unknown
             self.announce(e.edit.title, edited)
-            self.delta(e)
+            self._delta(e)
             scored.append((e.index, "post_edit", self.score(e.edit_score, e, None)))
             tuned = self.tuned(e.finetune, e)
             logs.append(tuned)
@@ -447,7 +450,7 @@ class _Bench:
             target = folder / name
             partial = folder / f".{name}"
             shutil.rmtree(partial, ignore_errors=True)
-            _save_checkpoint(model, tokenizer, partial)
+            save(model, tokenizer, partial)
             facts.write(partial / "facts.jsonl")
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
@@ -459,8 +462,3 @@ class _Bench:
                 put(f"post_edit-{e.index}", self.group(e), model, tokenizer)
             put(f"post_finetune-{e.index}", self.group(e), *self._load(str(self.tuned(e.finetune, e) / "model"), None))
         put("control_finetune", self.group(None), *self._load(str(self.tuned(self.plan.control, None) / "model"), None))
-
-
-def _save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.errors import UsageError
-from retention_bench.pipeline.cell import VERSIONS, Stage, statistics_stage
+from retention_bench.pipeline.cell import Stage
 from retention_bench.pipeline.inputs import model_inputs
 from retention_bench.pipeline.loading import load
+from retention_bench.pipeline.planning import VERSIONS, statistics_stage
 from retention_bench.pipeline.rows import Texts
 from retention_bench.pipeline.store import Store, file_sha256, versions
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig

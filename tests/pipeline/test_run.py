@@ -162,6 +162,7 @@ def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite,
     assert "of layers 2 to 7 (--freeze edited)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, tmp_path):
     store, _, _ = finished
     suite = yaml.safe_load(small_suite.read_text())
@@ -179,6 +180,7 @@ def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, t
     console.print_results(results, tmp_path, real=None)
 
 
+@pytest.mark.slow
 def test_a_data_set_of_ones_own_needs_no_entry_in_the_suite(finished, small_suite, tmp_path):
     store, _, _ = finished
     rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in ("red", "green", "blue") * 20]

@@ -1,0 +1,66 @@
+"""What is kept of a fine-tune besides its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from retention_bench.finetune.contamination import Removed
+from retention_bench.finetune.stopping import Point, StoppedBy
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneLog:
+    """How a fine-tune went; without times, so that the same run gives the same bytes.
+
+    Attributes:
+        steps: Optimiser steps done.
+        stopped_by: What ended the run.
+        learned: The threshold ended it, and was not reached before the first step. Only then is what the model still
+            knows retention.
+        why_not: Why nothing was learned, in words; None if something was.
+        metric: The name of the metric that the stop rule looks at.
+        value: The metric at the end; None where it is not a number.
+        threshold: The value that ends a run.
+        curve: The metric at step 0 and at every evaluation.
+        started_below: The metric was beyond the threshold before the first step, so the model was not trained at all.
+        train_rows: Training rows.
+        validation_rows: Validation rows.
+        removed: What the contamination filter took out.
+        freeze: What was kept from changing.
+        adapter: What was trained in the weights' place.
+        trained_layers: The layers that were trained.
+        trainable_parameters: Numbers that the optimiser could change.
+        parameters: Numbers in the model.
+        micro_batch_size: Rows in a forward pass, after all halvings.
+        processes: How many processes shared the rows of a step, each with a GPU of its own.
+    """
+
+    steps: int
+    stopped_by: StoppedBy
+    learned: bool
+    why_not: str | None
+    metric: str
+    value: float | None
+    threshold: float
+    curve: tuple[Point, ...]
+    started_below: bool
+    train_rows: int
+    validation_rows: int
+    removed: Removed
+    freeze: str
+    adapter: str
+    trained_layers: tuple[int, ...]
+    trainable_parameters: int
+    parameters: int
+    micro_batch_size: int
+    processes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The log as plain JSON values."""
+        return {
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "curve": [point._asdict() for point in self.curve],
+            "removed": self.removed.to_json(),
+            "trained_layers": list(self.trained_layers),
+        }

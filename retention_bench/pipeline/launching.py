@@ -1,0 +1,185 @@
+"""Start a fine-tune in several processes, one a GPU, with `accelerate launch`."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.pipeline.tuning import Job
+from retention_bench.progress import Progress
+
+CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """A checked configuration of `accelerate`.
+
+    Attributes:
+        path: Its file.
+        content: What the file says.
+        processes: How many processes it starts.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    processes: int
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and optimiser are spread over the processes."""
+        return self.content["distributed_type"] == "FSDP"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a result depends on: what the file says, and the number of processes."""
+        return {"content": dict(self.content), "processes": self.processes}
+
+
+def launcher(named: str, device: str) -> Launcher:
+    """Read a configuration and check that fine-tunes can be started with it.
+
+    Args:
+        named: `ddp`, `fsdp`, or a file that `accelerate config` wrote.
+        device: `"cpu"` or `"cuda"`.
+
+    Raises:
+        UsageError: No such file, not one for processes on this machine, or more of them than GPUs.
+    """
+    shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    path = shipped.get(named, Path(named).expanduser().resolve())
+    allowed = f"Allowed: {', '.join(shipped)}, or a YAML file that `accelerate config` wrote."
+    if not path.is_file():
+        raise UsageError(f"--accelerate-config {named!r} is no configuration and no file. {allowed}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}. {allowed}") from error
+    kind = content.get("distributed_type") if isinstance(content, dict) else None
+    if kind not in ("MULTI_GPU", "FSDP"):
+        raise UsageError(f"{path} has the distributed_type {kind!r}. Allowed: MULTI_GPU, FSDP.")
+    if content.get("num_machines", 1) != 1:
+        raise UsageError(f"{path} has num_machines {content['num_machines']!r}. Allowed: 1.")
+    if kind == "FSDP":
+        _check_fsdp(path, content.get("fsdp_config") or {}, device)
+    processes = content.get("num_processes")
+    if device != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+        processes = count if processes is None else processes
+        if isinstance(processes, int) and processes > count:
+            raise UsageError(f"{path} asks for {processes} processes and {count} GPUs are visible. Set num_processes.")
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise UsageError(
+            f"{path} with --device {device} needs num_processes, a number from 1, and has {processes!r}. Without a GPU "
+            "leave --accelerate-config out: one process uses all cores."
+        )
+    return Launcher(path, content, processes)
+
+
+def _check_fsdp(path: Path, settings: Mapping[str, Any], device: str) -> None:
+    if device == "cpu":
+        raise UsageError(f"{path} spreads a model over GPUs, and the device is cpu. Leave --accelerate-config out.")
+    # The second version alone spreads a model so that it can be put together again in place, and a model that only the
+    # first process has read could not be evaluated before it is spread.
+    for name, wanted in (("fsdp_version", 2), ("fsdp_cpu_ram_efficient_loading", False)):
+        if settings.get(name) != wanted:
+            given = settings.get(name, "left out")
+            raise UsageError(f"{path}: {name} under fsdp_config is {given}. Allowed: {str(wanted).lower()}.")
+
+
+def launch(job: Job, folder: Path, start: Launcher, progress: Progress) -> None:
+    """`tune` in several processes; with half the micro-batch, from their last checkpoint, where memory runs out.
+
+    Args:
+        job: The job.
+        folder: As for `tune`.
+        start: How to start them.
+        progress: As for `tune`.
+
+    Raises:
+        UsageError: As `tune`.
+        RetentionBenchError: As `tune`, or a process was ended from outside; what they printed last is quoted.
+        RuntimeError: A process raised another error, whose traceback is quoted.
+    """
+    share = max(1, job.settings["batch_size"] // start.processes)
+    micro_batch = min(share, job.settings["micro_batch_size"])
+    while not _finished(job, folder, start, progress):
+        if micro_batch == 1:
+            raise RetentionBenchError(
+                f"A single row of up to {job.settings['max_length']} tokens does not fit the memory of a GPU. Lower "
+                "max_length, train an adapter, or spread the model over GPUs with --accelerate-config fsdp."
+            )
+        micro_batch = next(n for n in range(micro_batch // 2, 0, -1) if job.settings["batch_size"] % n == 0)
+        job = dataclasses.replace(job, settings={**job.settings, "micro_batch_size": micro_batch})
+
+
+def _finished(job: Job, folder: Path, start: Launcher, progress: Progress) -> bool:
+    """Start the processes and wait for them; False where memory ran out.
+
+    Raises:
+        RetentionBenchError: As `launch`.
+        RuntimeError: As `launch`.
+    """
+    file = Path(job.work) / "job.json"
+    file.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(start.path), "--num_processes", str(start.processes)]
+    command += ["--module", "retention_bench.pipeline.worker", str(file), str(folder)]
+    said: list[dict[str, Any]] = []
+    printed: collections.deque[str] = collections.deque(maxlen=60)  # torch alone says forty about a process that ended
+    # The processes end when their standard input does: nothing is left running where this process is killed.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                message = _message(line)
+                if message is None:
+                    printed.append(line)
+                elif "progress" in message:
+                    stage, done, total, figures = message["progress"]
+                    progress(stage, done, total, figures)
+                else:
+                    said.append(message)
+        finally:
+            process.terminate()
+    for message in said:
+        if "error" in message:
+            raise (UsageError if message["usage"] else RetentionBenchError)(message["error"])
+        if "bug" in message:
+            raise RuntimeError(f"A process of the fine-tune failed:\n{message['bug']}")
+    if said:
+        return False
+    if process.returncode != 0:
+        raise RetentionBenchError(
+            f"A process of the fine-tune ended with code {process.returncode}. The same command goes on from its last "
+            f"checkpoint. They printed last:\n{''.join(printed).rstrip()}"
+        )
+    return True
+
+
+def _message(line: str) -> dict[str, Any] | None:
+    """What a worker said, or None for what a library printed."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    known = ("progress", "error", "out_of_memory", "bug")
+    return message if isinstance(message, dict) and any(key in message for key in known) else None

@@ -1,0 +1,76 @@
+"""One of the processes that `accelerate` starts for a fine-tune.
+
+Run as `python -m retention_bench.pipeline.worker JOB FOLDER`. What it has to say goes to standard output, a JSON object
+a line: `{"progress": [stage, done, total, figures]}`, `{"error": message, "usage": bool}`, `{"out_of_memory": true}` or
+`{"bug": traceback}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.pipeline.tuning import Job, tune
+from retention_bench.progress import silent
+
+
+def main(job_file: str, folder: str) -> None:
+    """Take part in a fine-tune.
+
+    Args:
+        job_file: A JSON file with a `Job`.
+        folder: Where the result goes.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from retention_bench.finetune import processes
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
+    PartialState(cpu=job.device == "cpu")  # the process group, and this process's own GPU
+    try:
+        tune(job, Path(folder), silent if processes.index() else _report)
+    except RetentionBenchError as error:
+        _fail({"error": str(error), "usage": isinstance(error, UsageError)})
+    except torch.OutOfMemoryError:
+        _fail({"out_of_memory": True})
+    except Exception:
+        _fail({"bug": traceback.format_exc()})
+    processes.gathered(None)  # nobody leaves before the first has written
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """End at once when the one who started us is gone, however it went: standard input ends with it."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
+    _say({"progress": [stage, done, total, dict(figures or {})]})
+
+
+def _say(message: Mapping[str, Any]) -> None:
+    # One write: other processes' lines do not come in between.
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def _fail(message: Mapping[str, Any]) -> None:
+    """Say why and end at once; the others wait for this process, and are ended by their launcher."""
+    _say(message)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""Run by `test_processes.py` in two processes: fine-tune one model after another, and write what became of each.
+
+The only argument is a JSON file: whether to shard, and a list of what `fine_tune` takes.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate.state
+import torch
+from accelerate import PartialState
+
+from retention_bench.finetune import Terms, Watch, make_finetune, processes, train
+from retention_bench.models import load_model
+
+
+def pretend_accelerators() -> None:
+    """`accelerate` shards on accelerators alone, but torch does so on CPUs as well: say that these are some."""
+    join = PartialState.__init__
+
+    def joined(self: PartialState, *args: object, **kwargs: object) -> None:
+        join(self, *args, **kwargs)
+        self._shared_state["distributed_type"] = accelerate.state.DistributedType.MULTI_GPU
+
+    PartialState.__init__ = joined  # type: ignore[method-assign]
+
+
+def fine_tune(run: Mapping[str, Any], work: str) -> tuple[Any, Any, dict[str, Any], list[tuple[int, float]]]:
+    """The model, its tokenizer, the log, and what a watch saw."""
+    model, tokenizer = load_model(run["model"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # each process draws its own
+    looks = []
+
+    def look(step: int) -> None:
+        with torch.inference_mode():
+            looks.append((step, model(torch.tensor([[5, 6, 7]])).logits[0, -1].log_softmax(-1).max().item()))
+
+    task = make_finetune(run["task"], run["settings"])
+    watch = Watch(2, look) if run["watch"] else None
+    out = Path(run["folder"]) / work
+    log = train(model, tokenizer, task, terms=Terms(), seed=0, output_dir=out, watch=watch, **run["given"])
+    return model, tokenizer, log.to_json(), looks
+
+
+def main() -> None:
+    given = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    if given["shard"]:
+        pretend_accelerators()
+    PartialState(cpu=True)
+    for run in given["runs"]:
+        model, tokenizer, log, looks = fine_tune(run, "work")
+        if processes.index() == 0:
+            model.save_pretrained(Path(run["folder"]) / "model")
+            tokenizer.save_pretrained(Path(run["folder"]) / "model")
+            (Path(run["folder"]) / "log.json").write_text(json.dumps({"log": log, "looks": looks}))
+        processes.gathered(None)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
