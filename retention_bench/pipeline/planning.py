@@ -39,7 +39,7 @@ VERSIONS = {
     "edit": 2,
     "unknown": 1,
     "finetune": 3,
-    "score": 2,
+    "score": 3,
     "results": 3,
 }
 

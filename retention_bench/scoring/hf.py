@@ -1,9 +1,12 @@
-"""lm-eval's Hugging Face model, decoding greedily past stop words and handing on token ids."""
+"""lm-eval's Hugging Face model, decoding greedily past stop words and handing on token ids; and one that stays up."""
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -11,11 +14,12 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.errors import RetentionBenchError
+from retention_bench.models import load_model
 from retention_bench.progress import Progress, silent
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
 
 Prompt = tuple[int, ...]
-FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
+FirstLogits = Callable[[Sequence[Prompt], torch.Tensor, Any], None]
 
 
 class RetentionHFLM(HFLM):
@@ -49,6 +53,47 @@ class RetentionHFLM(HFLM):
             softmax_dtype=torch.float32,  # log-probabilities of a half-precision model, not rounded once more
         )
         self._progress = progress
+        self._answers: dict[Prompt, list[int]] = {}
+        self._logprobs: dict[tuple[str, str], tuple[float, bool]] = {}
+
+    def prefetch(self, questions: Iterable[tuple[str, str]]) -> None:
+        """Read every prompt once, for its answer and for its target's log-probability.
+
+        `generate_until` and `loglikelihood` take from it what they are asked next, until `forget`.
+
+        Args:
+            questions: Prompts and targets, each target with its leading space.
+
+        Raises:
+            RetentionBenchError: As `generate_until`.
+        """
+        self.forget()
+        targets: dict[Prompt, dict[Prompt, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
+        prompts = set()
+        for prompt, target in set(questions):
+            prompts.add(self.prompt_ids(prompt))
+            context, continuation = self._encode_pair(prompt, target)
+            if len(context) + len(continuation) > self.max_length:
+                continue  # lm-eval cuts off the context's beginning
+            targets[tuple(context)][tuple(continuation)].append((prompt, target))
+
+        def keep(batch: Sequence[Prompt], logits: torch.Tensor, cache: Any) -> None:
+            wanted = [(row, target) for row, prompt in enumerate(batch) for target in targets[prompt]]
+            for (row, target), found in zip(wanted, self._continue(wanted, logits, cache), strict=True):
+                self._logprobs.update(dict.fromkeys(targets[batch[row]][target], found))
+
+        answers = self.answer(prompts | targets.keys(), keep)
+        self._answers = {prompt: answers[prompt] for prompt in prompts}
+
+    def forget(self) -> None:
+        """Drop what `prefetch` found, as it must be where the weights change."""
+        self._answers, self._logprobs = {}, {}
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's, with what `prefetch` found already."""
+        rest = [request for request in requests if request.args not in self._logprobs]
+        found = iter(super().loglikelihood(rest, disable_tqdm=disable_tqdm) if rest else [])
+        return [self._logprobs[r.args] if r.args in self._logprobs else next(found) for r in requests]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer prompts greedily, each until its first content token.
@@ -66,7 +111,7 @@ class RetentionHFLM(HFLM):
             RetentionBenchError: A prompt leaves no room for an answer in the model's context.
         """
         prompts = [self.prompt_ids(request.args[0]) for request in requests]
-        answers = self.answer(prompts)
+        answers = self._answers | self.answer(prompt for prompt in prompts if prompt not in self._answers)
         return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
 
     def answer(self, prompts: Iterable[Prompt], first: FirstLogits | None = None) -> dict[Prompt, list[int]]:
@@ -74,7 +119,8 @@ class RetentionHFLM(HFLM):
 
         Args:
             prompts: Token ids, as `prompt_ids` gives them.
-            first: Called with some of the prompts and the logits of their first new token [prompts, vocabulary].
+            first: Called with some of the prompts, the logits of their first new token [prompts, vocabulary] and the
+                key-value cache that they left, which must stay as it is.
 
         Returns:
             The ids decoded, by prompt.
@@ -112,7 +158,7 @@ class RetentionHFLM(HFLM):
         for step in range(MAX_DECODED_TOKENS):
             output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             if first is not None and step == 0:
-                first(prompts, output.logits[:, -1])
+                first(prompts, output.logits[:, -1], output.past_key_values)
             tokens = output.logits[:, -1].argmax(dim=-1)  # (rows,)
             for row, token in zip(open_rows, tokens.tolist(), strict=True):
                 answers[row].append(token)
@@ -125,6 +171,92 @@ class RetentionHFLM(HFLM):
             cache = output.past_key_values
             cache.batch_select_indices(keep)
         return answers
+
+    def _continue(
+        self, wanted: Sequence[tuple[int, Prompt]], logits: torch.Tensor, cache: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-probabilities of continuations of prompts that have been read, and whether greedy decoding gives them.
+
+        Args:
+            wanted: Rows of the batch, and token ids that follow.
+            logits: Of the next token [rows, vocabulary].
+            cache: The batch's key-value cache.
+        """
+        first = logits.float().log_softmax(-1)
+        sums = [first[row, target[0]].item() for row, target in wanted]
+        greedy = [bool(first[row].argmax() == target[0]) for row, target in wanted]
+        longer = [number for number, (_, target) in enumerate(wanted) if len(target) > 1]
+        if longer:
+            own = copy.deepcopy(cache)
+            own.batch_select_indices(torch.tensor([wanted[number][0] for number in longer], device=self.device))
+            # What pads a row on the right comes after all that is looked at.
+            rows = [torch.tensor(wanted[number][1][:-1], device=self.device) for number in longer]
+            inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            output = self.model(input_ids=inputs, past_key_values=own, use_cache=True)
+            for number, scores in zip(longer, output.logits.float().log_softmax(-1), strict=True):
+                rest = torch.tensor(wanted[number][1][1:], device=self.device)
+                own_scores = scores[: len(rest)]
+                sums[number] += own_scores.gather(1, rest[:, None]).sum().item()
+                greedy[number] = greedy[number] and bool((own_scores.argmax(-1) == rest).all())
+        return list(zip(sums, greedy, strict=True))
+
+
+class HFEngine:
+    """A Hugging Face model that takes one checkpoint's weights after another's.
+
+    Attributes:
+        lm: Answers with the weights that it has now.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: str, batch_size: int = 64) -> None:
+        """Start with a model's own weights.
+
+        Args:
+            folder: A model and its tokenizer.
+            dtype: What weights are converted to.
+            device: `"cpu"` or `"cuda"`.
+            batch_size: Prompts a forward pass.
+
+        Raises:
+            UsageError: As `load_model`.
+            RetentionBenchError: As `load_model`.
+        """
+        self._model, tokenizer = load_model(str(folder), device=device, dtype=dtype)
+        self.lm = RetentionHFLM(self._model, tokenizer, batch_size=batch_size)
+
+    @torch.no_grad()
+    def swap(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take other weights, in place.
+
+        Args:
+            weights: All of them, by the names that a checkpoint of this architecture has. A tied head may be left out.
+
+        Raises:
+            RetentionBenchError: One is missing, or has another shape. Then the weights are mixed, and the next swap is
+                as good as ever.
+        """
+        self.lm.forget()
+        state = self._model.state_dict()  # the tensors themselves
+        missing = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+        for name, tensor in weights:
+            if name not in state:
+                continue
+            if tensor.shape != state[name].shape:
+                raise RetentionBenchError(
+                    f"{name} has the shape {list(tensor.shape)}, and the configuration asks for "
+                    f"{list(state[name].shape)}. The weights are not those of this architecture."
+                )
+            state[name].copy_(tensor)
+            missing.pop(state[name].data_ptr(), None)
+        if missing:
+            raise RetentionBenchError(
+                f"The weights lack {len(missing)} that the model needs, {sorted(missing.values())[0]} among them. Give a "
+                "checkpoint of a causal language model, saved whole."
+            )
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self._model, self.lm
 
 
 def _equal_length_batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

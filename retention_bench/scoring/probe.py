@@ -85,7 +85,7 @@ class Prober:
             prompts = [lm.prompt_ids(fact.question) for fact in self._facts]
             found: dict[Prompt, torch.Tensor] = {}
 
-            def keep(batch: Sequence[Prompt], logits: torch.Tensor) -> None:
+            def keep(batch: Sequence[Prompt], logits: torch.Tensor, _: Any) -> None:
                 found.update(zip(batch, logits.float().softmax(-1).cpu(), strict=True))
 
             answers = lm.answer(prompts, first=keep)

@@ -119,6 +119,8 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
     if not asked:
         return []
     check_targets(facts, lm.tokenizer)
+    if isinstance(lm, RetentionHFLM):
+        lm.prefetch((row["prompt"], f" {row['target']}") for kind in asked for row in documents(facts, kind))
     with _contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         facts.write(path)
