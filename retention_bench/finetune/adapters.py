@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
+from retention_bench.finetune import processes
 from retention_bench.models import block, is_in_out, projection
 
 
@@ -19,7 +20,7 @@ from retention_bench.models import block, is_in_out, projection
 def adapted(model: Any, kind: str, layers: Collection[int], *, rank: int, alpha: int, seed: int) -> Iterator[None]:
     """For the time of a `with` block a model trains adapters alone; at its end they are merged into the weights.
 
-    An error leaves them merged as they are then.
+    An error leaves them merged as they are then; not so in one of several processes, which would wait for the others.
 
     Args:
         model: A causal language model; peft replaces modules in place and `requires_grad` is set.
@@ -52,10 +53,17 @@ def adapted(model: Any, kind: str, layers: Collection[int], *, rank: int, alpha:
         parameter.requires_grad_("lora_" in name)
     try:
         yield
-    finally:
-        for name, module in [*model.named_modules()]:
-            if isinstance(module, LoraLayer):
-                module.merge(safe_merge=False)
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, module.get_base_layer())
-        del model.peft_config  # injecting leaves it on the model
+    except BaseException:
+        if processes.count() == 1:
+            _merge(model)
+        raise
+    _merge(model)
+
+
+def _merge(model: Any) -> None:
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=False)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.get_base_layer())
+    del model.peft_config  # injecting leaves it on the model

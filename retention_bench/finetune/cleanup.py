@@ -21,7 +21,8 @@ def given_back(model: Any) -> Iterator[None]:
     the config, which a checkpoint would carry on into slow decoding.
     """
     forward, use_cache = model.__dict__.get("forward"), model.config.use_cache
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By name: FSDP puts others in the parameters' place, and could not free what is still referred to.
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     # TRL aligns the special tokens of model and tokenizer.
     configs = [config for config in (model.config, model.generation_config) if config is not None]
     tokens = [(config, name, getattr(config, name, None)) for config in configs for name in _SPECIAL]
@@ -35,8 +36,8 @@ def given_back(model: Any) -> Iterator[None]:
         model.config.use_cache = use_cache
         for config, name, value in tokens:
             setattr(config, name, value)
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
             parameter.grad = None
         model.eval()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -83,7 +84,8 @@ def train(
             states.
         output_dir: A folder for the trainer's checkpoints, one at every evaluation, or at fewer where they take long to
             write. A run that finds one there goes on from it; the caller removes the folder when it has the result.
-        device: `"cpu"` or `"cuda"`; the model is moved there and stays.
+        device: `"cpu"` or `"cuda"`; the model is moved there and stays. A single process must see a single GPU, or the
+            trainer would copy the model to all of them in every step.
         unknown: As in `TuningContext`.
         freeze: What is kept from changing, see `parse_freeze`. With `none`, parameters that do not require a gradient
             stay as they are.
@@ -102,7 +104,7 @@ def train(
         raise UsageError(f"--adapter {adapter!r} is not known. Allowed: {', '.join(ADAPTERS)}.")
     with quiet(), given_back(model):
         layers = parse_freeze(freeze).apply(model, edited)
-        _check_model(list(model.parameters()), device)
+        _check_model(list(model.parameters()))
         share = _share(task.batch_size)
         data = task.prepare(TuningContext(tokenizer, terms, seed, unknown))
         _check_length(model, data)
@@ -110,10 +112,10 @@ def train(
             trained = model if task.classes is None else Classifier(model, task.classes, seed)
             model.to(device)
             trained.to(device)  # the head too, where it is another
-            if watch is not None and trained is not model and processes.sharded() and _is_tied(model):
+            if watch is not None and trained is not model and processes.sharded():
                 raise UsageError(
-                    f"Under FSDP the head of {type(model).__name__}, which is its embedding matrix, is out of reach "
-                    f"while {task.name} trains another head. Leave --probe-every out, or give --accelerate-config ddp."
+                    f"Under FSDP a model cannot be asked while {task.name} trains its backbone below another head. "
+                    "Leave --probe-every out, or give --accelerate-config ddp."
                 )
             watch = _in_its_own_precision(model, watch)
             micro_batch = _largest_divisor(share, task.micro_batch_size)
@@ -268,6 +270,8 @@ class _Run:
             "use_cpu": on_cpu,
             "bf16": not on_cpu,
             "gradient_checkpointing": False,
+            # What FSDP did not bring together after each micro-batch it would keep whole on every GPU.
+            "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": processes.sharded()}},
             "train_sampling_strategy": "sequential",
             "dataloader_pin_memory": not on_cpu,
             "eval_strategy": "no",  # the stop rule evaluates: see `Measured` for why
@@ -289,6 +293,11 @@ class _Run:
         else:
             trainer = Trainer(self.trained, TrainingArguments(**arguments), **common)
         trainer.remove_callback(PrinterCallback)
+        if processes.sharded() and not on_cpu:
+            # By itself accelerate would also sum gradients, and give out logits, in bfloat16.
+            trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
@@ -336,7 +345,7 @@ def _largest_divisor(number: int, limit: int) -> int:
     return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
 
 
-def _check_model(parameters: list[Any], device: str) -> None:
+def _check_model(parameters: list[Any]) -> None:
     if not any(p.requires_grad for p in parameters):
         raise UsageError("All of the model's parameters are frozen, so there is nothing to fine-tune.")
     others = {p.dtype for p in parameters} - {torch.float32}
@@ -344,15 +353,6 @@ def _check_model(parameters: list[Any], device: str) -> None:
         # An AdamW step at a rate of 2e-5 is smaller than bfloat16 can add to a weight: the model would hardly move, and
         # keep its edits for that reason.
         raise UsageError(f"A fine-tune needs float32 weights, the model has {others.pop()}. Set its `dtype: float32`.")
-    if device != "cpu" and torch.cuda.device_count() > 1 and processes.count() == 1:
-        raise UsageError(
-            f"{torch.cuda.device_count()} GPUs are visible. Fine-tune on all of them with --accelerate-config ddp, or "
-            "fsdp, or choose one: CUDA_VISIBLE_DEVICES=0."
-        )
-
-
-def _is_tied(model: Any) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _check_length(model: Any, data: TuningData) -> None:

@@ -61,6 +61,8 @@ def estimate(plan: Plan, store: Store) -> Estimate:
     if plan.launcher and plan.launcher.sharded:
         # Each has its share, or at the start and in the end the weights alone.
         memory = max(memory // plan.launcher.processes, _FLOAT * (parameters + adapters))
+    elif plan.launcher:
+        memory += _FLOAT * trainable  # the buckets in which DDP brings gradients together
     # Two checkpoints lie beside each other for the moment in which the older is removed.
     checkpoint = _FLOAT * (parameters + adapters) + 2 * _FLOAT * trainable
     return Estimate(

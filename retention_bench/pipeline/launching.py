@@ -78,21 +78,42 @@ def launcher(named: str, device: str) -> Launcher:
         processes = count if processes is None else processes
         if isinstance(processes, int) and processes > count:
             raise UsageError(f"{path} asks for {processes} processes and {count} GPUs are visible. Set num_processes.")
-    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 2:
         raise UsageError(
-            f"{path} with --device {device} needs num_processes, a number from 1, and has {processes!r}. Without a GPU "
-            "leave --accelerate-config out: one process uses all cores."
+            f"{path} starts {processes!r} processes with --device {device}. Allowed: num_processes from 2; for one, "
+            "leave --accelerate-config out. Without a GPU one process uses all cores."
         )
     return Launcher(path, content, processes)
+
+
+def check_one_gpu() -> None:
+    """Refuse to fine-tune in one process that sees several GPUs: the trainer would use them all, and badly.
+
+    Raises:
+        UsageError: Several GPUs are visible.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if count > 1:
+        raise UsageError(
+            f"{count} GPUs are visible. Fine-tune on all of them with --accelerate-config ddp, or fsdp where a model "
+            "does not fit one; or choose one: CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def _check_fsdp(path: Path, settings: Mapping[str, Any], device: str) -> None:
     if device == "cpu":
         raise UsageError(f"{path} spreads a model over GPUs, and the device is cpu. Leave --accelerate-config out.")
-    # The second version alone spreads a model so that it can be put together again in place, and a model that only the
-    # first process has read could not be evaluated before it is spread.
-    for name, wanted in (("fsdp_version", 2), ("fsdp_cpu_ram_efficient_loading", False)):
-        if settings.get(name) != wanted:
+    # The second version alone spreads a model so that it can be put together again in place. A model that only the
+    # first process has read could not be evaluated before it is spread, nor one on the CPU in between.
+    usual = {"fsdp_version": 1, "fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False}
+    for name, wanted in (
+        ("fsdp_version", 2),
+        ("fsdp_cpu_ram_efficient_loading", False),
+        ("fsdp_offload_params", False),
+    ):
+        if settings.get(name, usual[name]) != wanted:
             given = settings.get(name, "left out")
             raise UsageError(f"{path}: {name} under fsdp_config is {given}. Allowed: {str(wanted).lower()}.")
 
@@ -160,13 +181,14 @@ def _finished(job: Job, folder: Path, start: Launcher, progress: Progress) -> bo
                     said.append(message)
         finally:
             process.terminate()
+    # Where one process ends, others may fail because they lost it: the first of these is the reason.
     for message in said:
         if "error" in message:
             raise (UsageError if message["usage"] else RetentionBenchError)(message["error"])
-        if "bug" in message:
-            raise RuntimeError(f"A process of the fine-tune failed:\n{message['bug']}")
-    if said:
+    if any("out_of_memory" in message for message in said):
         return False
+    for message in said:
+        raise RuntimeError(f"A process of the fine-tune failed:\n{message['bug']}")
     if process.returncode != 0:
         raise RetentionBenchError(
             f"A process of the fine-tune ended with code {process.returncode}. The same command goes on from its last "

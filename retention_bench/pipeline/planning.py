@@ -26,7 +26,7 @@ from retention_bench.finetune import (
 )
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
 from retention_bench.pipeline.inputs import config_file, model_fingerprint, model_inputs, source_fingerprint
-from retention_bench.pipeline.launching import launcher
+from retention_bench.pipeline.launching import check_one_gpu, launcher
 from retention_bench.pipeline.store import Store
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 
@@ -79,6 +79,8 @@ def plan(cell: Cell, store: Store) -> Plan:
     if cell.adapter not in ADAPTERS:
         raise unknown_name("adapter", cell.adapter, ADAPTERS)
     start = launcher(cell.accelerate_config, cell.device) if cell.accelerate_config else None
+    if start is None and cell.device != "cpu":
+        check_one_gpu()
     if start and finetune.batch_size % start.processes:
         raise UsageError(
             f"{start.processes} processes cannot share the {finetune.batch_size} rows of a step equally. Set "

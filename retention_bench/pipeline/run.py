@@ -116,6 +116,10 @@ class _Bench:
         """Drop the base model, so that its memory is free for training."""
         self._base = None
         gc.collect()
+        if self.plan.cell.device != "cpu":
+            import torch
+
+            torch.cuda.empty_cache()  # other processes cannot use what torch keeps for later
 
     @contextlib.contextmanager
     def edited(self, experiment: Experiment) -> Iterator[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ a line: `{"progress": [stage, done, total, figures]}`, `{"error": message, "usag
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import sys
@@ -35,7 +36,8 @@ def main(job_file: str, folder: str) -> None:
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
-    PartialState(cpu=job.device == "cpu")  # the process group, and this process's own GPU
+    # The process group, and this process's own GPU. The others wait as long while the first one writes a model.
+    PartialState(cpu=job.device == "cpu", timeout=datetime.timedelta(hours=1))
     try:
         tune(job, Path(folder), silent if processes.index() else _report)
     except RetentionBenchError as error:
@@ -45,8 +47,9 @@ def main(job_file: str, folder: str) -> None:
     except Exception:
         _fail({"bug": traceback.format_exc()})
     processes.gathered(None)  # nobody leaves before the first has written
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    # At once: in an orderly exit a thread of torch's is now and then destroyed while it runs, and that aborts.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _end_with_parent() -> None:

@@ -250,8 +250,8 @@ class HFEngine:
             missing.pop(state[name].data_ptr(), None)
         if missing:
             raise RetentionBenchError(
-                f"The weights lack {len(missing)} that the model needs, {sorted(missing.values())[0]} among them. Give a "
-                "checkpoint of a causal language model, saved whole."
+                f"The weights lack {len(missing)} that the model needs, {sorted(missing.values())[0]} among them. Give "
+                "a checkpoint of a causal language model, saved whole."
             )
 
     def close(self) -> None:

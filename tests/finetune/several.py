@@ -4,6 +4,7 @@ The only argument is a JSON file: whether to shard, and a list of what `fine_tun
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate import PartialState
 
 from retention_bench.finetune import Terms, Watch, make_finetune, processes, train
 from retention_bench.models import load_model
+from retention_bench.scoring import RetentionHFLM
 
 
 def pretend_accelerators() -> None:
@@ -37,8 +39,11 @@ def fine_tune(run: Mapping[str, Any], work: str) -> tuple[Any, Any, dict[str, An
     looks = []
 
     def look(step: int) -> None:
-        with torch.inference_mode():
-            looks.append((step, model(torch.tensor([[5, 6, 7]])).logits[0, -1].log_softmax(-1).max().item()))
+        def keep(prompts: Any, logits: torch.Tensor, cache: Any) -> None:
+            looks.append((step, logits[0].log_softmax(-1).max().item()))
+
+        RetentionHFLM(model.eval(), tokenizer).answer([(5, 6, 7)], keep)
+        model.train()
 
     task = make_finetune(run["task"], run["settings"])
     watch = Watch(2, look) if run["watch"] else None
@@ -60,7 +65,7 @@ def main() -> None:
             tokenizer.save_pretrained(Path(run["folder"]) / "model")
             (Path(run["folder"]) / "log.json").write_text(json.dumps({"log": log, "looks": looks}))
         processes.gathered(None)
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # as the worker does, see there
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def test_the_shipped_configurations_are_accelerates_and_use_all_gpus(gpus, name)
         ({"distributed_type": "DEEPSPEED"}, "cuda", "'DEEPSPEED'.*Allowed: MULTI_GPU, FSDP"),
         ({"num_machines": 2}, "cuda", "num_machines 2"),
         ({"num_processes": 5}, "cuda", "5 processes and 4 GPUs"),
-        ({"num_processes": None}, "cpu", "needs num_processes"),
-        ({"num_processes": "2"}, "cpu", "needs num_processes.*'2'"),
-        ({"num_processes": 0}, "cpu", "needs num_processes"),
+        ({"num_processes": None}, "cpu", "starts None processes.*Allowed: num_processes from 2"),
+        ({"num_processes": "2"}, "cpu", "starts '2' processes"),
+        ({"num_processes": 1}, "cuda", "starts 1 processes"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "cpu", "spreads a model over GPUs"),
         ({"distributed_type": "FSDP"}, "cuda", "fsdp_version under fsdp_config is left out. Allowed: 2"),
         (
@@ -57,11 +57,30 @@ def test_the_shipped_configurations_are_accelerates_and_use_all_gpus(gpus, name)
             "cuda",
             "fsdp_cpu_ram_efficient_loading under fsdp_config is True. Allowed: false",
         ),
+        (
+            {
+                "distributed_type": "FSDP",
+                "fsdp_config": {
+                    "fsdp_version": 2,
+                    "fsdp_cpu_ram_efficient_loading": False,
+                    "fsdp_offload_params": True,
+                },
+            },
+            "cuda",
+            "fsdp_offload_params under fsdp_config is True. Allowed: false",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_start_a_fine_tune_is_refused(gpus, tmp_path, changes, device, message):
     with pytest.raises(UsageError, match=message):
         launcher(config(tmp_path, **changes), device)
+
+
+def test_several_gpus_without_a_configuration_are_refused_before_anything_is_computed(gpus, small_suite, tmp_path):
+    cell = Cell(load_suite(str(small_suite)), None, "ft", "tulu3", 0, "cuda")
+    with pytest.raises(UsageError, match="4 GPUs are visible.*--accelerate-config ddp.*CUDA_VISIBLE_DEVICES=0"):
+        plan(cell, Store(tmp_path))
+    assert plan(dataclasses.replace(cell, accelerate_config="ddp"), Store(tmp_path)).launcher.processes == 4
 
 
 def test_what_is_no_configuration_is_refused(tmp_path):
