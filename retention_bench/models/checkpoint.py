@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models.delta import WeightDelta
@@ -23,7 +24,8 @@ class Layout:
     """The weights that a model consists of, known from its config alone.
 
     Attributes:
-        shapes: By name, as `model.state_dict()` has them; tied weights are among them.
+        shapes: By name, as `save_pretrained` writes them; tied weights are among them. The names are those of
+            `model.state_dict()`, but for GPT-NeoX' head.
         tied: Names of weights that are another one's tensor, as a tied head; a checkpoint may leave them out.
         prefix: What a checkpoint of the bare model, without head, leaves off the names.
         ignored: Patterns of names that old checkpoints have and, where they aren't among `shapes`, nobody needs.
@@ -39,9 +41,12 @@ class Layout:
         """The layout of the causal language model that a config describes; nothing is allocated."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        everything = model.state_dict()
+        own = {name: tensor for name, tensor in everything.items() if name not in model.all_tied_weights_keys}
+        shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, everything).items()}
         return cls(
-            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-            tied=frozenset(model.all_tied_weights_keys),
+            shapes=shapes,
+            tied=frozenset(shapes.keys() - revert_weight_conversion(model, own).keys()),
             prefix=f"{model.base_model_prefix}.",
             ignored=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
         )
@@ -74,7 +79,8 @@ class Layout:
                 yield name, tensor
         if missing:
             raise RetentionBenchError(
-                f"The weights ended without {len(missing)} that the model needs, {min(missing)} among them. {_SAME_MODEL}"
+                f"The weights ended without {len(missing)} that the model needs, {min(missing)} among them. "
+                f"{_SAME_MODEL}"
             )
 
 
@@ -100,7 +106,7 @@ class Checkpoint:
     dtype: torch.dtype = torch.float32
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Names as `model.state_dict()` has them, and tensors on the CPU; one at a time is held.
+        """The names of `layout`, and tensors on the CPU; one at a time is held.
 
         Raises:
             RetentionBenchError: The folder has no safetensors files or broken ones, or the delta does not fit.
@@ -125,7 +131,9 @@ class Checkpoint:
                     for name in file.keys():  # noqa: SIM118 - no mapping
                         yield name, file.get_tensor(name)
             except (SafetensorError, FileNotFoundError) as error:
-                raise RetentionBenchError(f"{path} could not be read as safetensors ({error}). Make it again.") from error
+                raise RetentionBenchError(
+                    f"{path} could not be read as safetensors ({error}). Make it again."
+                ) from error
 
     def _files(self) -> list[Path]:
         folder = Path(self.folder)
@@ -134,4 +142,3 @@ class Checkpoint:
             parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return [folder / part for part in sorted(set(parts))]
         return [folder / "model.safetensors"]
-

