@@ -1,5 +1,6 @@
 """Models: loading, where a family keeps its parts, partial forward passes, and what an edit adds to the weights."""
 
+from retention_bench.models.adapter import Adapter
 from retention_bench.models.checkpoint import Checkpoint, Layout
 from retention_bench.models.delta import LowRank, WeightDelta, restoring
 from retention_bench.models.families import (
@@ -15,19 +16,24 @@ from retention_bench.models.families import (
 )
 from retention_bench.models.files import read_tensors, write_tensors
 from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
-from retention_bench.models.loading import load_model
+from retention_bench.models.loading import empty_model, load_model
+from retention_bench.models.reference import Reference, fetch, parse_reference
 from retention_bench.models.suffixes import Site, Suffixes
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "Family",
     "Layout",
     "LowRank",
+    "Reference",
     "Site",
     "Suffixes",
     "WeightDelta",
     "block",
+    "empty_model",
     "family",
+    "fetch",
     "frozen",
     "is_in_out",
     "key_size",
@@ -37,6 +43,7 @@ __all__ = [
     "mlp",
     "num_layers",
     "pad",
+    "parse_reference",
     "projection",
     "projection_name",
     "read_tensors",

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from retention_bench.errors import RetentionBenchError
+from retention_bench.models.adapter import Adapter
 from retention_bench.models.delta import WeightDelta
 
 
@@ -84,12 +85,13 @@ class Layout:
             )
 
 
+_SINGLE, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _SAME_MODEL = "Give the weights of a model of the same config, whole."
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a model folder, with an edit on top, read anew whenever they are iterated over.
+    """The weights in a model folder, with an edit or an adapter on top, read anew whenever they are iterated over.
 
     It can be pickled, and is small then: another process reads the files itself.
 
@@ -97,22 +99,37 @@ class Checkpoint:
         folder: A folder with safetensors files, as `save_pretrained` writes it.
         layout: Of the model in it.
         delta: File of a `WeightDelta` for that model; None for the model as it is.
-        dtype: What the weights are converted to, before the delta is added.
+        adapter: Folder of a peft adapter for that model.
+        dtype: What the weights are converted to, before anything is added.
+        allow_pickle: Also read a `pytorch_model.bin`; loading one of an unknown origin is a risk.
     """
 
     folder: str
     layout: Layout
     delta: str | None = None
+    adapter: str | None = None
     dtype: torch.dtype = torch.float32
+    allow_pickle: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """The names of `layout`, and tensors on the CPU; one at a time is held.
 
         Raises:
-            RetentionBenchError: The folder has no safetensors files or broken ones, or the delta does not fit.
+            RetentionBenchError: The folder has no safetensors files or broken ones, a number is not finite, or the
+                delta or the adapter does not fit.
         """
-        weights = ((name, tensor.to(self.dtype)) for name, tensor in self._named())
-        return weights if self.delta is None else WeightDelta.load(self.delta).apply_to(weights)
+        weights: Iterator[tuple[str, Tensor]] = ((name, tensor.to(self.dtype)) for name, tensor in self._named())
+        if self.delta is not None:
+            weights = WeightDelta.load(self.delta).apply_to(weights)
+        if self.adapter is not None:
+            weights = Adapter.load(self.adapter).apply_to(weights)
+        for name, tensor in weights:
+            if not tensor.isfinite().all():
+                raise RetentionBenchError(
+                    f"{name} in {self.folder} has numbers that are not finite. The file is damaged, or the training "
+                    "that made it diverged: make it again."
+                )
+            yield name, tensor
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The stored weights under their names within the whole model."""
@@ -126,6 +143,9 @@ class Checkpoint:
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         for path in self._files():
+            if path.suffix == ".bin":
+                yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+                continue
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 - no mapping
@@ -139,6 +159,19 @@ class Checkpoint:
         folder = Path(self.folder)
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / part for part in sorted(set(parts))]
-        return [folder / "model.safetensors"]
+            try:
+                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise RetentionBenchError(f"{index} is no index of weights ({error!r}). Make it again.") from error
+            for part in parts:
+                if Path(part).name != part:
+                    raise RetentionBenchError(f"{index} names {part!r}, which is not beside it. Make it again.")
+            return [folder / part for part in parts]
+        if (folder / _PICKLE).is_file() and not (folder / _SINGLE).is_file():
+            if self.allow_pickle:
+                return [folder / _PICKLE]
+            raise RetentionBenchError(
+                f"{folder} has only pickled weights ({_PICKLE}), and loading those can run code. If you trust them, "
+                "give --allow-pickle, or save them again with transformers' save_pretrained: that writes safetensors."
+            )
+        return [folder / _SINGLE]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models.families import family
@@ -44,7 +47,7 @@ def load_model(
     """
     _check_folder(path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with _explained(path):
         config = AutoConfig.from_pretrained(path, **common)
         family(config.model_type)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -57,6 +60,51 @@ def load_model(
         )
         model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    if report["missing_keys"]:
+        absent = sorted(report["missing_keys"])
+        raise RetentionBenchError(
+            f"The weights of {path} lack {len(absent)} that the model needs, {absent[0]} among them, and those would "
+            "be random. Give a checkpoint of a causal language model, saved whole."
+        )
+    return model.to(device).eval(), _padded(path, tokenizer)
+
+
+def empty_model(
+    folder: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model whose weights are whatever was in memory, to be filled from a stream.
+
+    Args:
+        folder: A folder with `config.json` and a tokenizer.
+        device: Where the model goes.
+        dtype: Of its weights.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer, padding on the right.
+
+    Raises:
+        UsageError: A family that is not supported.
+        RetentionBenchError: A file is missing or broken.
+    """
+    _check_tokenizer(folder)
+    with _explained(str(folder)):
+        config = AutoConfig.from_pretrained(folder)
+        family(config.model_type)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model.to(device).eval(), _padded(str(folder), tokenizer)
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Say of the libraries' errors which model they are about, and what to do.
+
+    Raises:
+        RetentionBenchError: One of them.
+    """
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if Path(path).is_dir():
@@ -66,12 +114,9 @@ def load_model(
             "network and HF_HUB_OFFLINE, that it has safetensors and, for a gated model, `hf auth login`; or "
             "give a local folder."
         ) from error
-    if report["missing_keys"]:
-        absent = sorted(report["missing_keys"])
-        raise RetentionBenchError(
-            f"The weights of {path} lack {len(absent)} that the model needs, {absent[0]} among them, and those would "
-            "be random. Give a checkpoint of a causal language model, saved whole."
-        )
+
+
+def _padded(path: str, tokenizer: Any) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise RetentionBenchError(
@@ -79,7 +124,7 @@ def load_model(
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return model.to(device).eval(), tokenizer
+    return tokenizer
 
 
 def _check_folder(path: str) -> None:
@@ -98,8 +143,12 @@ def _check_folder(path: str) -> None:
                 "them with transformers and save_pretrained them again: that writes safetensors."
             )
         raise RetentionBenchError(f"{path} has no weights (*.safetensors).")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    _check_tokenizer(folder)
+
+
+def _check_tokenizer(folder: Path | str) -> None:
+    if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         raise RetentionBenchError(
-            f"{path} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}). "
+            f"{folder} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}). "
             "Save it there with tokenizer.save_pretrained."
         )

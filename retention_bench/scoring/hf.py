@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.models import load_model
+from retention_bench.models import Layout, empty_model
 from retention_bench.progress import Progress, silent
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
 
@@ -198,54 +199,34 @@ class HFEngine:
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: str, batch_size: int = 64) -> None:
-        """Start with a model's own weights.
+        """Start without weights: `swap` comes first.
 
         Args:
-            folder: A model and its tokenizer.
+            folder: A folder with a model's configuration and tokenizer.
             dtype: What weights are converted to.
             device: `"cpu"` or `"cuda"`.
             batch_size: Prompts a forward pass.
 
         Raises:
-            UsageError: As `load_model`.
-            RetentionBenchError: As `load_model`.
+            UsageError: As `empty_model`.
+            RetentionBenchError: As `empty_model`.
         """
-        self._model, tokenizer = load_model(str(folder), device=device, dtype=dtype)
+        self._model, tokenizer = empty_model(folder, device=device, dtype=dtype)
+        self._layout = Layout.of(self._model.config)
         self.lm = RetentionHFLM(self._model, tokenizer, batch_size=batch_size)
 
     @torch.no_grad()
     def swap(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take other weights, in place.
-
-        Args:
-            weights: All of them, by the names that a checkpoint of this architecture has. A tied head may be left out.
-
-        Raises:
-            RetentionBenchError: One is missing, or has another shape. Then the weights are mixed, and the next swap is
-                as good as ever.
-        """
+        """As `Engine.swap`."""
         self.lm.forget()
         state = self._model.state_dict()  # the tensors themselves
-        missing = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
-        for name, tensor in weights:
-            if name not in state:
-                continue
-            if tensor.shape != state[name].shape:
-                raise RetentionBenchError(
-                    f"{name} has the shape {list(tensor.shape)}, and the configuration asks for "
-                    f"{list(state[name].shape)}. The weights are not those of this architecture."
-                )
+        for name, tensor in self._layout.check(weights):
             state[name].copy_(tensor)
-            missing.pop(state[name].data_ptr(), None)
-        if missing:
-            raise RetentionBenchError(
-                f"The weights lack {len(missing)} that the model needs, {sorted(missing.values())[0]} among them. Give "
-                "a checkpoint of a causal language model, saved whole."
-            )
 
     def close(self) -> None:
-        """Give the memory back."""
-        del self._model, self.lm
+        """As `Engine.close`."""
+        self.__dict__.clear()
+        gc.collect()
 
 
 def prompt_ids(lm: TemplateLM, prompt: str) -> Prompt:
