@@ -267,6 +267,60 @@ def statistics(**options: Any) -> None:
         click.echo(found["file"])
 
 
+_KINDS = click.Choice(["edited", "intrinsic", "paraphrase", "locality"])
+_STAGES = click.Choice(["base", "post_edit", "post_finetune", "control_finetune"])
+
+
+@main.command()
+@click.argument("sides", nargs=-1, required=True, metavar="A B...")
+@click.option(
+    "--stage", type=_STAGES, default="post_finetune", show_default=True, help="The stage of a run without one."
+)
+@click.option("--kind", "kinds", type=_KINDS, multiple=True, help="Compare only this kind of question; repeatable.")
+@_json_option("the comparison")
+def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json: bool) -> None:
+    r"""Compare runs or scored checkpoints, fact by fact: what was lost, gained and kept.
+
+    \b
+    A side is one of
+      RUN               a folder that `evaluate` wrote, after its fine-tune or at --stage
+      RUN:STAGE         the same at base, post_edit, post_finetune or control_finetune
+      FILE              all checkpoints in a file that `score` wrote
+      FILE:CHECKPOINT   one of them
+
+    Only questions that both sides of a pair were asked are compared. The p-values are McNemar's exact test's, with
+    Holm's correction for all pairs and kinds shown.
+    """
+    from retention_bench import tables
+    from retention_bench.pipeline.scored import compared
+
+    found = compared(sides, stage=stage, **({"kinds": kinds} if kinds else {}))
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        tables.print_comparisons(found)
+
+
+@main.command()
+@click.argument("fact")
+@click.argument("sides", nargs=-1, required=True, metavar="A...")
+@_json_option("the answers")
+def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
+    """Show everything that is known about one fact: its prompts and targets, and every answer to them.
+
+    FACT is its id, as `compare` prints it and facts.jsonl has it. A side is what `compare` takes; of a RUN without a
+    stage all stages are shown.
+    """
+    from retention_bench import tables
+    from retention_bench.pipeline.scored import inspected
+
+    found = inspected(fact, sides)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        tables.print_fact(found)
+
+
 @main.command("list")
 @click.argument("what", type=click.Choice(["editors", "finetunes", "suites"]))
 @click.option("--suite", help="With editors: also those of a suite, by model, as `--editor` takes them.")

@@ -245,6 +245,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         },
         "retention": {"edited": rate, "intrinsic": rate},
         "gap": {"value": 0.0, "ci95": [-0.1, 0.1]},
+        "detectable": {"gap": 0.123, "paired": 0.15, "paired_one_in_20": None},
         "freeze": "edited",
         "adapter": "dora",
         "learned": True,
@@ -258,6 +259,9 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 numbers" in printed
     assert "--freeze edited --adapter dora" in printed
+    assert (
+        "in the gap 12 points; in edited facts, against another run with the same 5000, 15 points, or none" in printed
+    )
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80
     assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
