@@ -266,8 +266,9 @@ def _detectable(results: Mapping[str, Any]) -> str:
         for name in ("gap", "paired", "paired_one_in_20")
     )
     return (
-        f"The smallest difference that would show in 8 of 10 such runs (two-sided test at 5 %): in the gap {gap}; in edited "
-        f"facts, against another run with the same {facts}, {paired}, or {mixed} where one fact in 20 changes the other way."
+        f"The smallest difference that would show in 8 of 10 such runs (two-sided test at 5 %): in the gap {gap}; in "
+        f"edited facts, against another run with the same {facts}, {paired}, or {mixed} where one fact in 20 changes "
+        "the other way."
     )
 
 
