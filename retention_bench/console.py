@@ -262,7 +262,9 @@ def _detectable(results: Mapping[str, Any]) -> str:
     """The smallest differences that so many facts show, in one line."""
     facts = results["stages"]["post_finetune"]["edited"]["total"]
     gap, paired, mixed = (
-        "none" if results["detectable"][name] is None else f"{100 * results['detectable'][name]:.0f} points"
+        "none is large enough"
+        if results["detectable"][name] is None
+        else f"{100 * results['detectable'][name]:.0f} points"
         for name in ("gap", "paired", "paired_one_in_20")
     )
     return (
