@@ -238,7 +238,7 @@ def evaluate(
 @click.option("--dry-run", is_flag=True, help="Print where the result will be, and whether it is there already.")
 @_json_option("the answer")
 def statistics(**options: Any) -> None:
-    r"""Measure the key statistics that editors need, once for a model; or merge, import or inspect them.
+    """Measure the key statistics that editors need, once for a model; or merge, import or inspect them.
 
     \b
     retention-bench statistics --model M --layers 13-17 --corpus C      measure
@@ -248,7 +248,7 @@ def statistics(**options: Any) -> None:
 
     Prints the file. It is kept in the store under everything it depends on, where `evaluate` finds it. A run that was
     cut off goes on where it was when it is started again.
-    """
+    """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench import console
     from retention_bench.pipeline import Store, default_root
     from retention_bench.pipeline.statistics import Request, answer
@@ -279,7 +279,7 @@ _STAGES = click.Choice(["base", "post_edit", "post_finetune", "control_finetune"
 @click.option("--kind", "kinds", type=_KINDS, multiple=True, help="Compare only this kind of question; repeatable.")
 @_json_option("the comparison")
 def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json: bool) -> None:
-    r"""Compare runs or scored checkpoints, fact by fact: what was lost, gained and kept.
+    """Compare runs or scored checkpoints, fact by fact: what was lost, gained and kept.
 
     \b
     A side is one of
@@ -290,7 +290,7 @@ def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json:
 
     Only questions that both sides of a pair were asked are compared. The p-values are McNemar's exact test's, with
     Holm's correction for all pairs and kinds shown.
-    """
+    """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench import tables
     from retention_bench.pipeline.scored import compared
 
