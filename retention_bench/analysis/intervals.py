@@ -91,8 +91,9 @@ def clustered(outcomes: Iterable[tuple[Hashable, bool]], by: str) -> Rate:
     "A simple method for the analysis of clustered binary data"), which is estimated from how far the clusters differ,
     corrected for how few clusters that estimate rests on (Korn & Graubard 1998; compared with others by Dean & Pagano
     2015, "Evaluating confidence interval methods for binomial proportions in clustered surveys": the modified Wilson).
-    In simulations with 50 clusters of 4 it covers 93-97 % whatever the correlation within a cluster, where a plain
-    interval falls to 67 %; with 5 or 10 clusters it errs on the wide side.
+    In simulations with 50 clusters of 4 and rates of 0.1 to 0.9 it covers 93-97 % whatever the correlation within a
+    cluster, where a plain interval falls below 75 %; at 0.95, with 10 related answers a cluster, it covers 91 %. With 5
+    or 10 clusters it errs on the wide side, up to 100 %, but for rates of 0.8 at a correlation of 0.6: 93 %.
 
     Args:
         outcomes: The cluster and the outcome of every trial.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.analysis import about_fact, compare, mcnemar, rank
@@ -89,6 +89,7 @@ samples = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(samples)
 def test_every_shared_fact_is_in_one_list_and_sides_can_be_turned(answers: list) -> None:
     one = [row(fact, hit, kind, prompt) for fact, kind, prompt, hit, _ in answers]

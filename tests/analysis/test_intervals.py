@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -201,6 +201,7 @@ def test_clusters_of_one_are_independent_trials(hits: list[int]) -> None:
     assert clustered(enumerate(map(bool, hits)), "fact") == rate(sum(hits), len(hits))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40))
 def test_a_clustered_interval_contains_the_rate_and_is_no_narrower_than_a_plain_one(outcomes: list) -> None:
     found, plain = clustered(outcomes, "fact"), rate(sum(hit for _, hit in outcomes), len(outcomes))

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -44,11 +44,13 @@ def test_mcnemar_refuses_negative_counts() -> None:
         mcnemar(3, -1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60))
 def test_by_fact_is_mcnemar_where_facts_change_by_one(changes: list[int]) -> None:
     assert mcnemar_by_fact(changes) == mcnemar(changes.count(-1), changes.count(1))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-4, 4), max_size=9), st.integers(1, 50))
 def test_by_fact_goes_through_all_signs(changes: list[int], unit: int) -> None:
     totals = np.array([abs(np.dot(signs, changes)) for signs in itertools.product([-1, 1], repeat=len(changes))])
@@ -165,6 +167,7 @@ def test_too_few_facts_show_nothing() -> None:
     assert detectable(0.5, 2, 2) is None
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(5, 500), st.integers(5, 500))
 def test_more_facts_show_smaller_differences(rate: float, n: int, other_n: int) -> None:
     few, many = detectable(rate, n, other_n), detectable(rate, 4 * n, 4 * other_n)
@@ -192,6 +195,7 @@ def test_an_entry_without_trials_has_no_rank() -> None:
         rank_intervals({"a": {"f": (1, 1)}, "b": {"f": (0, 0)}}, seed=0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=8, max_size=8), min_size=1, max_size=5))
 def test_ranks_and_their_intervals_are_places(sides: list[list[bool]]) -> None:
     entries = {f"e{i}": entry(np.array(side)) for i, side in enumerate(sides)}
