@@ -238,7 +238,7 @@ def evaluate(
 @click.option("--dry-run", is_flag=True, help="Print where the result will be, and whether it is there already.")
 @_json_option("the answer")
 def statistics(**options: Any) -> None:
-    r"""Measure the key statistics that editors need, once for a model; or merge, import or inspect them.
+    """Measure the key statistics that editors need, once for a model; or merge, import or inspect them.
 
     \b
     retention-bench statistics --model M --layers 13-17 --corpus C      measure
@@ -248,7 +248,7 @@ def statistics(**options: Any) -> None:
 
     Prints the file. It is kept in the store under everything it depends on, where `evaluate` finds it. A run that was
     cut off goes on where it was when it is started again.
-    """
+    """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench import console
     from retention_bench.pipeline import Store, default_root
     from retention_bench.pipeline.statistics import Request, answer
@@ -265,6 +265,60 @@ def statistics(**options: Any) -> None:
         click.echo(f"{found['file']} ({'in the store' if found['in_store'] else 'not there yet'})")
     else:
         click.echo(found["file"])
+
+
+_KINDS = click.Choice(["edited", "intrinsic", "paraphrase", "locality"])
+_STAGES = click.Choice(["base", "post_edit", "post_finetune", "control_finetune"])
+
+
+@main.command()
+@click.argument("sides", nargs=-1, required=True, metavar="A B...")
+@click.option(
+    "--stage", type=_STAGES, default="post_finetune", show_default=True, help="The stage of a run without one."
+)
+@click.option("--kind", "kinds", type=_KINDS, multiple=True, help="Compare only this kind of question; repeatable.")
+@_json_option("the comparison")
+def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json: bool) -> None:
+    """Compare runs or scored checkpoints, fact by fact: what was lost, gained and kept.
+
+    \b
+    A side is one of
+      RUN               a folder that `evaluate` wrote, after its fine-tune or at --stage
+      RUN:STAGE         the same at base, post_edit, post_finetune or control_finetune
+      FILE              all checkpoints in a file that `score` wrote
+      FILE:CHECKPOINT   one of them
+
+    Only questions that both sides of a pair were asked are compared. The p-values are McNemar's exact test's, with
+    Holm's correction for all pairs and kinds shown.
+    """  # noqa: D301 - click keeps lines as they are behind a backspace
+    from retention_bench import tables
+    from retention_bench.pipeline.scored import compared
+
+    found = compared(sides, stage=stage, **({"kinds": kinds} if kinds else {}))
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        tables.print_comparisons(found)
+
+
+@main.command()
+@click.argument("fact")
+@click.argument("sides", nargs=-1, required=True, metavar="A...")
+@_json_option("the answers")
+def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
+    """Show everything that is known about one fact: its prompts and targets, and every answer to them.
+
+    FACT is its id, as `compare` prints it and facts.jsonl has it. A side is what `compare` takes; of a RUN without a
+    stage all stages are shown.
+    """
+    from retention_bench import tables
+    from retention_bench.pipeline.scored import inspected
+
+    found = inspected(fact, sides)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        tables.print_fact(found)
 
 
 @main.command("list")

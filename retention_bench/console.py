@@ -216,6 +216,7 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
             f"The gap, intrinsic minus edited: {100 * gap['value']:+.0f} points "
             f"(95 % interval {low:+.0f} to {high:+.0f})."
         )
+    console.print(_detectable(results), soft_wrap=True)
     console.print(_learned(results), soft_wrap=True)
     if results.get("trajectory"):
         console.print()
@@ -255,6 +256,22 @@ def _share(rate: Mapping[str, Any]) -> str:
     low, high = rate["ci95"]
     share = f"{100 * rate['rate']:.0f} % (95 % interval {100 * low:.0f}-{100 * high:.0f})"
     return f"{rate['hits']} of {rate['total']}, {share}"
+
+
+def _detectable(results: Mapping[str, Any]) -> str:
+    """The smallest differences that so many facts show, in one line."""
+    facts = results["stages"]["post_finetune"]["edited"]["total"]
+    gap, paired, mixed = (
+        "none is large enough"
+        if results["detectable"][name] is None
+        else f"{100 * results['detectable'][name]:.0f} points"
+        for name in ("gap", "paired", "paired_one_in_20")
+    )
+    return (
+        f"The smallest difference that would show in 8 of 10 such runs (two-sided test at 5 %): in the gap {gap}; in "
+        f"edited facts, against another run with the same {facts}, {paired}, or {mixed} where one fact in 20 changes "
+        "the other way."
+    )
 
 
 def _drawn_from(facts: Mapping[str, Any]) -> str:

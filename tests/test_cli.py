@@ -32,6 +32,15 @@ def test_help_is_quick_and_loads_no_model_library():
     assert best < 0.4
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [("statistics", "retention-bench statistics --inspect FILE"), ("compare", "FILE:CHECKPOINT   one of them")],
+)
+def test_the_forms_of_a_command_stand_on_lines_of_their_own(command, line):
+    lines = [" ".join(told.split()) for told in run(command, "--help").output.splitlines()]
+    assert any(told.startswith(" ".join(line.split())) for told in lines)
+
+
 @pytest.mark.parametrize(("what", "one"), [("editors", "alphaedit"), ("finetunes", "tulu3"), ("suites", "atlas")])
 def test_what_there_is_can_be_listed(what, one):
     assert one in run("list", what).output.split()
@@ -245,6 +254,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         },
         "retention": {"edited": rate, "intrinsic": rate},
         "gap": {"value": 0.0, "ci95": [-0.1, 0.1]},
+        "detectable": {"gap": 0.123, "paired": 0.15, "paired_one_in_20": None},
         "freeze": "edited",
         "adapter": "dora",
         "learned": True,
@@ -258,6 +268,9 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 numbers" in printed
     assert "--freeze edited --adapter dora" in printed
+    assert (
+        "in the gap 12 points; in edited facts, against another run with the same 5000, 15 points, or none" in printed
+    )
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80
     assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())

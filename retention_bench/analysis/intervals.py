@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-_Z = NormalDist().inv_cdf(0.975)  # two-sided 95 %
+Z = float(stats.norm.ppf(0.975))
+"""The normal quantile of a two-sided 95 % interval, and of a two-sided test at 5 %."""
+
 _RESAMPLES_AT_ONCE = 500  # bounds the memory of the bootstrap: 500 x clusters indices
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of hits, with Wilson's score interval.
+    """A share of hits, with a score interval.
 
     Attributes:
         hits: Number of hits.
         total: Number of trials.
         rate: hits / total; None if there were no trials.
         ci95: Lower and upper end of the 95 % interval, within [0, 1]; None if there were no trials.
+        clustered_by: What the trials belong to that are not independent, for example `"fact"`; None where all are.
+        clusters: How many of those there are; None where all trials are independent.
+        effective: How many independent trials would give an interval as wide; None where all are.
     """
 
     hits: int
     total: int
     rate: float | None
     ci95: tuple[float, float] | None
+    clustered_by: str | None = None
+    clusters: int | None = None
+    effective: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The rate as `{hits, total, rate, ci95: [low, high]}`, null where there is no value."""
-        return {"hits": self.hits, "total": self.total, "rate": self.rate, "ci95": self.ci95 and list(self.ci95)}
+        """The rate as `{hits, total, rate, ci95: [low, high]}`, null where there is no value.
+
+        Where trials are clustered also `clustered_by`, `clusters` and `effective`.
+        """
+        plain = {"hits": self.hits, "total": self.total, "rate": self.rate, "ci95": self.ci95 and list(self.ci95)}
+        if self.clusters is None:
+            return plain
+        return plain | {"clustered_by": self.clustered_by, "clusters": self.clusters, "effective": self.effective}
 
 
 @dataclass(frozen=True)
@@ -66,32 +80,103 @@ def rate(hits: int, total: int) -> Rate:
         raise ValueError(f"hits must be between 0 and total, got {hits} of {total}")
     if total == 0:
         return Rate(hits=0, total=0, rate=None, ci95=None)
+    low, high = stats.binomtest(hits, total).proportion_ci(method="wilson")
+    return Rate(hits=hits, total=total, rate=hits / total, ci95=(float(low), float(high)))
+
+
+def clustered(outcomes: Iterable[tuple[Hashable, bool]], by: str) -> Rate:
+    """A share of hits among trials that are independent only between clusters.
+
+    The interval is Wilson's for the effective number of trials: the number over the design effect (Rao & Scott 1992,
+    "A simple method for the analysis of clustered binary data"), which is estimated from how far the clusters differ,
+    corrected for how few clusters that estimate rests on (Korn & Graubard 1998; compared with others by Dean & Pagano
+    2015, "Evaluating confidence interval methods for binomial proportions in clustered surveys": the modified Wilson).
+    In simulations with 50 clusters of 4 and rates of 0.1 to 0.9 it covers 93-97 % whatever the correlation within a
+    cluster, where a plain interval falls below 75 %; at 0.95, with 10 related answers a cluster, it covers 91 %. With 5
+    or 10 clusters it errs on the wide side, up to 100 %, but for rates of 0.8 at a correlation of 0.6: 93 %.
+
+    Args:
+        outcomes: The cluster and the outcome of every trial.
+        by: What a cluster is, for `Rate.clustered_by`.
+
+    Returns:
+        The rate; with the plain Wilson interval where every cluster has one trial.
+    """
+    grouped: dict[Hashable, list[bool]] = defaultdict(list)
+    for cluster, hit in outcomes:
+        grouped[cluster].append(hit)
+    sizes = np.array([len(hits) for hits in grouped.values()], dtype=np.int64)
+    sums = np.array([sum(hits) for hits in grouped.values()], dtype=np.int64)
+    hits, total = int(sums.sum()), int(sizes.sum())
+    if total == len(sizes):
+        return rate(hits, total)
     p = hits / total
-    centre = (p + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
-    half = _Z / (1 + _Z**2 / total) * math.sqrt(p * (1 - p) / total + _Z**2 / (4 * total**2))
-    # At 0 and 1 an end of the interval is exact; rounding must not push the rate out of it.
-    low = 0.0 if hits == 0 else centre - half
-    high = 1.0 if hits == total else centre + half
-    return Rate(hits=hits, total=total, rate=p, ci95=(low, high))
+    n = effective_size(sums, sizes, p * (1 - p))
+    # Wilson's interval is where (p - x)^2 = z^2 x (1 - x) / n; scipy has it for whole numbers of trials only.
+    low, high = sorted(np.roots([1 + Z**2 / n, -(2 * p + Z**2 / n), p**2]).real)
+    return Rate(
+        hits=hits,
+        total=total,
+        rate=p,
+        ci95=(0.0 if hits == 0 else float(low), 1.0 if hits == total else float(high)),
+        clustered_by=by,
+        clusters=len(sizes),
+        effective=n,
+    )
 
 
-def retention(before: Mapping[Any, bool], after: Mapping[Any, bool]) -> Rate:
+def effective_size(sums: np.ndarray, sizes: np.ndarray, variance: float) -> float:
+    """How many independent trials are worth as much as trials in clusters, for the mean of all.
+
+    Args:
+        sums: Sum of the values in each cluster; numbers, (clusters,).
+        sizes: Number of trials in each cluster; int64, (clusters,).
+        variance: Of the values of all trials around their mean.
+
+    Returns:
+        The number of trials over the design effect, times (t(trials - 1) / t(clusters - 1))^2 (Korn & Graubard 1998).
+        The design effect is never taken as less than 1. Where no value differs from another the clusters cannot tell
+        it, and each counts as one trial; so does a single cluster.
+    """
+    total, clusters = int(sizes.sum()), len(sizes)
+    if clusters == 1:
+        return 1.0
+    if variance == 0:
+        independent = float(clusters)
+    else:
+        mean = sums.sum() / total
+        spread = clusters / (clusters - 1) * float(((sums - mean * sizes) ** 2).sum())
+        independent = total / max(1.0, spread / (total * variance))
+    quantiles = stats.t.ppf(0.975, [total - 1, clusters - 1])
+    return float(independent * (quantiles[0] / quantiles[1]) ** 2)
+
+
+def retention(
+    before: Mapping[Any, bool],
+    after: Mapping[Any, bool],
+    *,
+    cluster: Callable[[Any], Hashable] | None = None,
+    by: str = "fact",
+) -> Rate:
     """P(correct after | correct before): of the questions answered before, the share that still is.
 
     Args:
         before: Whether each question was answered correctly, by a key of one's own choice.
         after: The same questions, later.
+        cluster: What a key belongs to, where questions are not independent of each other; see `clustered`.
+        by: What that is.
 
     Returns:
-        The rate with its own denominator, the questions answered correctly before. Its interval takes the questions as
-        independent; where several belong to one fact it is too narrow.
+        The rate with its own denominator, the questions answered correctly before.
 
     Raises:
         ValueError: The two do not have the same keys.
     """
     _same_keys(before, after)
     known = [key for key, hit in before.items() if hit]
-    return rate(sum(bool(after[key]) for key in known), len(known))
+    if cluster is None:
+        return rate(sum(bool(after[key]) for key in known), len(known))
+    return clustered(((cluster(key), bool(after[key])) for key in known), by)
 
 
 def gap(

@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from retention_bench.analysis import Gap, Rate, gap, rate, retention
+from retention_bench.analysis import Gap, Rate, clustered, gap, rate, retention
 
 trials = st.integers(1, 5000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
 
@@ -153,3 +153,95 @@ def test_the_gap_and_its_interval_stay_within_minus_1_and_1(edited: list, intrin
         assert result.ci95 is not None
         assert -1 <= result.ci95[0] <= result.ci95[1] <= 1
         assert -1 <= result.value <= 1
+
+
+def draw(rate: float, correlation: float, clusters: int, size: int, runs: int = 2000) -> np.ndarray:
+    """Hits of `size` trials in each of `clusters` clusters, beta-binomial; int64, (runs, clusters)."""
+    rng = np.random.default_rng(round(1000 * rate) + round(10 * correlation) + clusters)
+    if correlation == 1:
+        return size * (rng.random((runs, clusters)) < rate)
+    a, b = ((1 - correlation) / correlation * x for x in (rate, 1 - rate)) if correlation else (None, None)
+    return rng.binomial(size, rng.beta(a, b, size=(runs, clusters)) if correlation else rate, size=(runs, clusters))
+
+
+def coverage(rate_: float, hits: np.ndarray, size: int) -> float:
+    found = [clustered(((i, j < h) for i, h in enumerate(run) for j in range(size)), "fact").ci95 for run in hits]
+    return float(np.mean([low <= rate_ <= high for low, high in found]))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.374, 0.634, 0.815, 0.9, 0.95])
+def test_wilson_covers_the_rate_at_50_facts(p: float) -> None:
+    hits = np.random.default_rng(6).binomial(50, p, size=2000)
+    found = {count: rate(count, 50).ci95 for count in set(hits.tolist())}
+    covered = np.mean([found[count][0] <= p <= found[count][1] for count in hits.tolist()])
+    assert 0.93 <= covered <= 0.975  # exactly 0.970 at 0.9: hits are whole numbers
+
+
+@pytest.mark.parametrize("p", [0.5, 0.634, 0.815, 0.9])
+@pytest.mark.parametrize("correlation", [0, 0.3, 1])
+def test_clustered_rates_cover_the_rate_at_50_facts(p: float, correlation: float) -> None:
+    assert 0.93 <= coverage(p, draw(p, correlation, clusters=50, size=4), 4) <= 0.97
+
+
+def test_a_plain_interval_does_not_cover_clustered_answers() -> None:
+    hits = draw(0.634, 1, clusters=50, size=4).sum(axis=1)
+    covered = np.mean([low <= 0.634 <= high for low, high in (rate(int(h), 200).ci95 for h in hits)])
+    assert covered < 0.75
+
+
+@pytest.mark.parametrize("clusters", [5, 10])
+def test_few_edited_models_err_on_the_wide_side(clusters: int) -> None:
+    # 50 facts in 5 or 10 models
+    for correlation in (0, 0.3):
+        assert coverage(0.634, draw(0.634, correlation, clusters, 50 // clusters), 50 // clusters) >= 0.93
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=40))
+def test_clusters_of_one_are_independent_trials(hits: list[int]) -> None:
+    assert clustered(enumerate(map(bool, hits)), "fact") == rate(sum(hits), len(hits))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40))
+def test_a_clustered_interval_contains_the_rate_and_is_no_narrower_than_a_plain_one(outcomes: list) -> None:
+    found, plain = clustered(outcomes, "fact"), rate(sum(hit for _, hit in outcomes), len(outcomes))
+    assert (found.hits, found.total, found.rate) == (plain.hits, plain.total, plain.rate)
+    assert 0 <= found.ci95[0] <= found.rate + 1e-12
+    assert found.rate - 1e-12 <= found.ci95[1] <= 1
+    assert found.ci95[1] - found.ci95[0] >= plain.ci95[1] - plain.ci95[0] - 1e-9
+
+
+def test_clusters_that_agree_within_themselves_count_once() -> None:
+    # 40 of 50 facts, each with four answers alike: the interval is that of 40 of 50, but for the 199 and 49 degrees of
+    # freedom and the 50/49 of a variance estimated from 50
+    found = clustered(((i, i < 40) for i in range(50) for _ in range(4)), "fact")
+    assert found.ci95 == pytest.approx(rate(40, 50).ci95, abs=0.005)
+    assert found.to_json() | {"clustered_by": "fact", "clusters": 50} == found.to_json()
+    assert found.effective == pytest.approx(50 * 49 / 50, rel=0.05)
+
+
+def test_one_cluster_is_one_trial() -> None:
+    assert clustered([("a", True)] * 9, "fact").effective == 1
+    assert clustered([], "fact") == rate(0, 0)
+
+
+def test_retention_can_be_clustered() -> None:
+    before = {(fact, model): fact < 9 for fact in range(10) for model in range(3)}
+    after = {(fact, model): fact < 6 for fact, model in before}
+    found = retention(before, after, cluster=lambda key: key[0])
+    assert (found.hits, found.total, found.clusters, found.clustered_by) == (18, 27, 9, "fact")
+
+
+@pytest.mark.parametrize(("edited", "intrinsic"), [(0.374, 0.824), (0.634, 0.831), (0.815, 0.817), (0.95, 0.8)])
+def test_the_gap_covers_the_difference_at_50_facts(edited: float, intrinsic: float) -> None:
+    # the paper's rates on Llama3-8B; 50 edited and 100 intrinsic facts
+    rng = np.random.default_rng(7)
+    runs = list(zip(rng.binomial(50, edited, 2000).tolist(), rng.binomial(100, intrinsic, 2000).tolist(), strict=True))
+    found = {
+        (e, i): gap(outcomes(50, 50), outcomes(e, 50), outcomes(100, 100), outcomes(i, 100), seed=0, resamples=500).ci95
+        for e, i in set(runs)
+    }
+    covered = np.mean(
+        [found[run][0] <= intrinsic - edited + 1e-12 and intrinsic - edited - 1e-12 <= found[run][1] for run in runs]
+    )
+    assert 0.93 <= covered <= 0.97

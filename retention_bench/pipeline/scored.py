@@ -1,0 +1,286 @@
+"""What was scored, read back: run folders of `evaluate` and the `scores.jsonl` of `score`, in whole or in part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from retention_bench.analysis import about_fact, compare, rank
+from retention_bench.analysis.comparison import KINDS
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.facts import FactSet
+from retention_bench.pipeline.results import SCHEMA_VERSION, STAGES
+
+
+@dataclass(frozen=True)
+class Side:
+    """Samples that are compared, or looked through, together.
+
+    Attributes:
+        name: How it is called: `RUN`, `RUN:STAGE` or `FILE:CHECKPOINT`.
+        rows: The samples, with `stage` and `experiment` where they are of a run.
+        facts: The run's facts; None for a checkpoint of a `scores.jsonl`, which has samples alone.
+    """
+
+    name: str
+    rows: tuple[dict[str, Any], ...]
+    facts: FactSet | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A checkpoint that could not be scored.
+
+    Attributes:
+        name: `FILE:CHECKPOINT`.
+        task: The task it failed at; None for all.
+        error: What `score` says about it.
+    """
+
+    name: str
+    task: str | None
+    error: str
+
+
+class _Sample(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    kind: Literal["edited", "intrinsic", "paraphrase", "locality"]
+    fact_id: str
+    prompt: str
+    target: str
+    hit: bool
+    token_ids: list[int]
+    text: str
+    target_logprob: float | None
+
+
+class _StageSample(_Sample):
+    stage: Literal["base", "post_edit", "post_finetune", "control_finetune"]
+    experiment: int | None
+
+
+class _Scores(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    checkpoint: str
+    sha256: str
+    task: Literal["retention_edited", "retention_intrinsic", "retention_paraphrase", "retention_locality"]
+    samples: list[_Sample]
+
+
+class _Failure(pydantic.BaseModel):
+    checkpoint: str
+    task: str | None = None
+    error: str
+
+
+def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+    """Compare runs or scored checkpoints, every two of them, fact by fact.
+
+    Args:
+        names: Run folders (`RUN`, or `RUN:STAGE`) and files that `score` wrote (`FILE`, for all checkpoints in it, or
+            `FILE:CHECKPOINT`).
+        stage: The stage of runs that are given without one.
+        kinds: The kinds of question to compare.
+
+    Returns:
+        `{sides, failed, comparisons, ranks}` as JSON values: the names of what is compared, the checkpoints left out
+        because they could not be scored, a comparison for every pair and kind (`analysis.Comparison`), and by kind
+        the rank of every side where there are more than two.
+
+    Raises:
+        UsageError: There is nothing of that name, fewer than two sides, one of them twice, or two that share no
+            question.
+        RetentionBenchError: A file is malformed.
+    """
+    sides, failed = _read_all(names, stage)
+    if len(sides) < 2:
+        raise UsageError(
+            f"There must be at least two to compare, and {' '.join(names)} is {len(sides) or 'none'}. Give two runs, "
+            "two stages of a run (RUN:post_edit RUN:post_finetune), or two scored checkpoints (FILE:CHECKPOINT)."
+        )
+    rows = {side.name: side.rows for side in sides}
+    return {
+        "sides": list(rows),
+        "failed": [vars(f) for f in failed],
+        "comparisons": [c.to_json() for c in compare(rows, kinds)],
+        "ranks": {
+            kind: {name: r.to_json() for name, r in ranks.items()}
+            for kind, ranks in (rank(rows, kinds) if len(rows) > 2 else {}).items()
+        },
+    }
+
+
+def inspected(fact: str, names: Sequence[str]) -> dict[str, Any]:
+    """Everything that is known about one fact.
+
+    Args:
+        fact: Its id.
+        names: As for `compared`; all stages of a run that is given without one.
+
+    Returns:
+        `{fact_id, failed, sides}` as JSON values; for each side `{name, fact, questions}`, the fact as in
+        `facts.jsonl` or null, and its questions with all answers (`analysis.about_fact`).
+
+    Raises:
+        UsageError: There is nothing of that name, or no such fact in it.
+        RetentionBenchError: A file is malformed.
+    """
+    sides, failed = _read_all(names, None)
+    known = {row["fact_id"] for side in sides for row in side.rows}
+    if fact not in known:
+        raise unknown_name(f"fact in {' '.join(names)}:", fact, known)
+    return {
+        "fact_id": fact,
+        "failed": [vars(f) for f in failed],
+        "sides": [
+            {
+                "name": side.name,
+                "fact": next((f.to_json() for f in side.facts or () if f.id == fact), None),
+                "questions": about_fact(fact, side.rows),
+            }
+            for side in sides
+        ],
+    }
+
+
+def read(name: str, stage: str | None) -> tuple[list[Side], list[Failed]]:
+    """Read one run or one file of scores.
+
+    Args:
+        name: `RUN`, `RUN:STAGE`, `FILE` or `FILE:CHECKPOINT`.
+        stage: The stage of a run that is given without one; None for all stages.
+
+    Returns:
+        The sides it stands for, and the checkpoints that could not be scored.
+
+    Raises:
+        UsageError: There is nothing of that name.
+        RetentionBenchError: A file is malformed.
+    """
+    path, part = _split(name)
+    if path.is_dir():
+        return [_run(name, path, part or stage)], []
+    return _scores(path, part)
+
+
+def _read_all(names: Sequence[str], stage: str | None) -> tuple[list[Side], list[Failed]]:
+    sides: list[Side] = []
+    failed: list[Failed] = []
+    for name in names:
+        more, without = read(name, stage)
+        sides, failed = sides + more, failed + without
+    twice = [side.name for i, side in enumerate(sides) if side.name in {s.name for s in sides[:i]}]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice. Give each once; stages of one run differ as RUN:STAGE.")
+    return sides, failed
+
+
+def _split(name: str) -> tuple[Path, str | None]:
+    """The path in a name, and what stands behind its colon; both may have colons of their own."""
+    whole = Path(name)
+    if whole.exists():
+        return whole, None
+    for place in (i for i, letter in reversed(list(enumerate(name))) if letter == ":"):
+        if name[:place] and Path(name[:place]).exists():
+            return Path(name[:place]), name[place + 1 :]
+    raise UsageError(
+        f"There is no {name}. Give a folder that `evaluate` wrote (RUN or RUN:STAGE) or a file that `score` wrote "
+        "(FILE or FILE:CHECKPOINT)."
+    )
+
+
+def _run(name: str, folder: Path, stage: str | None) -> Side:
+    if stage is not None and stage not in STAGES:
+        raise unknown_name(f"stage in {name}:", stage, STAGES)
+    results, samples, facts = (folder / file for file in ("results.json", "samples.jsonl", "facts.jsonl"))
+    if not results.is_file() or not samples.is_file():
+        raise UsageError(
+            f"{folder} holds no finished run: results.json and samples.jsonl must be there. Give the folder that "
+            "`evaluate` wrote."
+        )
+    try:
+        version = json.loads(results.read_text(encoding="utf-8"))["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RetentionBenchError(f"{results}: not the results of a run ({error}). Run `evaluate` again.") from error
+    if version != SCHEMA_VERSION:
+        raise RetentionBenchError(
+            f"{results} has schema_version {version!r}; this version reads {SCHEMA_VERSION}. Run `evaluate` again."
+        )
+    rows = []
+    for number, row in _lines(samples):
+        _check(_StageSample, row, samples, number)
+        if stage in (None, row["stage"]):
+            rows.append(row)
+    if not rows:
+        raise RetentionBenchError(f"{samples} holds no samples of {stage or 'any stage'}. Run `evaluate` again.")
+    return Side(name, tuple(rows), FactSet.read(facts) if facts.is_file() else None)
+
+
+def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed]]:
+    found: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {}  # by checkpoint and task: sha256 and samples
+    errors: dict[tuple[str, str | None], str] = {}
+    for number, line in _lines(path):
+        if "error" in line:
+            _check(_Failure, line, path, number)
+            errors[line["checkpoint"], line.get("task")] = line["error"]
+            continue
+        _check(_Scores, line, path, number)
+        own = found.setdefault(line["checkpoint"], {})
+        if line["task"] in own and own[line["task"]][0] != line["sha256"]:
+            raise RetentionBenchError(
+                f"{path}, line {number}: {line['task']} of checkpoint {line['checkpoint']} is there twice, with "
+                "different sha256. Score each of the two into a file of its own."
+            )
+        if wrong := {s["kind"] for s in line["samples"]} - {line["task"].removeprefix("retention_")}:
+            raise RetentionBenchError(f"{path}, line {number}: samples of {wrong.pop()} under task {line['task']}.")
+        own[line["task"]] = (line["sha256"], line["samples"])
+    names = dict.fromkeys([*found, *(name for name, _ in errors)])
+    if checkpoint is not None and checkpoint not in names:
+        raise unknown_name(f"checkpoint in {path}:", checkpoint, names)
+    if not names:
+        raise RetentionBenchError(f"{path} holds no scores. Give a file that `score` wrote.")
+    chosen = list(names) if checkpoint is None else [checkpoint]
+    sides = [
+        Side(f"{path}:{name}", tuple(row for _, samples in found[name].values() for row in samples))
+        for name in chosen
+        if name in found
+    ]
+    # A task that failed first and was scored later has both lines.
+    failed = [
+        Failed(f"{path}:{name}", task, error)
+        for (name, task), error in errors.items()
+        if name in chosen and (task not in found.get(name, {}) if task else name not in found)
+    ]
+    return sides, failed
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a JSONL file with their numbers, from 1."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RetentionBenchError(f"{path}: not a text file in UTF-8. Give a JSONL file.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RetentionBenchError(f"{path}, line {number}: not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise RetentionBenchError(f"{path}, line {number}: a JSON object is needed, got {line[:40]}.")
+        yield number, row
+
+
+def _check(model: type[pydantic.BaseModel], row: Mapping[str, Any], path: Path, number: int) -> None:
+    try:
+        model.model_validate(row)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RetentionBenchError(f"{path}, line {number}: {place}: {first['msg']}.") from error

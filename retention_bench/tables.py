@@ -1,0 +1,161 @@
+"""What people see of comparisons and of single facts. Drawn with rich, to fit into 80 columns."""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+SHOWN = 10
+"""How many facts of a list are named; `--json` has all."""
+
+LABELS = {
+    "edited": "edited facts",
+    "intrinsic": "never edited",
+    "paraphrase": "in other words",
+    "locality": "neighbours",
+}
+
+
+def print_comparisons(found: Mapping[str, Any]) -> None:
+    """Print comparisons of every two sides so that they are understood without the documentation.
+
+    Args:
+        found: As `pipeline.scored.compared` returns it.
+    """
+    console = Console(highlight=False)
+    letters = dict(zip(found["sides"], _letters(), strict=False))
+    for name, letter in letters.items():
+        console.print(f"{letter:>2}  {name}", soft_wrap=True, markup=False)
+    _print_failed(console, found["failed"])
+    for (first, second), group in itertools.groupby(found["comparisons"], key=lambda c: (c["first"], c["second"])):
+        comparisons = list(group)
+        one, other = letters[first], letters[second]
+        console.print()
+        console.print(_pair_table(comparisons, one, other))
+        for comparison in comparisons:
+            _print_lists(console, comparison, one, other)
+    tests = len(found["comparisons"])
+    console.print(
+        "\nFacts are lost where the second side answers them less often than the first, gained where more often, kept "
+        "where as often, never where neither does. The difference is in points, with its 95 % interval; p is that of "
+        "McNemar's exact test by fact, below it p after Holm's correction for "
+        f"{'the one comparison' if tests == 1 else f'all {tests} comparisons'} shown. The last column is the smallest "
+        "difference that so many facts would show in 8 of 10 repetitions (two-sided 5 %).",
+    )
+    _print_ranks(console, found["ranks"], letters)
+
+
+def print_fact(found: Mapping[str, Any]) -> None:
+    """Print what is known about one fact.
+
+    Args:
+        found: As `pipeline.scored.inspected` returns it.
+    """
+    console = Console(highlight=False)
+    _print_failed(console, found["failed"])
+    for side in found["sides"]:
+        console.print(f"\nfact {found['fact_id']} in {side['name']}", soft_wrap=True, markup=False)
+        if side["fact"]:
+            for name in ("subject", "relation", "target_true", "target_new"):
+                if side["fact"][name] is not None:
+                    console.print(f"  {name:12} {side['fact'][name]}", soft_wrap=True, markup=False)
+        if not side["questions"]:
+            console.print("  was not asked")
+        for question in side["questions"]:
+            console.print(
+                f"\n  {LABELS[question['kind']]}: {question['prompt']} -> {question['target']}",
+                soft_wrap=True,
+                markup=False,
+            )
+            console.print(_answers(question["answers"]))
+
+
+def _letters() -> Iterator[str]:
+    """A to Z, then AA, AB and so on."""
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(string.ascii_uppercase, repeat=length))
+
+
+def _print_failed(console: Console, failed: Sequence[Mapping[str, Any]]) -> None:
+    for one in failed:
+        task = f", {one['task']}" if one["task"] else ""
+        text = f"Left out, as it could not be scored: {one['name']}{task}: {one['error']}"
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _plain_table(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
+
+
+def _pair_table(comparisons: Sequence[Mapping[str, Any]], one: str, other: str) -> Table:
+    table = _plain_table(f"From {one} to {other}")
+    table.add_column("questions\nanswered", no_wrap=True)
+    columns = (one, other, "lost", "gained", "kept", "never", "points\n95 %", "p\nHolm", "would\nshow")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for c in comparisons:
+        low, high = c["difference"]["ci95"]
+        rates = (f"{100 * rate:.0f} %" for rate in c["rates"])
+        counts = (f"{len(c[name])}" for name in ("lost", "gained", "kept", "never"))
+        points = f"{100 * c['difference']['value']:+.0f}\n{100 * low:+.0f} to {100 * high:+.0f}"
+        smallest = "none" if c["detectable"] is None else f"{100 * c['detectable']:.0f}"
+        tests = f"{_p(c['p'])}\n{_p(c['p_holm'])}"
+        table.add_row(f"{LABELS[c['kind']]}\n{c['facts']} facts", *rates, *counts, points, tests, smallest)
+    return table
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _print_lists(console: Console, comparison: Mapping[str, Any], one: str, other: str) -> None:
+    label = LABELS[comparison["kind"]]
+    for name in ("lost", "gained"):
+        ids = comparison[name]
+        if ids:
+            more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+            console.print(f"{name}, {label}: {', '.join(ids[:SHOWN])}{more}", soft_wrap=True, markup=False)
+    alone = [(one, comparison["only_first"]), (other, comparison["only_second"])]
+    told = [f"{count} that only {side} was asked" for side, count in alone if count]
+    if told:
+        console.print(f"not compared, {label}: {' and '.join(told)}", markup=False)
+
+
+def _print_ranks(console: Console, ranks: Mapping[str, Mapping[str, Any]], letters: Mapping[str, str]) -> None:
+    if not ranks:
+        return
+    console.print("\nThe sides ranked by the questions that all of them were asked, with 95 % intervals:")
+    table = _plain_table(None)
+    table.add_column("")
+    for kind in ranks:
+        table.add_column(LABELS[kind], justify="right")
+    for name, letter in letters.items():
+        places = (own[name] for own in ranks.values())
+        table.add_row(letter, *(f"{p['rank']} ({p['ci95'][0]}-{p['ci95'][1]})" for p in places))
+    console.print(table)
+
+
+def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    staged = "stage" in answers[0]
+    if staged:
+        table.add_column("stage", no_wrap=True)
+        table.add_column("model", justify="right")
+    table.add_column("answered")
+    table.add_column("hit")
+    table.add_column("target's\nlog-prob.", justify="right")
+    for answer in answers:
+        model = answer.get("experiment")
+        where = (answer["stage"], "-" if model is None else f"{model + 1}") if staged else ()
+        logprob = "-" if answer["target_logprob"] is None else f"{answer['target_logprob']:.2f}"
+        # An answer is data: nothing in it is markup.
+        said = Text(answer["text"].strip() or repr(answer["text"]))
+        table.add_row(*where, said, "yes" if answer["hit"] else "no", logprob)
+    return table

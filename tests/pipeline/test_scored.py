@@ -1,0 +1,220 @@
+"""Runs and files of scores, read back to be compared and inspected."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from retention_bench.cli import main
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.facts import Fact, FactSet
+from retention_bench.pipeline.results import aggregate
+from retention_bench.pipeline.scored import compared, inspected, read
+
+FACTS = [Fact(f"f{i}", f"Town {i}", "state", "{} lies in", "Texas", "Utah" if i < 8 else None) for i in range(12)]
+
+
+def sample(fact, hit, kind="edited", **more):
+    target = fact.target_new if kind == "edited" else fact.target_true
+    row = {"kind": kind, "fact_id": fact.id, "prompt": fact.prompt.format(fact.subject), "target": target, "hit": hit}
+    return more | row | {"token_ids": [1, 2], "text": f" {target if hit else 'the [red]sea'}", "target_logprob": -0.5}
+
+
+def stage_rows(stage, hits):
+    """Two edited models of four facts each, both asked the four intrinsic ones."""
+    own = [sample(f, i < hits, stage=stage, experiment=i // 4) for i, f in enumerate(FACTS[:8])]
+    return own + [sample(f, True, "intrinsic", stage=stage, experiment=e) for e in range(2) for f in FACTS[8:]]
+
+
+def write_run(folder, after):
+    folder.mkdir()
+    rows = stage_rows("post_edit", 8) + stage_rows("post_finetune", after)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.json").write_text('{"schema_version": 1}')
+    FactSet.of(FACTS).write(folder / "facts.jsonl")
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write_run(tmp_path / "a", 8), write_run(tmp_path / "b", 1)
+
+
+def score_line(checkpoint, hits, task="edited", sha="0" * 64):
+    samples = [sample(f, i < hits, task) for i, f in enumerate(FACTS[:8])]
+    return {"checkpoint": checkpoint, "task": f"retention_{task}", "sha256": sha, "samples": samples, "seconds": 1.0}
+
+
+@pytest.fixture
+def scores(tmp_path):
+    lines = [
+        score_line("step-10", 8),
+        score_line("step-10", 8, "intrinsic"),
+        {"checkpoint": "hf:step-20", "task": "retention_edited", "sha256": "0", "error": "disk full"},
+        score_line("hf:step-20", 2),
+        {"checkpoint": "step-30", "sha256": "0", "error": "no weights"},
+    ]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_runs_are_compared_after_the_fine_tune(runs):
+    found = compared(runs)
+    edited, intrinsic = found["comparisons"]
+    assert (edited["lost"], edited["p"]) == ([f"f{i}" for i in range(1, 8)], 2 / 2**7)
+    assert (intrinsic["facts"], intrinsic["questions"], intrinsic["kept"]) == (4, 4, [f"f{i}" for i in range(8, 12)])
+    assert found["sides"] == list(runs)
+    assert json.loads(json.dumps(found)) == found
+    assert [c["lost"] for c in compared(runs, stage="post_edit")["comparisons"]] == [[], []]
+
+
+def test_stages_of_a_run_are_compared(runs):
+    (found,) = compared([f"{runs[1]}:post_edit", f"{runs[1]}:post_finetune"], kinds=["edited"])["comparisons"]
+    assert (len(found["lost"]), len(found["kept"])) == (7, 1)
+
+
+def test_a_file_of_scores_stands_for_its_checkpoints(scores, runs):
+    found = compared([str(scores)])
+    assert found["sides"] == [f"{scores}:step-10", f"{scores}:hf:step-20"]
+    assert found["failed"] == [{"name": f"{scores}:step-30", "task": None, "error": "no weights"}]
+    (edited,) = found["comparisons"]
+    assert (len(edited["lost"]), edited["kind"]) == (6, "edited")
+    mixed = compared([f"{scores}:hf:step-20", *runs])
+    assert [len(c["gained"]) for c in mixed["comparisons"] if c["kind"] == "edited"] == [6, 0, 0]
+    assert [r["rank"] for r in mixed["ranks"]["edited"].values()] == [2, 1, 3]
+    assert mixed["failed"] == []
+
+
+def test_a_fact_is_inspected_in_runs_and_scores(runs, scores):
+    found = inspected("f2", [runs[1], str(scores)])
+    run, *checkpoints = found["sides"]
+    assert (run["fact"]["subject"], run["fact"]["target_new"]) == ("Town 2", "Utah")
+    (question,) = run["questions"]
+    assert (question["prompt"], question["target"]) == ("Town 2 lies in", "Utah")
+    assert [(a["stage"], a["experiment"], a["hit"], a["target_logprob"]) for a in question["answers"]] == [
+        ("post_edit", 0, True, -0.5),
+        ("post_finetune", 0, False, -0.5),
+    ]
+    assert [[q["kind"] for q in c["questions"]] for c in checkpoints] == [["edited", "intrinsic"], ["edited"]]
+    assert {c["fact"] for c in map(dict, checkpoints)} == {None}
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["{a}", "{a}x"], "There is no .*ax. Give a folder that `evaluate` wrote"),
+        (["{a}", "{a}"], "is given twice"),
+        (["{a}"], "at least two to compare, and .* is 1"),
+        (["{a}:post_edits", "{b}"], "Unknown stage in .* 'post_edits'. Did you mean 'post_edit'?"),
+        (["{a}", "{s}:step-1"], "Unknown checkpoint in .* 'step-1'. Did you mean 'step-10'?"),
+        (["{a}", "{folder}"], "holds no finished run"),
+        (["{a}:base", "{b}"], "holds no samples of base"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(runs, scores, tmp_path, names, says):
+    places = {"a": runs[0], "b": runs[1], "s": scores, "folder": tmp_path}
+    with pytest.raises(RetentionBenchError, match=says):
+        compared([name.format(**places) for name in names])
+
+
+def test_nothing_shared_and_an_unknown_fact_are_usage_errors(scores, runs):
+    with pytest.raises(UsageError, match="share no question"):
+        compared([runs[0], f"{scores}:step-10"], kinds=["locality"])
+    with pytest.raises(UsageError, match=r"Unknown fact in .* 'f22'. Did you mean 'f2'\?"):
+        inspected("f22", [runs[0]])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"checkpoint": "c"', "line 2: not JSON"),
+        ("[1]", r"line 2: a JSON object is needed, got \[1\]"),
+        ('{"checkpoint": "c", "task": "retention_edited", "sha256": "0"}', "line 2: samples: Field required"),
+        (json.dumps(score_line("c", 1) | {"task": "perplexity"}), "line 2: task: Input should be 'retention_edited'"),
+        (json.dumps(score_line("c", 1) | {"task": "retention_locality"}), "samples of edited under task"),
+        (json.dumps(score_line("step-10", 1, sha="1")), "retention_edited of checkpoint step-10 is there twice"),
+        (
+            json.dumps(score_line("c", 1)).replace('"hit": true', '"hit": "yes"'),
+            "line 2: samples.0.hit: Input should be a valid boolean",
+        ),
+    ],
+)
+def test_a_malformed_file_of_scores_is_refused(tmp_path, line, says):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(score_line("step-10", 8)) + "\n" + line + "\n")
+    with pytest.raises(RetentionBenchError, match=says):
+        read(str(path), None)
+
+
+def test_a_malformed_run_is_refused(runs, tmp_path):
+    samples = tmp_path / "a" / "samples.jsonl"
+    whole = samples.read_text()
+    samples.write_text(whole.replace('"stage": "post_edit"', '"stage": "early"', 1))
+    with pytest.raises(RetentionBenchError, match="line 1: stage: Input should be 'base'"):
+        read(runs[0], None)
+    samples.write_text(whole)
+    (tmp_path / "a" / "results.json").write_text('{"schema_version": 2}')
+    with pytest.raises(RetentionBenchError, match="has schema_version 2; this version reads 1"):
+        read(runs[0], None)
+    (tmp_path / "a" / "results.json").write_text("{}")
+    with pytest.raises(RetentionBenchError, match="not the results of a run"):
+        read(runs[0], None)
+
+
+def test_the_commands_print_and_write_json(runs, scores, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words):
+        result = CliRunner().invoke(main, list(words))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert json.loads(run("compare", *runs, "--json")) == compared(runs)
+    assert json.loads(run("inspect", "f2", *runs, "--json")) == inspected("f2", runs)
+    printed = run("compare", *runs, str(scores), "--kind", "edited")
+    assert "Left out, as it could not be scored" in printed
+    (line, below, *_) = (
+        li.split() for li in printed[printed.index("From A to B") :].splitlines() if "edited f" in li or "8 facts" in li
+    )
+    assert line == ["edited", "facts", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "80"]
+    assert "lost, edited facts: f1, f2, f3, f4, f5, f6, f7" in printed
+    assert below[-1] == "0.094"  # Holm's, for six pairs
+    table = [li for li in printed.splitlines() if not li.lstrip().startswith(("A ", "B ", "C ", "D ", "Left", "lost"))]
+    assert max(len(li.rstrip()) for li in table) <= 80
+    assert "…" not in printed
+    shown = run("inspect", "f2", runs[1], f"{scores}:step-10")
+    assert "edited facts: Town 2 lies in -> Utah" in shown
+    assert "the [red]sea" in shown
+    refused = CliRunner().invoke(main, ["compare", runs[0]])
+    assert refused.exit_code == 2
+
+
+def several(models, each):
+    """Samples of some edited models with some facts each; all of a model's facts are lost, or none."""
+    kept = {"post_edit": lambda model: True, "post_finetune": lambda model: model % 2 == 0}
+    rows = [
+        sample(FACTS[0], hit(m), stage=stage, experiment=m) | {"fact_id": f"{m}-{i}"}
+        for stage, hit in kept.items()
+        for m in range(models)
+        for i in range(each)
+    ]
+    for row in (
+        sample(f, True, "intrinsic", stage=s, experiment=m) for s in kept for m in range(models) for f in FACTS
+    ):
+        rows.append(row)
+    return rows + [
+        sample(f, True, "intrinsic", stage=s, experiment=None) for s in ("base", "control_finetune") for f in FACTS
+    ]
+
+
+@pytest.mark.parametrize(("models", "each", "by"), [(6, 5, "experiment"), (2, 15, None), (30, 1, None)])
+def test_edits_of_one_model_are_clustered_where_there_are_enough_models(models, each, by):
+    found = aggregate(several(models, each), seed=0)
+    for rate in (found["stages"]["post_finetune"]["edited"], found["retention"]["edited"]):
+        assert (rate["hits"], rate["total"], rate.get("clustered_by")) == (15, 30, by)
+        assert rate.get("clusters") == (models if by else None)
+    intrinsic = found["retention"]["intrinsic"]
+    assert (intrinsic["clustered_by"], intrinsic["clusters"]) == ("fact", 12)
+    assert (found["detectable"]["gap"] is None) == (by == "experiment")  # six models, all or nothing, show none
+    assert found["detectable"]["paired"] < found["detectable"]["paired_one_in_20"]
