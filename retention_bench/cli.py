@@ -321,6 +321,84 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
         tables.print_fact(found)
 
 
+@main.command()
+@click.argument("checkpoints", nargs=-1)
+@click.option("--facts", type=_PATH, required=True, metavar="FACTS.jsonl", help="What to ask: a fact a line.")
+@click.option(
+    "--manifest", type=_PATH, metavar="FILE", help="More checkpoints: a line each, or a JSON object with name."
+)
+@click.option(
+    "--tasks",
+    default="edited,intrinsic,paraphrase,locality",
+    show_default=True,
+    help="The kinds of question to ask, by commas.",
+)
+@click.option("--also", default="", metavar="TASK,TASK", help="Tasks of lm-eval's own to run on the same live engine.")
+@click.option("--backend", type=click.Choice(["auto", "hf", "vllm"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What weights are converted to.  [auto: float32 on a CPU, bfloat16 on a GPU]",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="For --backend hf.")
+@click.option(
+    "--tensor-parallel-size", type=click.IntRange(min=1), default=1, show_default=True, help="For --backend vllm."
+)
+@click.option("--allow-pickle", is_flag=True, help="Also read pickled weights; loading those of a stranger is a risk.")
+@click.option("--out", type=_PATH, default=Path("scores"), show_default=True, help="Folder for scores.jsonl.")
+@_json_option("the scores")
+def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out: Path, **options: Any) -> None:
+    r"""Score checkpoints that are there already, hundreds of them on one live engine.
+
+    
+    CHECKPOINT is one of
+      FOLDER  or  OWNER/NAME[@REVISION]      a model
+      MODEL+DELTA.safetensors                a base model and an edit
+      MODEL+ADAPTER_FOLDER, ADAPTER_FOLDER   a base model and a peft adapter
+      'runs/*/model'                         every folder that fits, in quotes
+
+    What OUT/scores.jsonl holds already is not scored again, so a run that was cut off goes on. A checkpoint that cannot
+    be scored is recorded with the reason, and the others are scored; the exit code is 1 then.
+    """
+    from retention_bench import console, tables
+    from retention_bench.facts import FactSet
+    from retention_bench.pipeline.batch import Options, read_references, resolve_backend, score_checkpoints
+    from retention_bench.scoring.tasks import KINDS
+
+    as_json, device = options.pop("as_json"), _device(options.pop("device"))
+    asked = FactSet.read(facts)
+    named = list(checkpoints)
+    if manifest is not None:
+        if not manifest.is_file():
+            raise UsageError(f"There is no manifest at {manifest}. Give a text file with a checkpoint a line.")
+        lines = (line.strip() for line in manifest.read_text(encoding="utf-8").splitlines())
+        named += [line for line in lines if line and not line.startswith("#")]
+    references, unreadable = read_references(named)
+    if not references and not unreadable:
+        raise UsageError("No checkpoint is given. Name some, or give --manifest FILE.")
+    kinds = tuple(kind for kind in options.pop("tasks").split(",") if kind)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown_name("kind of question", kind, KINDS)
+    also = tuple(task for task in options.pop("also").split(",") if task)
+    backend, dtype = resolve_backend(options.pop("backend"), device), options.pop("dtype")
+    dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    chosen = Options(backend=backend, dtype=dtype, device=device, kinds=kinds, also=also, **options)
+    with console.progress(len(references)) as (announce, progress):
+        rows = score_checkpoints(
+            references, asked, out, chosen, unreadable=unreadable, announce=announce, progress=progress
+        )
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        tables.print_scores(rows, out / "scores.jsonl")
+    if any("error" in row for row in rows):
+        click.get_current_context().exit(1)
+
+
 @main.command("list")
 @click.argument("what", type=click.Choice(["editors", "finetunes", "suites"]))
 @click.option("--suite", help="With editors: also those of a suite, by model, as `--editor` takes them.")

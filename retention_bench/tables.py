@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -50,6 +51,45 @@ def print_comparisons(found: Mapping[str, Any]) -> None:
         "difference that so many facts would show in 8 of 10 repetitions (two-sided 5 %).",
     )
     _print_ranks(console, found["ranks"], letters)
+
+
+def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Print what checkpoints answered, and why some could not be scored.
+
+    Args:
+        rows: As `pipeline.batch.score_checkpoints` returns them.
+        file: The file that holds them.
+    """
+    console = Console(highlight=False)
+    scored = [row for row in rows if "error" not in row]
+    kinds = [kind for kind in LABELS if any(row["task"] == f"retention_{kind}" for row in scored)]
+    table = Table("", *(LABELS[kind] for kind in kinds), box=SIMPLE_HEAD)
+    for number, name in enumerate(dict.fromkeys(row["checkpoint"] for row in scored), start=1):
+        console.print(f"{number:>3}  {name}", soft_wrap=True, markup=False)
+        own = {row["task"]: row for row in scored if row["checkpoint"] == name}
+        table.add_row(str(number), *(_rate(own.get(f"retention_{kind}")) for kind in kinds))
+    if kinds:
+        console.print(table)
+        console.print(
+            "Edited facts count where the new object is answered, the others where their own is; with 95 % intervals, "
+            "by fact where a fact is asked in several ways."
+        )
+    for row in scored:
+        if "metrics" in row:
+            found = ", ".join(f"{name.partition(',')[0]} {value:.4g}" for name, value in row["metrics"].items())
+            console.print(f"{row['checkpoint']}, {row['task']}: {found}", soft_wrap=True, markup=False)
+    failed = [row for row in rows if "error" in row]
+    for row in failed:
+        console.print(f"Not scored: {row['checkpoint']}: {row['error']}", soft_wrap=True, markup=False)
+    checkpoints = len({row["checkpoint"] for row in scored})
+    console.print(f"{checkpoints} checkpoints scored, {len(failed)} not. Every answer: {file}", soft_wrap=True)
+
+
+def _rate(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    low, high = row["ci95"]
+    return f"{row['hits']} of {row['total']}\n{100 * row['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def print_fact(found: Mapping[str, Any]) -> None:

@@ -99,16 +99,16 @@ class Checkpoint:
         folder: A folder with safetensors files, as `save_pretrained` writes it.
         layout: Of the model in it.
         delta: File of a `WeightDelta` for that model; None for the model as it is.
-        adapter: Folder of a peft adapter for that model.
         dtype: What the weights are converted to, before anything is added.
+        adapter: Folder of a peft adapter for that model.
         allow_pickle: Also read a `pytorch_model.bin`; loading one of an unknown origin is a risk.
     """
 
     folder: str
     layout: Layout
     delta: str | None = None
-    adapter: str | None = None
     dtype: torch.dtype = torch.float32
+    adapter: str | None = None
     allow_pickle: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

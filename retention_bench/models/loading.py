@@ -26,10 +26,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for editing, training or scoring.
 
-    Only safetensors are read, never pickles. A tokenizer without a padding token pads with its end-of-text token.
+    Only safetensors are read, unless pickles are allowed. A tokenizer without a padding token pads with its end-of-text
+    token.
 
     Args:
         path: A local folder, or a Hub id (`owner/name`).
@@ -37,6 +39,7 @@ def load_model(
         dtype: What the weights are converted to, whatever they are stored in.
         revision: The Hub revision.
         trust_remote_code: Whether code that comes with the model may run.
+        allow_pickle: Whether pickled weights may be read where there are no others.
 
     Returns:
         The model, in evaluation mode, and its tokenizer, padding on the right.
@@ -45,7 +48,7 @@ def load_model(
         UsageError: No such folder, or a family that is not supported.
         RetentionBenchError: The folder lacks a file, weights are missing or broken, or the Hub has no answer.
     """
-    _check_folder(path)
+    _check_folder(path, allow_pickle)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _explained(path):
         config = AutoConfig.from_pretrained(path, **common)
@@ -54,7 +57,7 @@ def load_model(
             path,
             config=config,
             dtype=dtype,
-            use_safetensors=True,
+            use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             **common,
         )
@@ -127,7 +130,7 @@ def _padded(path: str, tokenizer: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_folder(path: str) -> None:
+def _check_folder(path: str, allow_pickle: bool) -> None:
     """Say what a local folder lacks; a path that cannot be a Hub id must be a folder."""
     folder = Path(path)
     if not folder.is_dir():
@@ -136,8 +139,9 @@ def _check_folder(path: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise RetentionBenchError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
-    if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("*.bin")):
+    pickled = any(folder.glob("*.bin"))
+    if not any(folder.glob("*.safetensors")) and not (pickled and allow_pickle):
+        if pickled:
             raise RetentionBenchError(
                 f"{path} has only pickled weights (*.bin), and loading those can run code. If you trust them, load "
                 "them with transformers and save_pretrained them again: that writes safetensors."

@@ -10,6 +10,8 @@ from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.store import file_sha256
 from retention_bench.pipeline.suite import ModelConfig
 
+_MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".bin")
+
 
 def model_inputs(model: ModelConfig, device: str) -> dict[str, Any]:
     """What a stage's key has of the model: its files, its dtype and where it runs.
@@ -43,7 +45,7 @@ def model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
     """What identifies a model: the hash of its files, or its Hub id and the commit that the revision stands for."""
     folder = Path(path)
     if folder.is_dir():
-        named = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"))
+        named = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
         if not named:
             raise _no_model(path)
         return {"files": {p.name: file_sha256(p) for p in named}}
@@ -64,7 +66,7 @@ def config_file(path: str, revision: str | None) -> Path:
         raise RetentionBenchError(
             f"The model {path!r} could not be fetched from the Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Check the id, the network and, for a gated model, `hf auth login`; or give a local folder with --model."
+            "Check the id, the network and, for a gated model, `hf auth login`; or give a local folder."
         ) from error
 
 

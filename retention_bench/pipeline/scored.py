@@ -222,23 +222,19 @@ def _run(name: str, folder: Path, stage: str | None) -> Side:
 
 
 def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed]]:
-    found: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {}  # by checkpoint and task: sha256 and samples
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}  # samples by checkpoint and task
     errors: dict[tuple[str, str | None], str] = {}
     for number, line in _lines(path):
         if "error" in line:
             _check(_Failure, line, path, number)
             errors[line["checkpoint"], line.get("task")] = line["error"]
             continue
+        if "metrics" in line:
+            continue  # a task of lm-eval's own, which asks no facts
         _check(_Scores, line, path, number)
-        own = found.setdefault(line["checkpoint"], {})
-        if line["task"] in own and own[line["task"]][0] != line["sha256"]:
-            raise RetentionBenchError(
-                f"{path}, line {number}: {line['task']} of checkpoint {line['checkpoint']} is there twice, with "
-                "different sha256. Score each of the two into a file of its own."
-            )
         if wrong := {s["kind"] for s in line["samples"]} - {line["task"].removeprefix("retention_")}:
             raise RetentionBenchError(f"{path}, line {number}: samples of {wrong.pop()} under task {line['task']}.")
-        own[line["task"]] = (line["sha256"], line["samples"])
+        found.setdefault(line["checkpoint"], {})[line["task"]] = line["samples"]  # the last is the one that counts
     names = dict.fromkeys([*found, *(name for name, _ in errors)])
     if checkpoint is not None and checkpoint not in names:
         raise unknown_name(f"checkpoint in {path}:", checkpoint, names)
@@ -246,7 +242,7 @@ def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed
         raise RetentionBenchError(f"{path} holds no scores. Give a file that `score` wrote.")
     chosen = list(names) if checkpoint is None else [checkpoint]
     sides = [
-        Side(f"{path}:{name}", tuple(row for _, samples in found[name].values() for row in samples))
+        Side(f"{path}:{name}", tuple(row for samples in found[name].values() for row in samples))
         for name in chosen
         if name in found
     ]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import Layout, empty_model
 from retention_bench.progress import Progress, silent
+from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
 
 Prompt = tuple[int, ...]
@@ -48,12 +49,13 @@ class RetentionHFLM(HFLM):
             batch_size: Prompts a forward pass.
             progress: Told how many prompts are decoded.
         """
-        super().__init__(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size,
-            softmax_dtype=torch.float32,  # log-probabilities of a half-precision model, not rounded once more
-        )
+        with contained_lm_eval():
+            super().__init__(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),
+                batch_size=batch_size,
+                softmax_dtype=torch.float32,  # log-probabilities of a half-precision model, not rounded once more
+            )
         self._progress = progress
         self._answers: dict[Prompt, list[int]] = {}
         self._logprobs: dict[tuple[str, str], tuple[float, bool]] = {}

