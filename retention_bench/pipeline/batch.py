@@ -23,6 +23,7 @@ from retention_bench.pipeline.store import canonical, exclusive, file_sha256, ve
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from retention_bench.models import Layout
     from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
 
@@ -204,6 +205,7 @@ class _Batch:
                 f"The facts have no question of the kinds {', '.join(options.kinds)}. Edited facts have a target_new, "
                 "paraphrases and neighborhood; the others are intrinsic."
             )
+        self.layouts: dict[str, Layout] = {}
         self.engine: Engine | None = None
         self.architecture = ""
         self.parity: dict[str, Any] | None = None
@@ -226,11 +228,15 @@ class _Batch:
                     self.engine.close()
 
     def _by_architecture(self, references: Sequence[Reference]) -> list[Reference]:
-        """The checkpoints that have a readable configuration, those of one architecture together."""
+        """The checkpoints that have a configuration of a supported model, those of one architecture together."""
         groups: dict[str, list[Reference]] = {}
         for reference in references:
             try:
-                config = _config(config_file(reference.base, reference.revision))
+                path = config_file(reference.base, reference.revision)
+                config = _config(path)
+                if config not in self.layouts:
+                    # Here and not by the reader: making a model sets torch's default dtype, for all threads.
+                    self.layouts[config] = _layout(path)
             except RetentionBenchError as error:
                 self.announce(reference.name, False)
                 self._fail(reference, error)
@@ -243,20 +249,20 @@ class _Batch:
 
     def _load(self, reference: Reference) -> _Loaded | RetentionBenchError:
         """Fetch a checkpoint and read it, unless all of it has been scored."""
-        from retention_bench.models import Checkpoint, Layout
+        import torch
+
+        from retention_bench.models import Checkpoint
 
         try:
             folder = fetch(reference, allow_pickle=self.options.allow_pickle)
             key = self._key(reference)
-            architecture = _config(folder / "config.json") + _tokenizer(folder)
+            config = _config(folder / "config.json")
+            architecture = config + _tokenizer(folder)
             if all((key, task) in self.file.done() for task in self.tasks):
                 return _Loaded(reference, key, folder, architecture, None)
-            import torch
-            from transformers import AutoConfig
-
             weights = Checkpoint(
                 str(folder),
-                Layout.of(AutoConfig.from_pretrained(folder)),
+                self.layouts[config],
                 reference.delta,
                 getattr(torch, self.options.dtype),
                 reference.adapter,
@@ -472,6 +478,26 @@ def _config(path: Path) -> str:
         raise RetentionBenchError(f"{path} holds no JSON object. Give a folder that save_pretrained wrote.")
     left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
     return canonical({name: value for name, value in config.items() if name not in left_out})
+
+
+def _layout(path: Path) -> Layout:
+    """Of the model that a configuration describes.
+
+    Raises:
+        UsageError: Its family is not supported.
+        RetentionBenchError: It describes no model.
+    """
+    from transformers import AutoConfig
+
+    from retention_bench.models import Layout, family
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent)
+        family(config.model_type)
+        return Layout.of(config)
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise RetentionBenchError(f"{path} describes no model that can be made ({reason}).") from error
 
 
 def _tokenizer(folder: Path) -> str:

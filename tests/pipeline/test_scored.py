@@ -133,7 +133,6 @@ def test_nothing_shared_and_an_unknown_fact_are_usage_errors(scores, runs):
         ('{"checkpoint": "c", "task": "retention_edited", "sha256": "0"}', "line 2: samples: Field required"),
         (json.dumps(score_line("c", 1) | {"task": "perplexity"}), "line 2: task: Input should be 'retention_edited'"),
         (json.dumps(score_line("c", 1) | {"task": "retention_locality"}), "samples of edited under task"),
-        (json.dumps(score_line("step-10", 1, sha="1")), "retention_edited of checkpoint step-10 is there twice"),
         (
             json.dumps(score_line("c", 1)).replace('"hit": true', '"hit": "yes"'),
             "line 2: samples.0.hit: Input should be a valid boolean",
