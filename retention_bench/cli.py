@@ -334,6 +334,9 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
     help="The kinds of question to ask, by commas.",
 )
 @click.option("--also", default="", metavar="TASK,TASK", help="Tasks of lm-eval's own to run on the same live engine.")
+@click.option(
+    "--include-path", type=click.Path(exists=True, file_okay=False), help="A folder with more tasks for --also."
+)
 @click.option("--backend", type=click.Choice(["auto", "hf", "vllm"]), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.analysis import clustered, rate
-from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.models.reference import Reference, fetch, parse_reference
 from retention_bench.pipeline.inputs import config_file, model_fingerprint
@@ -50,6 +50,7 @@ class Options:
         device: `"cpu"` or `"cuda"`.
         kinds: The kinds of question to ask.
         also: Tasks of lm-eval's own that are run besides.
+        include_path: A folder with more tasks for `also`.
         batch_size: Prompts a forward pass, for `"hf"`.
         allow_pickle: Also read pickled weights.
         tensor_parallel_size: GPUs that each layer is spread over, for `"vllm"`.
@@ -60,6 +61,7 @@ class Options:
     device: str
     kinds: tuple[Kind, ...]
     also: tuple[str, ...] = ()
+    include_path: str | None = None
     batch_size: int = 64
     allow_pickle: bool = False
     tensor_parallel_size: int = 1
@@ -141,10 +143,9 @@ def score_checkpoints(
         for name, reason in unreadable.items():
             file.add({"checkpoint": name, "error": reason})
         _Batch(facts, file, options, announce, progress).run(references)
-    last = {(row["checkpoint"], row.get("task")): row for row in file}
-    for row in file:
-        if "error" not in row:
-            last.pop((row["checkpoint"], None), None)  # it failed once, and was scored later
+    latest = {row["checkpoint"]: row.get("key") for row in file}
+    # What was scored of another content, or failed once and was scored later, does not count any more.
+    last = {(row["checkpoint"], row.get("task")): row for row in file if row.get("key") == latest[row["checkpoint"]]}
     order = {name: number for number, name in enumerate(names)}
     return sorted((row for row in last.values() if row["checkpoint"] in order), key=lambda r: order[r["checkpoint"]])
 
@@ -206,6 +207,7 @@ class _Batch:
                 "paraphrases and neighborhood; the others are intrinsic."
             )
         self.layouts: dict[str, Layout] = {}
+        self.manager = _task_manager(options) if options.also else None
         self.engine: Engine | None = None
         self.architecture = ""
         self.parity: dict[str, Any] | None = None
@@ -359,9 +361,31 @@ class _Batch:
         for task in self.options.also:
             if task in tasks:
                 began = time.monotonic()
-                metrics = _general(self.engine, task)
+                metrics = self._general(task)
                 seconds = round(time.monotonic() - began, 3)
                 self.file.add({**about, "task": task, "metrics": metrics, "seconds": seconds})
+
+    def _general(self, task: str) -> dict[str, float]:
+        """What lm-eval finds on one of its own tasks.
+
+        Raises:
+            RetentionBenchError: The task's data cannot be loaded, or it wants long texts of vLLM.
+        """
+        from lm_eval.evaluator import evaluate
+
+        from retention_bench.scoring import contained_lm_eval
+
+        assert self.engine is not None
+        assert self.manager is not None
+        with contained_lm_eval():
+            try:
+                loaded = self.manager.load([task])
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise RetentionBenchError(f"The task {task!r} could not be loaded ({reason}).") from error
+            found = evaluate(lm=self.engine.lm, task_dict=loaded, bootstrap_iters=0)
+        own = found["results"].get(task) or found["groups"][task]
+        return {name: v for name, v in own.items() if isinstance(v, (int, float)) and name != "sample_len"}
 
     def _compare(self, found: _Loaded) -> dict[str, Any]:
         """Ask a fresh model the same as the engine.
@@ -452,14 +476,19 @@ def _distance(first: float | None, second: float | None) -> float:
     return abs(first - second)
 
 
-def _general(engine: Engine, task: str) -> dict[str, float]:
-    """What lm-eval finds on one of its own tasks."""
-    from lm_eval.evaluator import evaluate
+def _task_manager(options: Options) -> Any:
+    """lm-eval's tasks by name.
+
+    Raises:
+        UsageError: One of those that are asked for is not among them.
+    """
     from lm_eval.tasks import TaskManager
 
-    found = evaluate(lm=engine.lm, task_dict=TaskManager().load([task]), bootstrap_iters=0)
-    own = found["results"].get(task) or found["groups"][task]
-    return {name: value for name, value in own.items() if isinstance(value, (int, float))}
+    manager = TaskManager(include_path=options.include_path)
+    for task in options.also:
+        if task not in manager.all_tasks:
+            raise unknown_name("task of lm-eval", task, manager.all_tasks)
+    return manager
 
 
 def _config(path: Path) -> str:

@@ -223,6 +223,7 @@ def _run(name: str, folder: Path, stage: str | None) -> Side:
 
 def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed]]:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}  # samples by checkpoint and task
+    keys: dict[str, Any] = {}
     errors: dict[tuple[str, str | None], str] = {}
     for number, line in _lines(path):
         if "error" in line:
@@ -234,7 +235,10 @@ def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed
         _check(_Scores, line, path, number)
         if wrong := {s["kind"] for s in line["samples"]} - {line["task"].removeprefix("retention_")}:
             raise RetentionBenchError(f"{path}, line {number}: samples of {wrong.pop()} under task {line['task']}.")
-        found.setdefault(line["checkpoint"], {})[line["task"]] = line["samples"]  # the last is the one that counts
+        name, key = line["checkpoint"], line.get("key")
+        if keys.setdefault(name, key) != key:
+            found[name], keys[name] = {}, key  # it was scored anew, with other content
+        found.setdefault(name, {})[line["task"]] = line["samples"]
     names = dict.fromkeys([*found, *(name for name, _ in errors)])
     if checkpoint is not None and checkpoint not in names:
         raise unknown_name(f"checkpoint in {path}:", checkpoint, names)

@@ -4,6 +4,7 @@ The metric is the paper's: greedy decoding past stop words, and a hit if the fir
 first token. `score` runs it on a loaded model, the task files in `tasks_dir()` run it under plain `lm_eval`.
 """
 
+from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import (
     MAX_DECODED_TOKENS,
@@ -32,6 +33,7 @@ __all__ = [
     "Sample",
     "Verdict",
     "check_targets",
+    "contained_lm_eval",
     "is_scorable",
     "is_stop_token",
     "judge_document",

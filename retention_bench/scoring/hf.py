@@ -102,7 +102,8 @@ class RetentionHFLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer prompts greedily, each until its first content token.
 
-        The length limit is `MAX_DECODED_TOKENS`; generation settings in the requests are not looked at.
+        The length limit is `MAX_DECODED_TOKENS`; generation settings in the requests are not looked at. Requests of
+        lm-eval's own tasks are answered as `HFLM` does.
 
         Args:
             requests: Instances whose first argument is the prompt.
@@ -114,6 +115,8 @@ class RetentionHFLM(HFLM):
         Raises:
             RetentionBenchError: A prompt leaves no room for an answer in the model's context.
         """
+        if any(request.task_name and not request.task_name.startswith("retention_") for request in requests):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
         prompts = [self.prompt_ids(request.args[0]) for request in requests]
         answers = self._answers | self.answer(prompt for prompt in prompts if prompt not in self._answers)
         return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]

@@ -1,0 +1,424 @@
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from retention_bench.cli import main
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.facts import Fact, FactSet
+from retention_bench.models import Reference, WeightDelta, load_model
+from retention_bench.pipeline import batch
+from retention_bench.pipeline.batch import Options, read_references, resolve_backend, score_checkpoints
+from retention_bench.pipeline.score_file import ScoreFile
+from retention_bench.pipeline.scored import read
+from retention_bench.scoring import score
+
+WORDS = "red green blue small large round fast slow old new warm cold loud".split()
+OPTIONS = Options("hf", "float32", "cpu", ("edited", "intrinsic", "paraphrase"))
+TASKS = ["retention_edited", "retention_intrinsic", "retention_paraphrase"]
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return FactSet.of(
+        Fact(
+            str(n),
+            f"{WORDS[n]} {WORDS[-n - 1]}",
+            "R",
+            "The {} is",
+            WORDS[n + 1],
+            WORDS[n + 2] if n % 2 else None,
+            (f"It is {WORDS[n]} and",) if n % 2 else (),
+        )
+        for n in range(10)
+    )
+
+
+@pytest.fixture(scope="module")
+def zoo(make_tokenizer, make_model, tmp_path_factory):
+    """Models of two families, a delta and adapters, and what each should answer."""
+    root = tmp_path_factory.mktemp("zoo")
+    for family in ("gpt2", "llama"):
+        tokenizer = make_tokenizer(family, [" ".join(WORDS), " The It is and " + " ".join(f" {w}" for w in WORDS)] * 9)
+        model = make_model(family, tokenizer, std=0.5)
+        model.save_pretrained(root / family)
+        tokenizer.save_pretrained(root / family)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        model.save_pretrained(root / f"{family}-tuned")
+        tokenizer.save_pretrained(root / f"{family}-tuned")
+    name = "transformer.h.0.mlp.c_proj.weight"
+    shape = load_model(str(root / "gpt2"))[0].get_parameter(name).shape
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.3
+    WeightDelta({name: delta}).save(root / "delta.safetensors")
+    WeightDelta({"model.layers.0.mlp.down_proj.weight": torch.ones(32, 64)}).save(root / "other.safetensors")
+    for kind, family in (("lora", "gpt2"), ("dora", "llama")):
+        targets = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}[family]
+        config = LoraConfig(
+            r=4,
+            lora_alpha=12,
+            use_dora=kind == "dora",
+            use_rslora=kind == "lora",
+            target_modules=targets,
+            alpha_pattern={targets[0]: 3},
+            fan_in_fan_out=family == "gpt2",
+        )
+        adapted = get_peft_model(load_model(str(root / family))[0], config)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        adapted.save_pretrained(root / kind)
+    return root
+
+
+def rows_of(rows, name):
+    return {row["task"]: row for row in rows if row["checkpoint"] == name}
+
+
+def test_every_form_of_a_checkpoint_is_scored_as_a_model_of_its_own(zoo, facts, tmp_path):
+    texts = [
+        f"{zoo / 'gpt2'}",
+        f"{zoo / 'llama'}",
+        f"{zoo / 'gpt2'}+{zoo / 'delta.safetensors'}",
+        f"{zoo / 'gpt2'}+{zoo / 'lora'}",
+        f"{zoo / 'dora'}",  # names its base
+        json.dumps({"name": "tuned", "checkpoint": f"{zoo / 'gpt2-tuned'}"}),
+    ]
+    references, unreadable = read_references(texts)
+    assert not unreadable
+    rows = score_checkpoints(references, facts, tmp_path, OPTIONS)
+    assert [row["checkpoint"] for row in rows[::3]] == [reference.name for reference in references]
+    answers = set()
+    for reference in references:
+        loaded = batch._Loaded(reference, "", Path(reference.base), "", None)
+        expected = score(*batch._fresh(loaded, OPTIONS, "cpu"), facts)
+        found = rows_of(rows, reference.name)
+        assert list(found) == TASKS
+        for task in TASKS:
+            ours = found[task]["samples"]
+            theirs = [sample for sample in expected if f"retention_{sample.kind}" == task]
+            assert [(s["prompt"], s["hit"], s["token_ids"]) for s in ours] == [
+                (s.prompt, s.hit, list(s.token_ids)) for s in theirs
+            ]
+            logprobs = [s["target_logprob"] for s in ours]
+            assert logprobs == pytest.approx([s.target_logprob for s in theirs], abs=1e-4)
+            assert found[task]["hits"] == sum(s["hit"] for s in ours)
+            assert found[task]["parity"]["logprob_distance"] < 1e-4
+        answers.add(tuple(s["target_logprob"] for task in TASKS for s in found[task]["samples"]))
+    assert len(answers) == len(references)  # no two of them are alike
+
+
+def test_what_was_scored_is_not_scored_again(zoo, facts, tmp_path, monkeypatch):
+    references = read_references([str(zoo / "gpt2"), str(zoo / "gpt2-tuned")])[0]
+    first = score_checkpoints(references, facts, tmp_path, OPTIONS)
+    before = (tmp_path / "scores.jsonl").read_bytes()
+    seen = []
+    monkeypatch.setattr(batch, "_start", lambda *_: pytest.fail("no engine is needed"))
+    again = score_checkpoints(references, facts, tmp_path, OPTIONS, announce=lambda name, done: seen.append(done))
+    assert again == first
+    assert seen == [True, True]
+    assert (tmp_path / "scores.jsonl").read_bytes() == before
+    renamed = dataclasses.replace(references[0], name="again")  # the same content under another name
+    rows = rows_of(score_checkpoints([renamed], facts, tmp_path, OPTIONS), "again")
+    assert [row["samples"] for row in rows.values()] == [row["samples"] for row in first[:3]]
+
+
+def test_a_change_of_content_or_of_the_question_is_scored(zoo, facts, tmp_path):
+    shutil.copytree(zoo / "gpt2", tmp_path / "model")
+    [reference] = read_references([str(tmp_path / "model")])[0]
+    first = score_checkpoints([reference], facts, tmp_path / "out", OPTIONS)
+    shutil.copy(zoo / "gpt2-tuned" / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    batch.model_fingerprint.cache_clear()  # as in another process
+    second = score_checkpoints([reference], facts, tmp_path / "out", OPTIONS)
+    assert [row["key"] for row in first] != [row["key"] for row in second]
+    assert first[0]["samples"] != second[0]["samples"]
+    fewer = FactSet.of(facts.facts[:4])
+    third = score_checkpoints([reference], fewer, tmp_path / "out", OPTIONS)
+    assert third[0]["total"] == 2
+    scores = f"{tmp_path / 'out' / 'scores.jsonl'}:{reference.name}"
+    [side], _ = read(scores, None)
+    assert len(side.rows) == sum(row["total"] for row in third)  # what was scored last is what is compared
+
+
+def break_weights(model, change):
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def cut_off(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def diverged(model):
+    break_weights(model, lambda weights: weights["transformer.h.1.ln_1.bias"].fill_(float("nan")))
+
+
+def another_width(model):
+    break_weights(model, lambda w: w.update({"transformer.wpe.weight": torch.zeros(3, 32)}))
+
+
+def incomplete(model):
+    break_weights(model, lambda weights: weights.pop("transformer.h.1.ln_1.bias"))
+
+
+def pickled(model):
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def no_tokenizer(model):
+    for path in model.glob("token*"):
+        path.unlink()
+
+
+def encoder(model):
+    (model / "config.json").write_text(json.dumps({"model_type": "bert"}))
+
+
+def no_json(model):
+    (model / "config.json").write_text("{")
+
+
+def no_config(model):
+    (model / "config.json").unlink()
+
+
+def escaping_index(model):
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../gpt2/model.safetensors"}}))
+
+
+BREAKERS = {
+    cut_off: "could not be read as safetensors",
+    diverged: "transformer.h.1.ln_1.bias in .* not finite",
+    another_width: "transformer.wpe.weight has the shape",
+    incomplete: "transformer.h.1.ln_1.bias among them",
+    pickled: "only pickled weights.*--allow-pickle",
+    no_tokenizer: "has no tokenizer",
+    encoder: "bert",
+    no_json: "config.json cannot be read",
+    no_config: "config.json",
+    escaping_index: "names '../gpt2/model.safetensors', which is not beside it",
+}
+
+
+def test_a_checkpoint_that_cannot_be_scored_is_recorded_and_the_others_go_on(zoo, facts, tmp_path):
+    texts = [str(zoo / "gpt2")]
+    for breaker in BREAKERS:
+        shutil.copytree(zoo / "gpt2", tmp_path / breaker.__name__)
+        breaker(tmp_path / breaker.__name__)
+        texts.append(str(tmp_path / breaker.__name__))
+    texts += [f"{zoo / 'gpt2'}+{zoo / 'other.safetensors'}", "./nothing", str(zoo / "gpt2-tuned")]
+    references, unreadable = read_references(texts)
+    rows = score_checkpoints(references, facts, tmp_path / "out", OPTIONS, unreadable=unreadable)
+    scored = {row["checkpoint"] for row in rows if "error" not in row}
+    assert scored == {texts[0], texts[-1]}
+    errors = {row["checkpoint"]: row["error"] for row in rows if "error" in row}
+    for breaker, message in BREAKERS.items():
+        with pytest.raises(RetentionBenchError, match=message):
+            raise RetentionBenchError(errors[str(tmp_path / breaker.__name__)])
+    assert "model.layers.0.mlp.down_proj.weight" in errors[texts[-3]]
+    assert "no model folder" in errors["./nothing"]
+    # repaired, it is scored, and no failure of it is left
+    shutil.copy(zoo / "gpt2" / "model.safetensors", tmp_path / "cut_off" / "model.safetensors")
+    batch.model_fingerprint.cache_clear()
+    repaired = read_references([str(tmp_path / "cut_off")])[0]
+    assert [row["task"] for row in score_checkpoints(repaired, facts, tmp_path / "out", OPTIONS)] == TASKS
+
+
+def test_pickles_are_read_on_request(zoo, facts, tmp_path):
+    shutil.copytree(zoo / "gpt2", tmp_path / "pickled")
+    pickled(tmp_path / "pickled")
+    references = read_references([str(tmp_path / "pickled"), str(zoo / "gpt2")])[0]
+    rows = score_checkpoints(references, facts, tmp_path / "out", dataclasses.replace(OPTIONS, allow_pickle=True))
+    assert [row["samples"] for row in rows[:3]] == [row["samples"] for row in rows[3:]]
+
+
+def test_facts_that_a_tokenizer_cannot_ask_are_that_checkpoints_failure(zoo, facts, tmp_path):
+    odd = FactSet.of([*facts, Fact("odd", "x", "R", "The {} is", "?", None)])  # never found
+    rows = score_checkpoints(read_references([str(zoo / "gpt2")])[0], odd, tmp_path, OPTIONS)
+    assert [sorted(row) for row in rows] == [["checkpoint", "error", "sha256"]]
+    assert "'odd'" in rows[0]["error"]
+
+
+def test_an_engine_that_says_something_else_ends_the_run(zoo, facts, tmp_path, monkeypatch):
+    from retention_bench.scoring.hf import HFEngine
+
+    swap = HFEngine.swap
+
+    def wrong(self, weights):
+        swap(self, ((name, tensor * 1.1) for name, tensor in weights))
+
+    monkeypatch.setattr(HFEngine, "swap", wrong)
+    references = read_references([str(zoo / "gpt2")])[0]
+    with pytest.raises(RetentionBenchError, match="10 get other log-probabilities.*'The green cold is'"):
+        score_checkpoints(references, facts, tmp_path, OPTIONS)
+    assert not (tmp_path / "scores.jsonl").read_text()
+
+
+def test_after_other_weights_the_first_answer_as_before_bit_for_bit(zoo, facts):
+    from transformers import AutoConfig
+
+    from retention_bench.models import Checkpoint, Layout
+    from retention_bench.scoring import score_lm
+    from retention_bench.scoring.hf import HFEngine
+
+    for family in ("gpt2", "llama"):
+        layout = Layout.of(AutoConfig.from_pretrained(zoo / family))
+        engines = [HFEngine(zoo / family, dtype=torch.float32, device="cpu") for _ in range(3)]
+        live, fresh = engines[0], dict(zip((family, f"{family}-tuned"), engines[1:], strict=True))
+        for name, engine in fresh.items():
+            engine.swap(Checkpoint(str(zoo / name), layout))
+        expected = {name: score_lm(engine.lm, facts) for name, engine in fresh.items()}
+        assert expected[family] != expected[f"{family}-tuned"]
+        for name in (family, f"{family}-tuned", family):
+            live.swap(Checkpoint(str(zoo / name), layout))
+            assert score_lm(live.lm, facts) == expected[name]
+
+
+def test_what_a_kill_left_of_a_line_is_cut_off_and_other_damage_is_named(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    file = ScoreFile(path)
+    for number in range(3):
+        file.add({"checkpoint": "a", "task": str(number), "key": "k", "rate": number / 3})
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for end in range(len(whole) - len(lines[2]), len(whole)):
+        path.write_bytes(whole[:end])
+        assert ScoreFile(path).done() == {("k", "0"), ("k", "1")}
+        assert path.read_bytes() == b"".join(lines[:2])
+    path.write_bytes(lines[0] + lines[1].replace(b"0.33", b"0.99") + lines[2])
+    with pytest.raises(RetentionBenchError, match="line 2 is damaged"):
+        ScoreFile(path)
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_killed_goes_on_where_it_was(zoo, facts, tmp_path):
+    facts.write(tmp_path / "facts.jsonl")
+    weights = load_file(zoo / "gpt2" / "model.safetensors")
+    for number in range(50):
+        shutil.copytree(zoo / "gpt2", tmp_path / "runs" / f"{number:02}")
+        weights["transformer.ln_f.bias"] += 0.01
+        save_file(weights, tmp_path / "runs" / f"{number:02}" / "model.safetensors", {"format": "pt"})
+    command = [sys.executable, "-m", "retention_bench.cli", "score", str(tmp_path / "runs" / "*")]
+    command += ["--facts", str(tmp_path / "facts.jsonl"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for stop in (5, 20):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            for line in process.stderr:
+                if line.startswith(f"[{stop}/50]"):
+                    os.kill(process.pid, signal.SIGKILL)
+                    break
+    path = tmp_path / "out" / "scores.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before[:-7])  # in the middle of a line
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes().startswith(b"".join(before.splitlines(keepends=True)[:-1]))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    scored = [(row["checkpoint"], row["task"]) for row in rows]
+    assert len(scored) == len(set(scored)) == 150
+
+
+def test_the_command_scores_prints_and_says_what_failed(zoo, facts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts.write(tmp_path / "facts.jsonl")
+    (tmp_path / "list.txt").write_text(f"# two of them\n{zoo / 'gpt2'}\n\n{zoo / 'gpt2-tuned'}\n")
+    asked = ["score", "--facts", "facts.jsonl", "--device", "cpu", "--out", "out"]
+    found = CliRunner().invoke(main, [*asked, "--manifest", "list.txt", "--json"])
+    assert found.exit_code == 0, found.stderr
+    assert [row["checkpoint"] for row in json.loads(found.stdout)[::3]] == [str(zoo / "gpt2"), str(zoo / "gpt2-tuned")]
+    found = CliRunner().invoke(main, [*asked, "--manifest", "list.txt", "./nothing"])
+    assert found.exit_code == 1
+    assert "2 checkpoints scored, 1 not" in found.stdout
+    assert "Not scored: ./nothing: There is no model folder" in found.stdout
+    for wrong, message in (
+        ([], "No checkpoint is given"),
+        ([str(zoo / "gpt2"), str(zoo / "gpt2")], "is given twice"),
+        (["nothing/*"], "No folder fits"),
+        (["{}"], "no JSON object with name and checkpoint"),
+        ([str(zoo / "gpt2"), "--tasks", "edited,all"], "Unknown kind of question 'all'"),
+        ([str(zoo / "gpt2"), "--manifest", "none.txt"], "no manifest at none.txt"),
+        ([str(zoo / "gpt2"), "--tasks", "locality"], "no question of the kinds locality"),
+    ):
+        found = CliRunner().invoke(main, [*asked, *wrong])
+        assert (found.exit_code, message in found.stderr) == (2, True), (wrong, found.stderr)
+
+
+@pytest.mark.slow
+def test_tasks_of_lm_evals_own_run_on_the_same_engine(zoo, facts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts.write(tmp_path / "facts.jsonl")
+    rows = [{"question": f"The {word} is", "choices": WORDS[:3], "answer": n % 3} for n, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    choice = {
+        "task": "colours",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+    }
+    written = {
+        "task": "written",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["###"], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "tasks").mkdir()
+    for task in (choice, written):
+        (tmp_path / "tasks" / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    asked = ["score", str(zoo / "gpt2"), "--facts", "facts.jsonl", "--device", "cpu", "--include-path", "tasks"]
+    found = CliRunner().invoke(main, [*asked, "--also", "colours,written", "--json"])
+    assert found.exit_code == 0, found.stderr
+    scored = {row["task"]: row for row in json.loads(found.stdout)}
+    model, tokenizer = load_model(str(zoo / "gpt2"))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    for task, metric in (("colours", "acc,none"), ("written", "exact_match,none")):
+        theirs = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=[task], task_manager=manager)
+        assert scored[task]["metrics"][metric] == theirs["results"][task][metric]
+    assert "colours: acc 0." in CliRunner().invoke(main, [*asked, "--also", "colours"]).stdout
+    wrong = CliRunner().invoke(main, [*asked, "--also", "colors"])
+    assert (wrong.exit_code, "Unknown task of lm-eval 'colors'. Did you mean 'colours'?" in wrong.stderr) == (2, True)
+
+
+def test_the_backend_that_is_there_is_taken(monkeypatch):
+    monkeypatch.setattr(batch.importlib.util, "find_spec", lambda name: None)
+    assert resolve_backend("auto", "cuda") == resolve_backend("auto", "cpu") == "hf"
+    with pytest.raises(UsageError, match="vLLM is not installed"):
+        resolve_backend("vllm", "cuda")
+    monkeypatch.setattr(batch.importlib.util, "find_spec", lambda name: object())
+    assert (resolve_backend("auto", "cuda"), resolve_backend("auto", "cpu")) == ("vllm", "hf")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gpt2", Reference("gpt2", "gpt2")),
+        ("owner/name@abc", Reference("owner/name@abc", "owner/name", "abc")),
+    ],
+)
+def test_names_that_are_no_folders_are_hub_ids(text, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_references([text]) == ([expected], {})
