@@ -5,7 +5,8 @@ first token. `score` runs it on a loaded model, the task files in `tasks_dir()` 
 """
 
 from retention_bench.scoring.contained import contained_lm_eval
-from retention_bench.scoring.hf import RetentionHFLM
+from retention_bench.scoring.engine import Engine
+from retention_bench.scoring.hf import HFEngine, RetentionHFLM
 from retention_bench.scoring.metric import (
     MAX_DECODED_TOKENS,
     DecodedText,
@@ -20,17 +21,22 @@ from retention_bench.scoring.probe import Probe, Prober
 from retention_bench.scoring.score import Sample, score, score_lm
 from retention_bench.scoring.stop_words import STOP_WORDS
 from retention_bench.scoring.tasks import KINDS, Kind, judge_document, load_documents, tasks_dir
+from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
 
 __all__ = [
     "KINDS",
     "MAX_DECODED_TOKENS",
     "STOP_WORDS",
     "DecodedText",
+    "Engine",
+    "HFEngine",
     "Kind",
     "Probe",
     "Prober",
     "RetentionHFLM",
+    "RetentionVLLM",
     "Sample",
+    "VLLMEngine",
     "Verdict",
     "check_targets",
     "contained_lm_eval",

@@ -85,9 +85,7 @@ class VLLMEngine:
                 f"pip install -c constraints.txt -e '.[{_EXTRAS[device]}]'. Or score with Hugging Face."
             )
         if not (Path(folder) / "config.json").is_file():
-            raise UsageError(
-                f"There is no model with a config.json at {folder}. Give a folder that save_pretrained wrote."
-            )
+            raise UsageError(f"There is no config.json in {folder}. Give a folder that save_pretrained wrote.")
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text = config.get_text_config()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -211,6 +209,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(case: Case, engine: VLLMEngine)
 
 
 @engine_test
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
 def test_an_engine_without_weights_a_dead_one_and_a_closed_one(case: Case) -> None:
     engine = VLLMEngine(case.folder, device="cpu", load_format="dummy")
     process = psutil.Process(engine._process._child.pid)
@@ -226,6 +225,7 @@ def test_an_engine_without_weights_a_dead_one_and_a_closed_one(case: Case) -> No
 
 
 @engine_test
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
 def test_an_error_of_vllm_is_quoted(case: Case) -> None:
     with pytest.raises(
         RetentionBenchError, match=r"max_model_len \(4096\) is greater(.|\n)*It printed last:\n(.|\n)*Traceback"
@@ -264,13 +264,13 @@ def test_another_device_and_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_killed_parent_leaves_no_process_behind() -> None:
     script = (
         "import os, time; from retention_bench.scoring.vllm import _Process\n"
-        "print(_Process(dict(os.environ))._child.pid, flush=True); time.sleep(100)"
+        "process = _Process(dict(os.environ)); print(process._child.pid, flush=True); time.sleep(100)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         assert child.is_running()
-        os.kill(parent.pid, signal.SIGKILL)
+        parent.kill()
     deadline = time.monotonic() + 60
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
