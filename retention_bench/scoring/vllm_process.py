@@ -93,7 +93,9 @@ class Served:
     def swap(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """As `Engine.swap`."""
         self._whole = False
-        self._llm.collective_rpc(_reload, args=(self._layout, weights))
+        for wrong in self._llm.collective_rpc(_reload, args=(self._layout, weights)):
+            if wrong:
+                raise wrong[0]
         self._llm.reset_prefix_cache()  # or prompts that were asked before are answered by the old weights
         self._whole = True
 
@@ -123,8 +125,12 @@ def _check_head_size(head_size: int) -> None:
         )
 
 
-def _reload(worker: Any, layout: Layout, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Put weights into the model of one of vLLM's workers."""
+def _reload(worker: Any, layout: Layout, weights: Iterable[tuple[str, Tensor]]) -> list[Exception]:
+    """Put weights into the model of one of vLLM's workers; returns what was wrong with them, at most one thing.
+
+    An error that a worker in a process of its own raises, or returns, becomes text and ends the engine; one in a list
+    does not.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform
 
@@ -139,12 +145,13 @@ def _reload(worker: Any, layout: Layout, weights: Iterable[tuple[str, Tensor]]) 
 
     worker.reload_weights(weights_iterator=checked())
     if raised:
-        raise raised[0]
+        return raised
     if current_platform.is_cpu():
         # A tied head is no part of the checkpoint, so vLLM leaves the packed copy that it multiplies by as it was.
         for module in worker.get_model().modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
+    return []
 
 
 def main(descriptor: str) -> None:
