@@ -383,6 +383,12 @@ class _Batch:
             except (OSError, ValueError, RuntimeError) as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise RetentionBenchError(f"The task {task!r} could not be loaded ({reason}).") from error
+            written = [name for name, one in loaded["tasks"].items() if one.OUTPUT_TYPE == "generate_until"]
+            if written and self.options.backend == "vllm":
+                raise RetentionBenchError(
+                    f"The task {task!r} has the model write texts, and the vLLM engine here writes single answers to "
+                    "facts. Give --backend hf, or run the task with lm-eval's own vllm model."
+                )
             found = evaluate(lm=self.engine.lm, task_dict=loaded, bootstrap_iters=0)
         own = found["results"].get(task) or found["groups"][task]
         return {name: v for name, v in own.items() if isinstance(v, (int, float)) and name != "sample_len"}
