@@ -239,9 +239,9 @@ class _Batch:
                 if config not in self.layouts:
                     # Here and not by the reader: making a model sets torch's default dtype, for all threads.
                     self.layouts[config] = _layout(path)
-            except RetentionBenchError as error:
+            except (RetentionBenchError, OSError) as error:
                 self.announce(reference.name, False)
-                self._fail(reference, error)
+                self._fail(reference, _unreadable(reference, error))
                 continue
             groups.setdefault(config, []).append(reference)
         return [reference for group in groups.values() for reference in group]
@@ -273,8 +273,8 @@ class _Batch:
             # vLLM's process reads the files itself.
             ready: Iterable[tuple[str, Any]] = list(weights) if self.options.backend == "hf" else weights
             return _Loaded(reference, key, folder, architecture, ready)
-        except RetentionBenchError as error:
-            return error
+        except (RetentionBenchError, OSError) as error:
+            return _unreadable(reference, error)
 
     def _key(self, reference: Reference) -> str:
         inputs = {
@@ -426,6 +426,12 @@ class _Batch:
             "logprob_distance": max(distance),
             "tolerance": tolerance,
         }
+
+
+def _unreadable(reference: Reference, error: RetentionBenchError | OSError) -> RetentionBenchError:
+    if isinstance(error, RetentionBenchError):
+        return error
+    return RetentionBenchError(f"{reference.name} cannot be read ({error}). Check the files and their permissions.")
 
 
 class _MismatchError(RetentionBenchError):

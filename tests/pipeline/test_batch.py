@@ -201,6 +201,11 @@ def no_config(model):
     (model / "config.json").unlink()
 
 
+def dangling(model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("elsewhere")
+
+
 def escaping_index(model):
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../gpt2/model.safetensors"}}))
 
@@ -215,6 +220,7 @@ BREAKERS = {
     encoder: "bert",
     no_json: "config.json cannot be read",
     no_config: "config.json",
+    dangling: "cannot be read .*No such file",
     escaping_index: "names '../gpt2/model.safetensors', which is not beside it",
 }
 
