@@ -18,6 +18,7 @@ from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.models.reference import Reference, fetch, parse_reference
 from retention_bench.pipeline.inputs import config_file, model_fingerprint
+from retention_bench.pipeline.parity import MismatchError, check_parity
 from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.store import canonical, exclusive, file_sha256, versions
 from retention_bench.progress import Progress, silent
@@ -31,11 +32,6 @@ BACKENDS = ("auto", "hf", "vllm")
 DTYPES = ("float32", "bfloat16", "float16")
 VERSION = 1
 """Raised when what is computed changes, so that nothing of the old is taken for the new."""
-
-PARITY_PROMPTS = 16
-PARITY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-"""How far log-probabilities of targets may be from those of a fresh model, in nats. In half precision two ways to the
-same number differ by some rounding at every layer."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -305,7 +301,7 @@ class _Batch:
         try:
             self._swap(found)
             self._ask(found, missing)
-        except _MismatchError:
+        except MismatchError:
             raise
         except RetentionBenchError as error:
             self._fail(reference, error)
@@ -329,7 +325,7 @@ class _Batch:
             self.architecture = found.architecture
         self.engine.swap(found.weights)
         if self.parity is None:
-            self.parity = self._compare(found)
+            self.parity = check_parity(self.engine, found.reference, found.folder, self.facts, self.options)
 
     def _ask(self, found: _Loaded, tasks: Sequence[str]) -> None:
         from retention_bench.scoring import score_lm
@@ -393,49 +389,11 @@ class _Batch:
         own = found["results"].get(task) or found["groups"][task]
         return {name: v for name, v in own.items() if isinstance(v, (int, float)) and name != "sample_len"}
 
-    def _compare(self, found: _Loaded) -> dict[str, Any]:
-        """Ask a fresh model the same as the engine.
-
-        Raises:
-            _MismatchError: The log-probability of a target differs by more than rounding explains.
-        """
-        from retention_bench.scoring import score, score_lm
-
-        assert self.engine is not None
-        asked = _few(self.facts, PARITY_PROMPTS)
-        ours = score_lm(self.engine.lm, asked, kinds=("edited", "intrinsic"))
-        # On a GPU vLLM leaves no room for another model.
-        device = "cpu" if self.options.backend == "vllm" else self.options.device
-        model, tokenizer = _fresh(found, self.options, device)
-        theirs = score(model, tokenizer, asked, kinds=("edited", "intrinsic"))
-        tolerance = PARITY_TOLERANCE[self.options.dtype]
-        distance = [_distance(a.target_logprob, b.target_logprob) for a, b in zip(ours, theirs, strict=True)]
-        wrong = [a.prompt for a, d in zip(ours, distance, strict=True) if d > tolerance]
-        if wrong:
-            raise _MismatchError(
-                f"{found.reference.name}: of {len(ours)} prompts {len(wrong)} get other log-probabilities from the "
-                f"{self.options.backend} engine than from a freshly loaded model, by up to {max(distance):.3g} nats, "
-                f"where {self.options.dtype} explains {tolerance:g}: {'; '.join(map(repr, wrong[:5]))}. "
-                "Nothing it says can be trusted, so the run ends. Try --backend hf, or --dtype float32."
-            )
-        equal = sum(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True))
-        return {
-            "checkpoint": found.reference.name,
-            "prompts": len(ours),
-            "equal_answers": equal,
-            "logprob_distance": max(distance),
-            "tolerance": tolerance,
-        }
-
 
 def _unreadable(reference: Reference, error: RetentionBenchError | OSError) -> RetentionBenchError:
     if isinstance(error, RetentionBenchError):
         return error
     return RetentionBenchError(f"{reference.name} cannot be read ({error}). Check the files and their permissions.")
-
-
-class _MismatchError(RetentionBenchError):
-    """The engine does not say what a fresh model says."""
 
 
 def _start(folder: Path, options: Options) -> Engine:
@@ -455,37 +413,6 @@ def _start(folder: Path, options: Options) -> Engine:
         load_format="dummy",
         tensor_parallel_size=options.tensor_parallel_size,
     )
-
-
-def _fresh(found: _Loaded, options: Options, device: str) -> tuple[Any, Any]:
-    """The checkpoint as transformers and peft load it, and nothing of ours."""
-    from retention_bench.models import WeightDelta
-    from retention_bench.pipeline.loading import load
-
-    model, tokenizer = load(
-        str(found.folder), None, dtype=options.dtype, device="cpu", allow_pickle=options.allow_pickle
-    )
-    if found.reference.delta:
-        WeightDelta.load(found.reference.delta).apply_(model)
-    if found.reference.adapter:
-        from peft import PeftModel
-
-        adapted: Any = PeftModel.from_pretrained(model, found.reference.adapter)
-        model = adapted.merge_and_unload()
-    whole: Any = model
-    return whole.to(device).eval(), tokenizer
-
-
-def _few(facts: FactSet, count: int) -> FactSet:
-    """Some facts, spread over all of them, and not their paraphrases and neighbours."""
-    chosen = facts.facts[:: max(1, len(facts) // count)][:count]
-    return FactSet.of(dataclasses.replace(fact, paraphrases=(), neighborhood=()) for fact in chosen)
-
-
-def _distance(first: float | None, second: float | None) -> float:
-    if first is None or second is None:
-        return 0.0 if first is second else float("inf")
-    return abs(first - second)
 
 
 def _task_manager(options: Options) -> Any:

@@ -23,6 +23,7 @@ from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Reference, WeightDelta, load_model
 from retention_bench.pipeline import batch
 from retention_bench.pipeline.batch import Options, read_references, resolve_backend, score_checkpoints
+from retention_bench.pipeline.parity import fresh_model
 from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.scored import read
 from retention_bench.scoring import score
@@ -106,8 +107,7 @@ def test_every_form_of_a_checkpoint_is_scored_as_a_model_of_its_own(zoo, facts, 
     assert [row["checkpoint"] for row in rows[::3]] == [reference.name for reference in references]
     answers = set()
     for reference in references:
-        loaded = batch._Loaded(reference, "", Path(reference.base), "", None)
-        expected = score(*batch._fresh(loaded, OPTIONS, "cpu"), facts)
+        expected = score(*fresh_model(reference, Path(reference.base), OPTIONS, "cpu"), facts)
         found = rows_of(rows, reference.name)
         assert list(found) == TASKS
         for task in TASKS:

@@ -1,0 +1,89 @@
+"""Ask a model of the engine's what a freshly loaded one is asked, before anything that it says is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retention_bench.errors import RetentionBenchError
+from retention_bench.facts import FactSet
+from retention_bench.models.reference import Reference
+
+if TYPE_CHECKING:
+    from retention_bench.pipeline.batch import Options
+    from retention_bench.scoring.engine import Engine
+
+PARITY_PROMPTS = 16
+PARITY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+"""How far log-probabilities of targets may be from those of a fresh model, in nats. In half precision two ways to the
+same number differ by some rounding at every layer."""
+
+
+class MismatchError(RetentionBenchError):
+    """The engine does not say what a fresh model says."""
+
+
+def check_parity(
+    engine: Engine, reference: Reference, folder: Path, facts: FactSet, options: Options
+) -> dict[str, Any]:
+    """Ask a fresh model the same as the engine.
+
+    Raises:
+        MismatchError: The log-probability of a target differs by more than rounding explains.
+    """
+    from retention_bench.scoring import score, score_lm
+
+    asked = _few(facts, PARITY_PROMPTS)
+    ours = score_lm(engine.lm, asked, kinds=("edited", "intrinsic"))
+    # On a GPU vLLM leaves no room for another model.
+    device = "cpu" if options.backend == "vllm" else options.device
+    model, tokenizer = fresh_model(reference, folder, options, device)
+    theirs = score(model, tokenizer, asked, kinds=("edited", "intrinsic"))
+    tolerance = PARITY_TOLERANCE[options.dtype]
+    distance = [_distance(a.target_logprob, b.target_logprob) for a, b in zip(ours, theirs, strict=True)]
+    wrong = [a.prompt for a, d in zip(ours, distance, strict=True) if d > tolerance]
+    if wrong:
+        raise MismatchError(
+            f"{reference.name}: of {len(ours)} prompts {len(wrong)} get other log-probabilities from the "
+            f"{options.backend} engine than from a freshly loaded model, by up to {max(distance):.3g} nats, "
+            f"where {options.dtype} explains {tolerance:g}: {'; '.join(map(repr, wrong[:5]))}. "
+            "Nothing it says can be trusted, so the run ends. Try --backend hf, or --dtype float32."
+        )
+    equal = sum(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True))
+    return {
+        "checkpoint": reference.name,
+        "prompts": len(ours),
+        "equal_answers": equal,
+        "logprob_distance": max(distance),
+        "tolerance": tolerance,
+    }
+
+
+def fresh_model(reference: Reference, folder: Path, options: Options, device: str) -> tuple[Any, Any]:
+    """The checkpoint as transformers and peft load it, and nothing of ours."""
+    from retention_bench.models import WeightDelta
+    from retention_bench.pipeline.loading import load
+
+    model, tokenizer = load(str(folder), None, dtype=options.dtype, device="cpu", allow_pickle=options.allow_pickle)
+    if reference.delta:
+        WeightDelta.load(reference.delta).apply_(model)
+    if reference.adapter:
+        from peft import PeftModel
+
+        adapted: Any = PeftModel.from_pretrained(model, reference.adapter)
+        model = adapted.merge_and_unload()
+    whole: Any = model
+    return whole.to(device).eval(), tokenizer
+
+
+def _few(facts: FactSet, count: int) -> FactSet:
+    """Some facts, spread over all of them, and not their paraphrases and neighbours."""
+    chosen = facts.facts[:: max(1, len(facts) // count)][:count]
+    return FactSet.of(dataclasses.replace(fact, paraphrases=(), neighborhood=()) for fact in chosen)
+
+
+def _distance(first: float | None, second: float | None) -> float:
+    if first is None or second is None:
+        return 0.0 if first is second else float("inf")
+    return abs(first - second)
