@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
 
-BACKENDS = ("auto", "hf", "vllm")
-DTYPES = ("float32", "bfloat16", "float16")
 VERSION = 1
 """Raised when what is computed changes, so that nothing of the old is taken for the new."""
 
@@ -42,7 +40,7 @@ class Options:
 
     Attributes:
         backend: `"hf"` or `"vllm"`.
-        dtype: What weights are converted to, one of `DTYPES`.
+        dtype: What weights are converted to, `"float32"`, `"bfloat16"` or `"float16"`.
         device: `"cpu"` or `"cuda"`.
         kinds: The kinds of question to ask.
         also: Tasks of lm-eval's own that are run besides.
@@ -321,7 +319,7 @@ class _Batch:
             if self.engine is not None:
                 self.engine.close()
             self.engine, self.architecture, self.parity = None, "", None
-            self.engine = _start(found.folder, self.options)
+            self.engine = _start(found.folder, self.options, self.progress)
             self.architecture = found.architecture
         self.engine.swap(found.weights)
         if self.parity is None:
@@ -396,14 +394,14 @@ def _unreadable(reference: Reference, error: RetentionBenchError | OSError) -> R
     return RetentionBenchError(f"{reference.name} cannot be read ({error}). Check the files and their permissions.")
 
 
-def _start(folder: Path, options: Options) -> Engine:
+def _start(folder: Path, options: Options, progress: Progress) -> Engine:
     import torch
 
     dtype = getattr(torch, options.dtype)
     if options.backend == "hf":
         from retention_bench.scoring.hf import HFEngine
 
-        return HFEngine(folder, dtype=dtype, device=options.device, batch_size=options.batch_size)
+        return HFEngine(folder, dtype=dtype, device=options.device, batch_size=options.batch_size, progress=progress)
     from retention_bench.scoring.vllm import VLLMEngine
 
     return VLLMEngine(
@@ -412,6 +410,7 @@ def _start(folder: Path, options: Options) -> Engine:
         dtype=dtype,
         load_format="dummy",
         tensor_parallel_size=options.tensor_parallel_size,
+        progress=progress,
     )
 
 

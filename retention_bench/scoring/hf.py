@@ -203,7 +203,9 @@ class HFEngine:
         lm: Answers with the weights that it has now.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: str, batch_size: int = 64) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: str, batch_size: int = 64, progress: Progress = silent
+    ) -> None:
         """Start without weights: `swap` comes first.
 
         Args:
@@ -211,6 +213,7 @@ class HFEngine:
             dtype: What weights are converted to.
             device: `"cpu"` or `"cuda"`.
             batch_size: Prompts a forward pass.
+            progress: Told how many prompts are decoded.
 
         Raises:
             UsageError: As `empty_model`.
@@ -218,7 +221,7 @@ class HFEngine:
         """
         self._model, tokenizer = empty_model(folder, device=device, dtype=dtype)
         self._layout = Layout.of(self._model.config)
-        self.lm = RetentionHFLM(self._model, tokenizer, batch_size=batch_size)
+        self.lm = RetentionHFLM(self._model, tokenizer, batch_size=batch_size, progress=progress)
 
     @torch.no_grad()
     def swap(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

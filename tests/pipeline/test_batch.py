@@ -103,7 +103,9 @@ def test_every_form_of_a_checkpoint_is_scored_as_a_model_of_its_own(zoo, facts, 
     ]
     references, unreadable = read_references(texts)
     assert not unreadable
-    rows = score_checkpoints(references, facts, tmp_path, OPTIONS)
+    seen = []
+    rows = score_checkpoints(references, facts, tmp_path, OPTIONS, progress=lambda *about: seen.append(about))
+    assert seen[-1] == ("scoring", 15, 15)  # ten facts and five paraphrases
     assert [row["checkpoint"] for row in rows[::3]] == [reference.name for reference in references]
     answers = set()
     for reference in references:
