@@ -363,7 +363,7 @@ class _Batch:
         """What lm-eval finds on one of its own tasks.
 
         Raises:
-            RetentionBenchError: The task's data cannot be loaded, or it wants long texts of vLLM.
+            RetentionBenchError: The task's data cannot be loaded.
         """
         from lm_eval.evaluator import evaluate
 
@@ -377,12 +377,6 @@ class _Batch:
             except (OSError, ValueError, RuntimeError) as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise RetentionBenchError(f"The task {task!r} could not be loaded ({reason}).") from error
-            written = [name for name, one in loaded["tasks"].items() if one.OUTPUT_TYPE == "generate_until"]
-            if written and self.options.backend == "vllm":
-                raise RetentionBenchError(
-                    f"The task {task!r} has the model write texts, and the vLLM engine here writes single answers to "
-                    "facts. Give --backend hf, or run the task with lm-eval's own vllm model."
-                )
             found = evaluate(lm=self.engine.lm, task_dict=loaded, bootstrap_iters=0)
         own = found["results"].get(task) or found["groups"][task]
         return {name: v for name, v in own.items() if isinstance(v, (int, float)) and name != "sample_len"}

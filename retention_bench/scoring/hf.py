@@ -115,7 +115,7 @@ class RetentionHFLM(HFLM):
         Raises:
             RetentionBenchError: A prompt leaves no room for an answer in the model's context.
         """
-        if any(request.task_name and not request.task_name.startswith("retention_") for request in requests):
+        if is_general(requests):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         prompts = [self.prompt_ids(request.args[0]) for request in requests]
         answers = self._answers | self.answer(prompt for prompt in prompts if prompt not in self._answers)
@@ -235,6 +235,11 @@ class HFEngine:
         """As `Engine.close`."""
         self.__dict__.clear()
         gc.collect()
+
+
+def is_general(requests: Iterable[Instance]) -> bool:
+    """Whether requests are those of a task of lm-eval's own, which has generation settings that count."""
+    return any(request.task_name and not request.task_name.startswith("retention_") for request in requests)
 
 
 def prompt_ids(lm: TemplateLM, prompt: str) -> Prompt:

