@@ -39,7 +39,7 @@ VERSIONS = {
     "edit": 2,
     "unknown": 1,
     "finetune": 3,
-    "score": 3,
+    "score": 4,
     "results": 4,
 }
 

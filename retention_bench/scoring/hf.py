@@ -5,32 +5,33 @@ from __future__ import annotations
 import copy
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import Layout, empty_model
 from retention_bench.progress import Progress, silent
 from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
+from retention_bench.scoring.prefixes import Prompt, Row, rows
 
-Prompt = tuple[int, ...]
-FirstLogits = Callable[[Sequence[Prompt], torch.Tensor, Any], None]
+Target = tuple[Prompt, Prompt]
+"""What is given and what follows, at least one token each."""
+FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
 
 
 class RetentionHFLM(HFLM):
     """`HFLM` for a loaded model, whose answers are `DecodedText` and end at the first content token.
 
-    Prompts get the ids that `lm_eval --model hf` gives them. Prompts of equal length are decoded together: without
-    padding there is nothing to mask, and an answer doesn't depend on what shares its batch beyond rounding. Puts the
-    model into eval mode.
+    Prompts get the ids that `lm_eval --model hf` gives them. What several begin with is read once (`prefixes.rows`); an
+    answer doesn't depend on what shares its forward pass beyond rounding. Puts the model into eval mode.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class RetentionHFLM(HFLM):
         self._logprobs: dict[tuple[str, str], tuple[float, bool]] = {}
 
     def prefetch(self, questions: Iterable[tuple[str, str]]) -> None:
-        """Read every prompt once, for its answer and for its target's log-probability.
+        """Find answers and the targets' log-probabilities in the same passes.
 
         `generate_until` and `loglikelihood` take from it what they are asked next, until `forget`.
 
@@ -72,22 +73,16 @@ class RetentionHFLM(HFLM):
             RetentionBenchError: As `generate_until`.
         """
         self.forget()
-        targets: dict[Prompt, dict[Prompt, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
-        prompts = set()
+        prompts: set[Prompt] = set()
+        targets: dict[Target, list[tuple[str, str]]] = defaultdict(list)
         for prompt, target in set(questions):
             prompts.add(self.prompt_ids(prompt))
             context, continuation = self._encode_pair(prompt, target)
-            if len(context) + len(continuation) > self.max_length:
-                continue  # lm-eval cuts off the context's beginning
-            targets[tuple(context)][tuple(continuation)].append((prompt, target))
-
-        def keep(batch: Sequence[Prompt], logits: torch.Tensor, cache: Any) -> None:
-            wanted = [(row, target) for row, prompt in enumerate(batch) for target in targets[prompt]]
-            for (row, target), found in zip(wanted, self._continue(wanted, logits, cache), strict=True):
-                self._logprobs.update(dict.fromkeys(targets[batch[row]][target], found))
-
-        answers = self.answer(prompts | targets.keys(), keep)
-        self._answers = {prompt: answers[prompt] for prompt in prompts}
+            if len(context) + len(continuation) <= self.max_length:  # or lm-eval cuts off the context's beginning
+                targets[tuple(context), tuple(continuation)].append((prompt, target))
+        self._answers, logprobs = self._ask(prompts, targets.keys())
+        for found, asked in targets.items():
+            self._logprobs.update(dict.fromkeys(asked, logprobs[found]))
 
     def forget(self) -> None:
         """Drop what `prefetch` found, as it must be where the weights change."""
@@ -126,74 +121,144 @@ class RetentionHFLM(HFLM):
 
         Args:
             prompts: Token ids, as `prompt_ids` gives them.
-            first: Called with some of the prompts, the logits of their first new token [prompts, vocabulary] and the
-                key-value cache that they left, which must stay as it is.
+            first: Called with some of the prompts and the logits of their first new token, (prompts, vocabulary).
 
         Returns:
             The ids decoded, by prompt.
         """
-        answers: dict[Prompt, list[int]] = {}
-        todo = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
-        for batch in _equal_length_batches(todo, self.batch_size):
-            answers.update(zip(batch, self._answer(batch, first), strict=True))
-            self._progress("scoring", len(answers), len(todo))
-        return answers
+        return self._ask(set(prompts), (), first)[0]
 
     def prompt_ids(self, prompt: str) -> Prompt:
         """As the function `prompt_ids`, for this model."""
         return prompt_ids(self, prompt)
 
     @torch.inference_mode()
-    def _answer(self, prompts: Sequence[Prompt], first: FirstLogits | None) -> list[list[int]]:
-        """Decode prompts of equal length; a row leaves the batch, and the key-value cache, once it is answered."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        open_rows = list(range(len(prompts)))
-        inputs = torch.tensor(prompts, device=self.device)  # (rows, length)
-        cache = None
-        for step in range(MAX_DECODED_TOKENS):
-            output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            if first is not None and step == 0:
-                first(prompts, output.logits[:, -1], output.past_key_values)
-            tokens = output.logits[:, -1].argmax(dim=-1)  # (rows,)
-            for row, token in zip(open_rows, tokens.tolist(), strict=True):
-                answers[row].append(token)
-            going_on = [i for i, row in enumerate(open_rows) if is_stop_token(answers[row][-1], self.tokenizer)]
-            if not going_on:
+    def _ask(
+        self, prompts: Set[Prompt], targets: Iterable[Target], first: FirstLogits | None = None
+    ) -> tuple[dict[Prompt, list[int]], dict[Target, tuple[float, bool]]]:
+        """Answer prompts, and find log-probabilities of targets and whether greedy decoding gives them."""
+        answers: dict[Prompt, list[int]] = {}
+        logprobs: dict[Target, tuple[float, bool]] = {}
+        told: dict[Prompt, list[Target]] = defaultdict(list)  # by what is read for them
+        for context, continuation in targets:
+            told[context + continuation[:-1]].append((context, continuation))
+        sequences = prompts | told.keys()
+        # A row's mask knows of no window; what is longer than one is read by itself, as the model would.
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None) or self.max_length
+        long = sorted(sequence for sequence in sequences if len(sequence) > window)
+        for row in chain(rows(sequences - set(long), self.batch_size), *(rows([sequence], 1) for sequence in long)):
+            asked = [sequence for sequence in row.paths if sequence in prompts]
+            places = {prompt: row.paths[prompt][-1:] for prompt in asked}
+            spans = {
+                target: row.paths[sequence][len(target[0]) - 1 :] for sequence in row.paths for target in told[sequence]
+            }
+            looked_at = sorted({index for path in (*places.values(), *spans.values()) for index in path})
+            logits, cache = self._read(row, looked_at)
+            number = {index: i for i, index in enumerate(looked_at)}
+            logprobs.update(_logprobs(logits, {t: [number[i] for i in span] for t, span in spans.items()}))
+            if asked:
+                last = logits[[number[index] for [index] in places.values()]]
+                if first is not None:
+                    first(asked, last)
+                answers.update(self._decode(asked, last.argmax(-1).tolist(), row, cache))
+            self._progress("scoring", len(answers), len(prompts))
+        return answers, logprobs
+
+    def _read(self, row: Row, looked_at: Sequence[int]) -> tuple[torch.Tensor, DynamicCache]:
+        """Logits behind the tokens with some indices, float32, (indices, vocabulary); and the row's keys and values."""
+        mask = None
+        if len(row.paths) > 1:
+            unseen = ~row.visible(self.device)
+            mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
+            mask = mask.masked_fill(unseen, torch.finfo(mask.dtype).min)[None, None]
+        output = self.model(
+            input_ids=torch.tensor([row.tokens], device=self.device),
+            position_ids=torch.tensor([row.positions], device=self.device),
+            attention_mask=mask,
+            past_key_values=DynamicCache(),  # not the model's own choice, which may drop what is beyond a window
+            use_cache=True,
+            logits_to_keep=torch.tensor(looked_at, device=self.device),
+        )
+        return output.logits[0].float(), output.past_key_values
+
+    def _decode(
+        self, prompts: Sequence[Prompt], tokens: Sequence[int], row: Row, cache: DynamicCache
+    ) -> dict[Prompt, list[int]]:
+        """Go on from first tokens; a prompt leaves the batch, and the key-value cache, once it is answered.
+
+        Args:
+            prompts: Sequences of the row.
+            tokens: The first token of each answer.
+            row: What has been read.
+            cache: Of the row.
+        """
+        answers = {prompt: [token] for prompt, token in zip(prompts, tokens, strict=True)}
+        going_on = [prompt for prompt in prompts if is_stop_token(answers[prompt][-1], self.tokenizer)]
+        if not going_on:
+            return answers
+        lengths = torch.tensor([len(prompt) for prompt in going_on], device=self.device)
+        cache, mask = _select(cache, [row.paths[prompt] for prompt in going_on], self.device)
+        for step in range(MAX_DECODED_TOKENS - 1):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            output = self.model(
+                input_ids=torch.tensor([answers[prompt][-1:] for prompt in going_on], device=self.device),
+                position_ids=(lengths + step)[:, None],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            for prompt, token in zip(going_on, output.logits[:, -1].argmax(dim=-1).tolist(), strict=True):
+                answers[prompt].append(token)
+            stay = [i for i, prompt in enumerate(going_on) if is_stop_token(answers[prompt][-1], self.tokenizer)]
+            if not stay:
                 break
-            keep = torch.tensor(going_on, device=self.device)
-            open_rows = [open_rows[i] for i in going_on]
-            inputs = tokens[keep, None]
-            cache = output.past_key_values
+            going_on = [going_on[i] for i in stay]
+            keep = torch.tensor(stay, device=self.device)
+            lengths, mask = lengths[keep], mask[keep]
             cache.batch_select_indices(keep)
         return answers
 
-    def _continue(
-        self, wanted: Sequence[tuple[int, Prompt]], logits: torch.Tensor, cache: Any
-    ) -> list[tuple[float, bool]]:
-        """Log-probabilities of continuations of prompts that have been read, and whether greedy decoding gives them.
 
-        Args:
-            wanted: Rows of the batch, and token ids that follow.
-            logits: Of the next token [rows, vocabulary].
-            cache: The batch's key-value cache.
-        """
-        first = logits.float().log_softmax(-1)
-        sums = [first[row, target[0]].item() for row, target in wanted]
-        greedy = [bool(first[row].argmax() == target[0]) for row, target in wanted]
-        longer = [number for number, (_, target) in enumerate(wanted) if len(target) > 1]
-        if longer:
-            own = copy.deepcopy(cache)
-            own.batch_select_indices(torch.tensor([wanted[number][0] for number in longer], device=self.device))
-            # What pads a row on the right comes after all that is looked at.
-            rows = [torch.tensor(wanted[number][1][:-1], device=self.device) for number in longer]
-            inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            output = self.model(input_ids=inputs, past_key_values=own, use_cache=True)
-            for number, scores in zip(longer, output.logits.float().log_softmax(-1), strict=True):
-                rest = torch.tensor(wanted[number][1][1:], device=self.device)
-                own_scores = scores[: len(rest)]
-                sums[number] += own_scores.gather(1, rest[:, None]).sum().item()
-                greedy[number] = greedy[number] and bool((own_scores.argmax(-1) == rest).all())
-        return list(zip(sums, greedy, strict=True))
+def _logprobs(logits: torch.Tensor, spans: Mapping[Target, list[int]]) -> dict[Target, tuple[float, bool]]:
+    """Log-probabilities of targets in nats, and whether each of their tokens is the most probable one.
+
+    Args:
+        logits: float32, (places, vocabulary).
+        spans: For each target, the places whose next token is one of the target's.
+    """
+    places = [place for span in spans.values() for place in span]
+    tokens = [token for _, continuation in spans for token in continuation]
+    chosen = logits.log_softmax(-1)[places, tokens].tolist()
+    greedy = (logits.argmax(-1)[places] == torch.tensor(tokens, device=logits.device)).tolist()
+    found, start = {}, 0
+    for target, span in spans.items():
+        own = slice(start, start + len(span))
+        found[target] = (sum(chosen[own]), all(greedy[own]))
+        start += len(span)
+    return found
+
+
+def _select(
+    cache: DynamicCache, paths: Sequence[Sequence[int]], device: torch.device
+) -> tuple[DynamicCache, torch.Tensor]:
+    """The keys and values of some of a row's sequences, a batch of their own.
+
+    Args:
+        cache: The row's.
+        paths: Of each sequence, as in `Row.paths`.
+        device: The model's.
+
+    Returns:
+        The cache, shorter sequences padded on the left; and 1 where something is to be seen, int64, (sequences,
+        tokens).
+    """
+    longest = max(map(len, paths))
+    index = torch.tensor([[0] * (longest - len(path)) + list(path) for path in paths], device=device)
+    mask = torch.tensor([[0] * (longest - len(path)) + [1] * len(path) for path in paths], device=device)
+    selected = DynamicCache()
+    for number, (keys, values, _) in enumerate(cache):
+        selected.update(keys[0][:, index].transpose(0, 1), values[0][:, index].transpose(0, 1), number)
+    return selected, mask
 
 
 class HFEngine:
@@ -261,15 +326,3 @@ def prompt_ids(lm: TemplateLM, prompt: str) -> Prompt:
             "model with a longer context."
         )
     return ids
-
-
-def _equal_length_batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Cut prompts that are sorted by length into batches of at most `size`, each of one length."""
-    batch: list[Prompt] = []
-    for prompt in prompts:
-        if batch and (len(batch) == size or len(prompt) != len(batch[0])):
-            yield batch
-            batch = []
-        batch.append(prompt)
-    if batch:
-        yield batch

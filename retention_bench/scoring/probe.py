@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.facts import Fact, target_token, token_text
-from retention_bench.scoring.hf import Prompt, RetentionHFLM
+from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import judge_ids
+from retention_bench.scoring.prefixes import Prompt
 
 TOP = 5
 """How many of the most probable tokens are kept."""
@@ -85,8 +86,8 @@ class Prober:
             prompts = [lm.prompt_ids(fact.question) for fact in self._facts]
             found: dict[Prompt, torch.Tensor] = {}
 
-            def keep(batch: Sequence[Prompt], logits: torch.Tensor, _: Any) -> None:
-                found.update(zip(batch, logits.float().softmax(-1).cpu(), strict=True))
+            def keep(batch: Sequence[Prompt], logits: torch.Tensor) -> None:
+                found.update(zip(batch, logits.softmax(-1).cpu(), strict=True))
 
             answers = lm.answer(prompts, first=keep)
         finally:

@@ -39,8 +39,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Layout
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.hf import Prompt, is_general, prompt_ids
+from retention_bench.scoring.hf import is_general, prompt_ids
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
+from retention_bench.scoring.prefixes import Prompt
 
 _MAX_WRITTEN_TOKENS = 256  # lm-eval's default for a task that doesn't say
 _PRINTED = 4000  # characters of what the process printed last that an error quotes
