@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,16 +198,22 @@ def gap(
     seed: int,
     resamples: int = 10_000,
 ) -> Gap:
-    """Retention of intrinsic facts minus retention of edited facts, with a 95 % percentile bootstrap interval.
+    """Retention of intrinsic facts minus retention of edited facts, with a 95 % bootstrap interval.
 
-    The two sides are resampled independently, and by key: a fact that was asked several times (an intrinsic fact in
-    every one of several edited models) goes in or stays out with all its outcomes, because they are not independent
-    (the cluster bootstrap; Davison & Hinkley 1997, section 3.8). Resampled are the keys with an outcome that was
-    correct before: retention is not defined on the others.
+    The two sides are resampled independently, and by key: what is asked several times under one key (an intrinsic fact
+    in every one of several edited models; all edits of a model, where the key is the model) goes in or stays out with
+    all its outcomes, because they are not independent (the cluster bootstrap; Davison & Hinkley 1997, section 3.8).
+    Resampled are the keys with an outcome that was correct before: retention is not defined on the others.
+
+    The interval is the expanded percentile interval (Hesterberg 2015, "What teachers should know about the bootstrap"),
+    as a plain one from few keys is too narrow. In simulations with 10 models of 5 edits, correlated by 0.3 within a
+    model, it covers the gap in 94-95 % for edited retention of 0.5 and 0.63, where resampling facts covers it in 81 %
+    and a plain percentile interval in 90 %; for 0.8 in 92 %; for 0.95, where few models hold all losses, in 89 %.
 
     Args:
-        edited_before: By fact, whether it was answered correctly; a list where it was asked several times.
-        edited_after: The same facts later, lists in the same order.
+        edited_before: By fact, whether it was answered correctly; a list where it was asked several times. Or by model,
+            a list of whether its edits were.
+        edited_after: The same later, lists in the same order.
         intrinsic_before: As `edited_before`, for intrinsic facts.
         intrinsic_after: As `edited_after`, for intrinsic facts.
         seed: Of the bootstrap; the same seed gives the same interval.
@@ -224,7 +231,7 @@ def gap(
         return Gap(value=None, ci95=None)
     rng = np.random.default_rng(seed)
     differences = _bootstrap(intrinsic, rng, resamples) - _bootstrap(edited, rng, resamples)
-    low, high = np.quantile(differences, [0.025, 0.975])
+    low, high = np.clip(np.quantile(differences, [0.025, 0.975]), -1, 1)
     return Gap(value=_ratio(intrinsic) - _ratio(edited), ci95=(float(low), float(high)))
 
 
@@ -249,13 +256,18 @@ def _ratio(clusters: np.ndarray) -> float:
 
 
 def _bootstrap(clusters: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Retention in each resample of the clusters; float64, (resamples,)."""
+    """Retention in each resample of the clusters, spread for how few they are; float64, (resamples,)."""
     n = len(clusters)
     ratios = []
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
         rows = rng.integers(0, n, size=(min(_RESAMPLES_AT_ONCE, resamples - start), n))
         ratios.append(clusters[rows, 0].sum(axis=1) / clusters[rows, 1].sum(axis=1))
-    return np.concatenate(ratios)
+    found = np.concatenate(ratios)
+    if n == 1:
+        return found  # all alike: one cluster does not tell how far others would be
+    # The variance of a resample is short by (n - 1) / n, and its quantiles are the normal ones where t's are due.
+    expansion = math.sqrt(n / (n - 1)) * float(stats.t.ppf(0.975, n - 1)) / Z
+    return _ratio(clusters) + expansion * (found - _ratio(clusters))
 
 
 def _same_keys(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:

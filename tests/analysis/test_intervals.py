@@ -282,3 +282,25 @@ def test_the_gap_covers_the_difference_at_50_facts(edited: float, intrinsic: flo
         [found[run][0] <= intrinsic - edited + 1e-12 and intrinsic - edited - 1e-12 <= found[run][1] for run in runs]
     )
     assert 0.93 <= covered <= 0.97
+
+
+@pytest.mark.parametrize("edited", [0.5, 0.634])
+def test_the_gap_covers_the_difference_where_edits_share_a_model(edited: float) -> None:
+    # 10 models with 5 edits, lost together with a correlation of 0.3; resampled by model, and as if by fact
+    rng = np.random.default_rng(8)
+    by_model, by_fact = [], []
+    for hits in draw(edited, 0.3, [5] * 10, runs=800):
+        models = {m: [i < h for i in range(5)] for m, h in enumerate(hits)}
+        facts = {(m, i): hit for m, own in models.items() for i, hit in enumerate(own)}
+        kept = outcomes(int(rng.binomial(100, 0.824)), 100)
+        for found, after, known in ((by_model, models, [True] * 5), (by_fact, facts, True)):
+            low, high = gap(
+                dict.fromkeys(after, known), after, dict.fromkeys(kept, True), kept, seed=0, resamples=300
+            ).ci95
+            found.append(low <= 0.824 - edited <= high)
+    assert 0.93 <= np.mean(by_model) <= 0.97
+    assert np.mean(by_fact) < 0.88
+
+
+def test_one_key_has_no_spread() -> None:
+    assert gap({"m": [True] * 4}, {"m": [True, False] * 2}, {"i": True}, {"i": True}, seed=0) == Gap(0.5, (0.5, 0.5))
