@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,13 +87,15 @@ def rate(hits: int, total: int) -> Rate:
 def clustered(outcomes: Iterable[tuple[Hashable, bool]], by: str) -> Rate:
     """A share of hits among trials that are independent only between clusters.
 
-    The interval is Wilson's for the effective number of trials: the number over the design effect (Rao & Scott 1992,
-    "A simple method for the analysis of clustered binary data"), which is estimated from how far the clusters differ,
-    corrected for how few clusters that estimate rests on (Korn & Graubard 1998; compared with others by Dean & Pagano
-    2015, "Evaluating confidence interval methods for binomial proportions in clustered surveys": the modified Wilson).
-    In simulations with 50 clusters of 4 and rates of 0.1 to 0.9 it covers 93-97 % whatever the correlation within a
-    cluster, where a plain interval falls below 75 %; at 0.95, with 10 related answers a cluster, it covers 91 %. With 5
-    or 10 clusters it errs on the wide side, up to 100 %, but for rates of 0.8 at a correlation of 0.6: 93 %.
+    The interval is Wilson's for the effective number of trials, `effective_size` (Dean & Pagano 2015, "Evaluating
+    confidence interval methods for binomial proportions in clustered surveys"; Franco, Little, Louis & Slud 2019).
+
+    In simulations with 50 clusters of 2 to 13 trials, beta-binomial with any correlation, it covers rates of 0.1 to 0.9
+    in 93-97 %, where a plain interval falls below 75 %, and rates of 0.95 and 0.98 in 91-98 %. What is lacking is lost
+    in estimating the correlation: given the true one, those are covered in 94-97 %. No estimate can know of a
+    correlation that the sample happens not to show: where a third to two thirds of the clusters are of one outcome
+    throughout and all other trials independent, with ten in a cluster, it covers a rate of 0.9 in 89 % and one of 0.95
+    in 81 %. With 5 or 10 clusters it errs on the wide side, up to 100 %, but for such clusters again (88 %).
 
     Args:
         outcomes: The cluster and the outcome of every trial.
@@ -102,16 +104,14 @@ def clustered(outcomes: Iterable[tuple[Hashable, bool]], by: str) -> Rate:
     Returns:
         The rate; with the plain Wilson interval where every cluster has one trial.
     """
-    grouped: dict[Hashable, list[bool]] = defaultdict(list)
-    for cluster, hit in outcomes:
-        grouped[cluster].append(hit)
-    sizes = np.array([len(hits) for hits in grouped.values()], dtype=np.int64)
-    sums = np.array([sum(hits) for hits in grouped.values()], dtype=np.int64)
-    hits, total = int(sums.sum()), int(sizes.sum())
-    if total == len(sizes):
+    numbers: dict[Hashable, int] = {}
+    pairs = [(numbers.setdefault(cluster, len(numbers)), hit) for cluster, hit in outcomes]
+    labels, values = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    hits, total = int(values.sum()), len(values)
+    if total == len(numbers):
         return rate(hits, total)
     p = hits / total
-    n = effective_size(sums, sizes, p * (1 - p))
+    n = effective_size(values, labels, (0, 1))
     # Wilson's interval is where (p - x)^2 = z^2 x (1 - x) / n; scipy has it for whole numbers of trials only.
     low, high = sorted(np.roots([1 + Z**2 / n, -(2 * p + Z**2 / n), p**2]).real)
     return Rate(
@@ -120,35 +120,45 @@ def clustered(outcomes: Iterable[tuple[Hashable, bool]], by: str) -> Rate:
         rate=p,
         ci95=(0.0 if hits == 0 else float(low), 1.0 if hits == total else float(high)),
         clustered_by=by,
-        clusters=len(sizes),
+        clusters=len(numbers),
         effective=n,
     )
 
 
-def effective_size(sums: np.ndarray, sizes: np.ndarray, variance: float) -> float:
+def effective_size(values: np.ndarray, labels: np.ndarray, ends: tuple[float, float]) -> float:
     """How many independent trials are worth as much as trials in clusters, for the mean of all.
 
+    The number of trials over the design effect 1 + (m - 1) r (Rao & Scott 1992, "A simple method for the analysis of
+    clustered binary data"), where m is the mean size of the cluster that a trial is in, and r the correlation within
+    clusters by Fleiss & Cuzick's estimate ("The reliability of dichotomous judgments", 1979); and that times
+    (t(trials - 1) / t(clusters - 1))^2, for how few clusters r rests on (Korn & Graubard 1998, "Confidence intervals
+    for proportions with small expected number of positive counts estimated from survey data").
+
+    Half a trial at either end of the scale is added to the variance that the correlation is a share of, as Jeffreys'
+    prior has it. Otherwise trials of which few are misses, or none, would say that misses don't come together.
+
     Args:
-        sums: Sum of the values in each cluster; numbers, (clusters,).
-        sizes: Number of trials in each cluster; int64, (clusters,).
-        variance: Of the values of all trials around their mean.
+        values: The value of every trial; numbers, (trials,).
+        labels: The cluster of every trial, counted from 0; int64, (trials,).
+        ends: The lowest and the highest value that a trial can have.
 
     Returns:
-        The number of trials over the design effect, times (t(trials - 1) / t(clusters - 1))^2 (Korn & Graubard 1998).
-        The design effect is never taken as less than 1. Where no value differs from another the clusters cannot tell
-        it, and each counts as one trial; so does a single cluster.
+        The effective number, at most that of the trials. A single cluster counts as one trial.
     """
-    total, clusters = int(sizes.sum()), len(sizes)
+    sizes, sums = np.bincount(labels), np.bincount(labels, values)
+    total, clusters = len(values), len(sizes)
     if clusters == 1:
         return 1.0
-    if variance == 0:
-        independent = float(clusters)
-    else:
-        mean = sums.sum() / total
-        spread = clusters / (clusters - 1) * float(((sums - mean * sizes) ** 2).sum())
-        independent = total / max(1.0, spread / (total * variance))
+    if clusters == total:
+        return float(total)
+    within = float(values @ values - (sums**2 / sizes).sum()) / (total - clusters)
+    low, high = ends
+    mean = (sums.sum() + (low + high) / 2) / (total + 1)
+    variance = float(values @ values + (low**2 + high**2) / 2) / (total + 1) - mean**2
+    correlation = max(0.0, 1 - within / variance)
+    design_effect = 1 + (float(sizes @ sizes) / total - 1) * correlation
     quantiles = stats.t.ppf(0.975, [total - 1, clusters - 1])
-    return float(independent * (quantiles[0] / quantiles[1]) ** 2)
+    return float(total / design_effect * (quantiles[0] / quantiles[1]) ** 2)
 
 
 def retention(
@@ -188,16 +198,22 @@ def gap(
     seed: int,
     resamples: int = 10_000,
 ) -> Gap:
-    """Retention of intrinsic facts minus retention of edited facts, with a 95 % percentile bootstrap interval.
+    """Retention of intrinsic facts minus retention of edited facts, with a 95 % bootstrap interval.
 
-    The two sides are resampled independently, and by key: a fact that was asked several times (an intrinsic fact in
-    every one of several edited models) goes in or stays out with all its outcomes, because they are not independent
-    (the cluster bootstrap; Davison & Hinkley 1997, section 3.8). Resampled are the keys with an outcome that was
-    correct before: retention is not defined on the others.
+    The two sides are resampled independently, and by key: what is asked several times under one key (an intrinsic fact
+    in every one of several edited models; all edits of a model, where the key is the model) goes in or stays out with
+    all its outcomes, because they are not independent (the cluster bootstrap; Davison & Hinkley 1997, section 3.8).
+    Resampled are the keys with an outcome that was correct before: retention is not defined on the others.
+
+    The interval is the expanded percentile interval (Hesterberg 2015, "What teachers should know about the bootstrap"),
+    as a plain one from few keys is too narrow. In simulations with 10 models of 5 edits, correlated by 0.3 within a
+    model, it covers the gap in 94-95 % for edited retention of 0.5 and 0.63, where resampling facts covers it in 81 %
+    and a plain percentile interval in 90 %; for 0.8 in 92 %; for 0.95, where few models hold all losses, in 89 %.
 
     Args:
-        edited_before: By fact, whether it was answered correctly; a list where it was asked several times.
-        edited_after: The same facts later, lists in the same order.
+        edited_before: By fact, whether it was answered correctly; a list where it was asked several times. Or by model,
+            a list of whether its edits were.
+        edited_after: The same later, lists in the same order.
         intrinsic_before: As `edited_before`, for intrinsic facts.
         intrinsic_after: As `edited_after`, for intrinsic facts.
         seed: Of the bootstrap; the same seed gives the same interval.
@@ -215,7 +231,7 @@ def gap(
         return Gap(value=None, ci95=None)
     rng = np.random.default_rng(seed)
     differences = _bootstrap(intrinsic, rng, resamples) - _bootstrap(edited, rng, resamples)
-    low, high = np.quantile(differences, [0.025, 0.975])
+    low, high = np.clip(np.quantile(differences, [0.025, 0.975]), -1, 1)
     return Gap(value=_ratio(intrinsic) - _ratio(edited), ci95=(float(low), float(high)))
 
 
@@ -240,13 +256,18 @@ def _ratio(clusters: np.ndarray) -> float:
 
 
 def _bootstrap(clusters: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Retention in each resample of the clusters; float64, (resamples,)."""
+    """Retention in each resample of the clusters, spread for how few they are; float64, (resamples,)."""
     n = len(clusters)
     ratios = []
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
         rows = rng.integers(0, n, size=(min(_RESAMPLES_AT_ONCE, resamples - start), n))
         ratios.append(clusters[rows, 0].sum(axis=1) / clusters[rows, 1].sum(axis=1))
-    return np.concatenate(ratios)
+    found = np.concatenate(ratios)
+    if n == 1:
+        return found  # all alike: one cluster does not tell how far others would be
+    # The variance of a resample is short by (n - 1) / n, and its quantiles are the normal ones where t's are due.
+    expansion = math.sqrt(n / (n - 1)) * float(stats.t.ppf(0.975, n - 1)) / Z
+    return _ratio(clusters) + expansion * (found - _ratio(clusters))
 
 
 def _same_keys(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:

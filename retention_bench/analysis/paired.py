@@ -51,9 +51,8 @@ def difference(changes: Sequence[Sequence[float]]) -> Difference:
     if not len(values):
         raise ValueError("there must be a question to compare")
     mean = float(values.mean())
-    sums = np.array([sum(fact) for fact in changes if fact], dtype=np.float64)
-    sizes = np.array([len(fact) for fact in changes if fact], dtype=np.int64)
-    n = float(len(values)) if len(sizes) == len(values) else effective_size(sums, sizes, float(values.var()))
+    asked = [fact for fact in changes if fact]
+    n = effective_size(values, np.repeat(np.arange(len(asked)), [len(fact) for fact in asked]), (-1, 1))
     # One gained and one lost are added, as Laplace's estimate of the two shares has it.
     changed = (n * float((values**2).mean()) + 2) / (n + 2)
     centre = n * mean / (n + 2)

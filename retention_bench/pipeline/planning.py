@@ -40,7 +40,7 @@ VERSIONS = {
     "unknown": 1,
     "finetune": 3,
     "score": 4,
-    "results": 4,
+    "results": 5,
 }
 
 

@@ -103,10 +103,10 @@ def aggregate(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
 
     Retention is measured from after the edit to after the fine-tune, in the same model. Samples of several experiments
     are pooled. The intervals of rates take answers of one edited model as dependent where at least `MODELS` models
-    hold several edits each, else answers of one fact; the gap's bootstrap always resamples facts, an intrinsic one
-    with its outcomes in all experiments. `detectable` has the smallest differences that so many facts show in 8 of 10
-    repetitions at 5 %: in the gap (`gap`), and in edited facts against another run with the same facts (`paired`; and
-    `paired_one_in_20` where one fact in 20 changes the other way).
+    hold several edits each, else answers of one fact, and the gap's bootstrap resamples what they do; intrinsic facts
+    always by fact, with the outcomes in all experiments. `detectable` has the smallest differences that so many facts
+    show in 8 of 10 repetitions at 5 %: in the gap (`gap`), and in edited facts against another run with the same facts
+    (`paired`; and `paired_one_in_20` where one fact in 20 changes the other way).
 
     Args:
         rows: The samples, as in `samples.jsonl`.
@@ -116,11 +116,11 @@ def aggregate(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
     def outcomes(stage: str, kind: str) -> dict[tuple[str, int], bool]:
         return {(r["fact_id"], r["experiment"]): r["hit"] for r in rows if r["stage"] == stage and r["kind"] == kind}
 
-    def by_fact(flat: Mapping[tuple[str, int], bool]) -> dict[str, list[bool]]:
-        grouped: dict[str, list[bool]] = defaultdict(list)
-        for (fact, _), hit in sorted(flat.items()):
-            grouped[fact].append(hit)
-        return grouped
+    def grouped(flat: Mapping[tuple[str, int], bool], by: str) -> dict[Any, list[bool]]:
+        groups: dict[Any, list[bool]] = defaultdict(list)
+        for (fact, experiment), hit in sorted(flat.items()):
+            groups[experiment if by == "experiment" else fact].append(hit)
+        return groups
 
     before = {kind: outcomes("post_edit", kind) for kind in ("edited", "intrinsic")}
     after = {kind: outcomes("post_finetune", kind) for kind in ("edited", "intrinsic")}
@@ -140,10 +140,10 @@ def aggregate(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
         "retention": {kind: found.to_json() for kind, found in kept.items()}
         | {"control_intrinsic": retention(*control.values()).to_json()},
         "gap": gap(
-            by_fact(before["edited"]),
-            by_fact(after["edited"]),
-            by_fact(before["intrinsic"]),
-            by_fact(after["intrinsic"]),
+            grouped(before["edited"], by),
+            grouped(after["edited"], by),
+            grouped(before["intrinsic"], "fact"),
+            grouped(after["intrinsic"], "fact"),
             seed=seed,
         ).to_json(),
         "detectable": {

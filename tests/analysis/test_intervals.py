@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -155,17 +157,21 @@ def test_the_gap_and_its_interval_stay_within_minus_1_and_1(edited: list, intrin
         assert -1 <= result.value <= 1
 
 
-def draw(rate: float, correlation: float, clusters: int, size: int, runs: int = 2000) -> np.ndarray:
-    """Hits of `size` trials in each of `clusters` clusters, beta-binomial; int64, (runs, clusters)."""
-    rng = np.random.default_rng(round(1000 * rate) + round(10 * correlation) + clusters)
+UNEQUAL = (1, 1, 2, 2, 3, 4, 6, 8, 10, 13) * 5
+
+
+def draw(rate: float, correlation: float, sizes: Sequence[int], runs: int = 2000) -> np.ndarray:
+    """Hits in clusters of these sizes, beta-binomial; int64, (runs, clusters)."""
+    rng = np.random.default_rng(round(1000 * rate) + round(10 * correlation) + len(sizes))
+    shape = (runs, len(sizes))
     if correlation == 1:
-        return size * (rng.random((runs, clusters)) < rate)
+        return np.array(sizes) * (rng.random(shape) < rate)
     a, b = ((1 - correlation) / correlation * x for x in (rate, 1 - rate)) if correlation else (None, None)
-    return rng.binomial(size, rng.beta(a, b, size=(runs, clusters)) if correlation else rate, size=(runs, clusters))
+    return rng.binomial(sizes, rng.beta(a, b, size=shape) if correlation else rate, size=shape)
 
 
-def coverage(rate_: float, hits: np.ndarray, size: int) -> float:
-    found = [clustered(((i, j < h) for i, h in enumerate(run) for j in range(size)), "fact").ci95 for run in hits]
+def coverage(rate_: float, hits: np.ndarray, sizes: Sequence[int]) -> float:
+    found = [clustered(((i, j < h) for i, h in enumerate(run) for j in range(sizes[i])), "fact").ci95 for run in hits]
     return float(np.mean([low <= rate_ <= high for low, high in found]))
 
 
@@ -180,20 +186,48 @@ def test_wilson_covers_the_rate_at_50_facts(p: float) -> None:
 @pytest.mark.parametrize("p", [0.5, 0.634, 0.815, 0.9])
 @pytest.mark.parametrize("correlation", [0, 0.3, 1])
 def test_clustered_rates_cover_the_rate_at_50_facts(p: float, correlation: float) -> None:
-    assert 0.93 <= coverage(p, draw(p, correlation, clusters=50, size=4), 4) <= 0.97
+    sizes = [4] * 50
+    assert 0.93 <= coverage(p, draw(p, correlation, sizes), sizes) <= 0.97
+
+
+@pytest.mark.parametrize("p", [0.9, 0.95])
+@pytest.mark.parametrize("correlation", [0.3, 0.6, 1])
+def test_facts_asked_more_or_less_often_cover_the_rate(p: float, correlation: float) -> None:
+    # 86 to 92 % with the design effect from how far the clusters' sums differ
+    assert 0.93 <= coverage(p, draw(p, correlation, UNEQUAL), UNEQUAL) <= 0.97
+
+
+@pytest.mark.parametrize(("p", "low", "high"), [(0.95, 0.91, 0.97), (0.98, 0.94, 0.98)])
+@pytest.mark.parametrize("correlation", [0.3, 0.6])
+def test_rates_near_1_are_covered_less_surely(p: float, low: float, high: float, correlation: float) -> None:
+    # ten related answers a fact; without the half trials 88 to 89 % at 0.98
+    sizes = [10] * 50
+    assert low <= coverage(p, draw(p, correlation, sizes), sizes) <= high
 
 
 def test_a_plain_interval_does_not_cover_clustered_answers() -> None:
-    hits = draw(0.634, 1, clusters=50, size=4).sum(axis=1)
+    hits = draw(0.634, 1, [4] * 50).sum(axis=1)
     covered = np.mean([low <= 0.634 <= high for low, high in (rate(int(h), 200).ci95 for h in hits)])
     assert covered < 0.75
 
 
 @pytest.mark.parametrize("clusters", [5, 10])
 def test_few_edited_models_err_on_the_wide_side(clusters: int) -> None:
-    # 50 facts in 5 or 10 models
-    for correlation in (0, 0.3):
-        assert coverage(0.634, draw(0.634, correlation, clusters, 50 // clusters), 50 // clusters) >= 0.93
+    sizes = [50 // clusters] * clusters  # 50 facts in 5 or 10 models
+    for p, correlation in itertools.product((0.634, 0.95), (0, 0.3)):
+        assert coverage(p, draw(p, correlation, sizes), sizes) >= 0.93
+
+
+def test_the_design_effect_rests_on_the_published_correlation() -> None:
+    # The example of Fleiss, Levin & Paik (2003), "Statistical methods for rates and proportions", for raters that vary
+    # in number, with 25 subjects; Stata's manual of `kappa`, which has the data too, gives 0.5415. A thousand copies,
+    # so that the half trials and degrees of freedom don't count.
+    raters = np.array([2, 2, 3, 4, 3, 4, 3, 5, 2, 4, 5, 3, 4, 4, 2, 2, 3, 2, 4, 5, 3, 4, 3, 3, 2] * 1000)
+    positive = np.array([2, 0, 2, 3, 3, 1, 0, 0, 0, 4, 5, 3, 4, 3, 0, 2, 1, 1, 1, 4, 2, 0, 0, 3, 2] * 1000)
+    found = clustered(((i, j < p) for i, (n, p) in enumerate(zip(raters, positive, strict=True)) for j in range(n)), "")
+    total = raters.sum()
+    kappa = (total / found.effective - 1) / ((raters @ raters) / total - 1)
+    assert kappa == pytest.approx(0.5415, abs=2e-4)
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=40))
@@ -213,15 +247,18 @@ def test_a_clustered_interval_contains_the_rate_and_is_no_narrower_than_a_plain_
 
 def test_clusters_that_agree_within_themselves_count_once() -> None:
     # 40 of 50 facts, each with four answers alike: the interval is that of 40 of 50, but for the 199 and 49 degrees of
-    # freedom and the 50/49 of a variance estimated from 50
+    # freedom
     found = clustered(((i, i < 40) for i in range(50) for _ in range(4)), "fact")
     assert found.ci95 == pytest.approx(rate(40, 50).ci95, abs=0.005)
     assert found.to_json() | {"clustered_by": "fact", "clusters": 50} == found.to_json()
-    assert found.effective == pytest.approx(50 * 49 / 50, rel=0.05)
+    assert found.effective == pytest.approx(50 * (1.9720 / 2.0096) ** 2, rel=1e-4)
 
 
 def test_one_cluster_is_one_trial() -> None:
     assert clustered([("a", True)] * 9, "fact").effective == 1
+    # where all answers agree nothing tells that they are not one a cluster
+    alike = clustered([(i, True) for i in range(50) for _ in range(4)], "fact")
+    assert alike.effective == pytest.approx(48.15, abs=0.01)
     assert clustered([], "fact") == rate(0, 0)
 
 
@@ -245,3 +282,25 @@ def test_the_gap_covers_the_difference_at_50_facts(edited: float, intrinsic: flo
         [found[run][0] <= intrinsic - edited + 1e-12 and intrinsic - edited - 1e-12 <= found[run][1] for run in runs]
     )
     assert 0.93 <= covered <= 0.97
+
+
+@pytest.mark.parametrize("edited", [0.5, 0.634])
+def test_the_gap_covers_the_difference_where_edits_share_a_model(edited: float) -> None:
+    # 10 models with 5 edits, lost together with a correlation of 0.3; resampled by model, and as if by fact
+    rng = np.random.default_rng(8)
+    by_model, by_fact = [], []
+    for hits in draw(edited, 0.3, [5] * 10, runs=800):
+        models = {m: [i < h for i in range(5)] for m, h in enumerate(hits)}
+        facts = {(m, i): hit for m, own in models.items() for i, hit in enumerate(own)}
+        kept = outcomes(int(rng.binomial(100, 0.824)), 100)
+        for found, after, known in ((by_model, models, [True] * 5), (by_fact, facts, True)):
+            low, high = gap(
+                dict.fromkeys(after, known), after, dict.fromkeys(kept, True), kept, seed=0, resamples=300
+            ).ci95
+            found.append(low <= 0.824 - edited <= high)
+    assert 0.93 <= np.mean(by_model) <= 0.97
+    assert np.mean(by_fact) < 0.88
+
+
+def test_one_key_has_no_spread() -> None:
+    assert gap({"m": [True] * 4}, {"m": [True, False] * 2}, {"i": True}, {"i": True}, seed=0) == Gap(0.5, (0.5, 0.5))

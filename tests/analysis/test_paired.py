@@ -33,6 +33,7 @@ def test_mcnemar_gives_the_published_p() -> None:
     assert mcnemar(0, 6) == pytest.approx(2 / 2**6)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_mcnemar_is_symmetric(lost: int, gained: int) -> None:
     assert mcnemar(lost, gained) == mcnemar(gained, lost)

@@ -215,5 +215,8 @@ def test_edits_of_one_model_are_clustered_where_there_are_enough_models(models, 
         assert rate.get("clusters") == (models if by else None)
     intrinsic = found["retention"]["intrinsic"]
     assert (intrinsic["clustered_by"], intrinsic["clusters"]) == ("fact", 12)
+    # the same 15 of 30 lost; resampled by model, all of six models' facts are lost or none
+    low, high = found["gap"]["ci95"]
+    assert (high - low > 0.8) == (by == "experiment")
     assert (found["detectable"]["gap"] is None) == (by == "experiment")  # six models, all or nothing, show none
     assert found["detectable"]["paired"] < found["detectable"]["paired_one_in_20"]
