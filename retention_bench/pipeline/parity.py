@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +28,28 @@ class MismatchError(RetentionBenchError):
 def check_parity(
     engine: Engine, reference: Reference, folder: Path, facts: FactSet, options: Options
 ) -> dict[str, Any]:
-    """Ask a fresh model the same as the engine.
+    """Ask a fresh model the same as the engine, with lm-eval's own code.
 
     Raises:
         MismatchError: The log-probability of a target differs by more than rounding explains.
     """
-    from retention_bench.scoring import score, score_lm
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
-    asked = _few(facts, PARITY_PROMPTS)
-    ours = score_lm(engine.lm, asked, kinds=("edited", "intrinsic"))
+    from retention_bench.scoring import contained_lm_eval, score_lm
+
+    ours = score_lm(engine.lm, _few(facts, PARITY_PROMPTS), kinds=("edited", "intrinsic"))
     # On a GPU vLLM leaves no room for another model.
     device = "cpu" if options.backend == "vllm" else options.device
     model, tokenizer = fresh_model(reference, folder, options, device)
-    theirs = score(model, tokenizer, asked, kinds=("edited", "intrinsic"))
+    with contained_lm_eval():
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=PARITY_PROMPTS, softmax_dtype="float32")
+        told = [Instance("loglikelihood", {}, (sample.prompt, f" {sample.target}"), 0) for sample in ours]
+        theirs = [logprob for logprob, _ in lm.loglikelihood(told, disable_tqdm=True)]
+        answers = [(("", ""), lm.tok_encode(sample.prompt), list(sample.token_ids)) for sample in ours]
+        equal = sum(greedy for _, greedy in lm._loglikelihood_tokens(answers, disable_tqdm=True))
     tolerance = PARITY_TOLERANCE[options.dtype]
-    distance = [_distance(a.target_logprob, b.target_logprob) for a, b in zip(ours, theirs, strict=True)]
+    distance = [_distance(a.target_logprob, b) for a, b in zip(ours, theirs, strict=True)]
     wrong = [a.prompt for a, d in zip(ours, distance, strict=True) if d > tolerance]
     if wrong:
         raise MismatchError(
@@ -50,7 +58,6 @@ def check_parity(
             f"where {options.dtype} explains {tolerance:g}: {'; '.join(map(repr, wrong[:5]))}. "
             "Nothing it says can be trusted, so the run ends. Try --backend hf, or --dtype float32."
         )
-    equal = sum(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True))
     return {
         "checkpoint": reference.name,
         "prompts": len(ours),
@@ -83,7 +90,8 @@ def _few(facts: FactSet, count: int) -> FactSet:
     return FactSet.of(dataclasses.replace(fact, paraphrases=(), neighborhood=()) for fact in chosen)
 
 
-def _distance(first: float | None, second: float | None) -> float:
-    if first is None or second is None:
-        return 0.0 if first is second else float("inf")
-    return abs(first - second)
+def _distance(ours: float | None, theirs: float) -> float:
+    """In nats; a log-probability that is no number has become None on our side."""
+    if ours is None:
+        return float("inf") if math.isfinite(theirs) else 0.0
+    return abs(ours - theirs) if math.isfinite(theirs) else float("inf")

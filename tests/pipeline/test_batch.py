@@ -121,7 +121,9 @@ def test_every_form_of_a_checkpoint_is_scored_as_a_model_of_its_own(zoo, facts, 
             logprobs = [s["target_logprob"] for s in ours]
             assert logprobs == pytest.approx([s.target_logprob for s in theirs], abs=1e-4)
             assert found[task]["hits"] == sum(s["hit"] for s in ours)
-            assert found[task]["parity"]["logprob_distance"] < 1e-4
+            parity = found[task]["parity"]
+            assert parity["logprob_distance"] < 1e-4
+            assert parity["equal_answers"] == parity["prompts"] == len(facts)
         answers.add(tuple(s["target_logprob"] for task in TASKS for s in found[task]["samples"]))
     assert len(answers) == len(references)  # no two of them are alike
 
