@@ -1,20 +1,24 @@
 """Checkpoints a minute by `score` and by `lm_eval run` started anew for each; ratios of one run.
 
-    python benchmarks/scoring.py [--checkpoints 20] [--facts 100] [--backends hf[,vllm]] [--model atlas-gpt2]
+    python benchmarks/scoring.py [--sizes 20x100,5x1000,2x10000] [--backends hf[,vllm]] [--model atlas-gpt2]
 
-The checkpoints are a model of suite `atlas` with a little noise on its weights, each with noise of its own. Both ways
-ask the same facts, half of them edited, in their own words; times are those of whole processes, with imports and, for
-`score`, with the comparison with a fresh model. The script ends with an error if the two ways find different rates.
+A size is a number of checkpoints and one of facts. The checkpoints are a model of suite `atlas` with a little noise on
+its weights, each with noise of its own. Both ways ask the same facts, half of them edited, in their own words; beyond
+those of the suite, facts have the prompt and object of one and the subject of another. Times are those of whole
+processes, with imports and, for `score`, with the comparison with a fresh model. The last column is how far apart the
+rates of the two ways are at most: `score` judges token ids, `lm_eval` text (tasks/README.md).
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +34,12 @@ KINDS = ("edited", "intrinsic")
 def make(folder: Path, model: str, checkpoints: int, count: int) -> list[Path]:
     """Write the facts and the checkpoints."""
     suite = load_suite("atlas")
-    pool = read_pool(suite.locate(suite.facts.source), None, None)
-    facts = [dataclasses.replace(fact, paraphrases=(), neighborhood=()) for fact in list(pool)[:count]]
+    pool = list(read_pool(suite.locate(suite.facts.source), None, None))
+    facts = [dataclasses.replace(fact, paraphrases=(), neighborhood=()) for fact in pool[:count]]
+    for shift in range(1, len(pool)):
+        for i, fact in enumerate(pool[: count - len(facts)]):
+            other = pool[(i + shift) % len(pool)]
+            facts.append(dataclasses.replace(facts[i], id=f"{fact.id}+{shift}", subject=other.subject))
     facts[1::2] = [dataclasses.replace(fact, target_new=None) for fact in facts[1::2]]
     FactSet.of(facts).write(folder / "facts.jsonl")
     base = Path(suite.model(model)[1].path)
@@ -76,34 +84,39 @@ def by_lm_eval(folder: Path, paths: list[Path]) -> dict[str, dict[str, float]]:
     return rates
 
 
+def measure(model: str, checkpoints: int, facts: int, backends: Sequence[str]) -> None:
+    """Time all ways for one size, and print a row for each."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = make(folder, model, checkpoints, facts)
+        ways = {"lm_eval run": lambda: by_lm_eval(folder, paths)}
+        ways |= {f"score, {backend}": functools.partial(by_score, folder, paths, backend) for backend in backends}
+        seconds, rates = {}, {}
+        for way, run in ways.items():
+            began = time.monotonic()
+            rates[way] = run()
+            seconds[way] = time.monotonic() - began
+    for way, took in seconds.items():
+        plain = rates["lm_eval run"]
+        apart = max(abs(rates[way][path][task] - plain[path][task]) for path in plain for task in plain[path])
+        ratio = seconds["lm_eval run"] / took
+        row = [checkpoints, f"{facts:,}", way, f"{took:.1f}", f"{60 * checkpoints / took:.1f}", f"{ratio:.1f}"]
+        print("|", " | ".join(map(str, row)), "|", f"{100 * apart:.2f} |", flush=True)
+
+
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoints", type=int, default=20)
-    parser.add_argument("--facts", type=int, default=100)
+    parser.add_argument("--sizes", default="20x100,5x1000,2x10000")
     parser.add_argument("--backends", default="hf")
     parser.add_argument("--model", default="atlas-gpt2")
     args = parser.parse_args()
-    ways = {f"score, {backend}": backend for backend in args.backends.split(",")}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        paths = make(folder, args.model, args.checkpoints, args.facts)
-        seconds, rates = {}, {}
-        began = time.monotonic()
-        rates["lm_eval run"] = by_lm_eval(folder, paths)
-        seconds["lm_eval run"] = time.monotonic() - began
-        for way, backend in ways.items():
-            began = time.monotonic()
-            rates[way] = by_score(folder, paths, backend)
-            seconds[way] = time.monotonic() - began
-    print(f"{args.model}, {args.checkpoints} checkpoints, {args.facts} facts, torch {torch.__version__}\n")
-    print("| way | s | checkpoints a minute | ratio |\n|---|---|---|---|")
-    for way, took in seconds.items():
-        ratio = seconds["lm_eval run"] / took
-        print(f"| {way} | {took:.1f} | {60 * args.checkpoints / took:.1f} | {ratio:.1f} |")
-    for way in ways:
-        if rates[way] != rates["lm_eval run"]:
-            sys.exit(f"{way} finds other rates than lm_eval run")
+    print(f"{args.model}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| checkpoints | facts | way | s | checkpoints a minute | ratio | rates apart, points |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for size in args.sizes.split(","):
+        checkpoints, facts = map(int, size.split("x"))
+        measure(args.model, checkpoints, facts, args.backends.split(","))
 
 
 if __name__ == "__main__":

@@ -11,23 +11,20 @@ from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from retention_bench.errors import RetentionBenchError
 from retention_bench.models import Layout, empty_model
 from retention_bench.progress import Progress, silent
 from retention_bench.scoring.contained import contained_lm_eval
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
+from retention_bench.scoring.metric import MAX_DECODED_TOKENS, is_stop_token
+from retention_bench.scoring.model import RetentionLM, Target
 from retention_bench.scoring.prefixes import Prompt, Row, rows
 
-Target = tuple[Prompt, Prompt]
-"""What is given and what follows, at least one token each."""
 FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
 
 
-class RetentionHFLM(HFLM):
+class RetentionHFLM(RetentionLM, HFLM):
     """`HFLM` for a loaded model, whose answers are `DecodedText` and end at the first content token.
 
     Prompts get the ids that `lm_eval --model hf` gives them. What several begin with is read once (`prefixes.rows`); an
@@ -58,63 +55,7 @@ class RetentionHFLM(HFLM):
                 softmax_dtype=torch.float32,  # log-probabilities of a half-precision model, not rounded once more
             )
         self._progress = progress
-        self._answers: dict[Prompt, list[int]] = {}
-        self._logprobs: dict[tuple[str, str], tuple[float, bool]] = {}
-
-    def prefetch(self, questions: Iterable[tuple[str, str]]) -> None:
-        """Find answers and the targets' log-probabilities in the same passes.
-
-        `generate_until` and `loglikelihood` take from it what they are asked next, until `forget`.
-
-        Args:
-            questions: Prompts and targets, each target with its leading space.
-
-        Raises:
-            RetentionBenchError: As `generate_until`.
-        """
         self.forget()
-        prompts: set[Prompt] = set()
-        targets: dict[Target, list[tuple[str, str]]] = defaultdict(list)
-        for prompt, target in set(questions):
-            prompts.add(self.prompt_ids(prompt))
-            context, continuation = self._encode_pair(prompt, target)
-            if len(context) + len(continuation) <= self.max_length:  # or lm-eval cuts off the context's beginning
-                targets[tuple(context), tuple(continuation)].append((prompt, target))
-        self._answers, logprobs = self._ask(prompts, targets.keys())
-        for found, asked in targets.items():
-            self._logprobs.update(dict.fromkeys(asked, logprobs[found]))
-
-    def forget(self) -> None:
-        """Drop what `prefetch` found, as it must be where the weights change."""
-        self._answers, self._logprobs = {}, {}
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As lm-eval's, with what `prefetch` found already."""
-        rest = [request for request in requests if request.args not in self._logprobs]
-        found = iter(super().loglikelihood(rest, disable_tqdm=disable_tqdm) if rest else [])
-        return [self._logprobs[r.args] if r.args in self._logprobs else next(found) for r in requests]
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answer prompts greedily, each until its first content token.
-
-        The length limit is `MAX_DECODED_TOKENS`; generation settings in the requests are not looked at. Requests of
-        lm-eval's own tasks are answered as `HFLM` does.
-
-        Args:
-            requests: Instances whose first argument is the prompt.
-            disable_tqdm: Not used, there is no bar.
-
-        Returns:
-            A `DecodedText` a request, in order.
-
-        Raises:
-            RetentionBenchError: A prompt leaves no room for an answer in the model's context.
-        """
-        if is_general(requests):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        prompts = [self.prompt_ids(request.args[0]) for request in requests]
-        answers = self._answers | self.answer(prompt for prompt in prompts if prompt not in self._answers)
-        return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
 
     def answer(self, prompts: Iterable[Prompt], first: FirstLogits | None = None) -> dict[Prompt, list[int]]:
         """Answer prompts greedily, each until its first content token.
@@ -128,15 +69,10 @@ class RetentionHFLM(HFLM):
         """
         return self._ask(set(prompts), (), first)[0]
 
-    def prompt_ids(self, prompt: str) -> Prompt:
-        """As the function `prompt_ids`, for this model."""
-        return prompt_ids(self, prompt)
-
     @torch.inference_mode()
     def _ask(
         self, prompts: Set[Prompt], targets: Iterable[Target], first: FirstLogits | None = None
     ) -> tuple[dict[Prompt, list[int]], dict[Target, tuple[float, bool]]]:
-        """Answer prompts, and find log-probabilities of targets and whether greedy decoding gives them."""
         answers: dict[Prompt, list[int]] = {}
         logprobs: dict[Target, tuple[float, bool]] = {}
         told: dict[Prompt, list[Target]] = defaultdict(list)  # by what is read for them
@@ -163,6 +99,9 @@ class RetentionHFLM(HFLM):
                 answers.update(self._decode(asked, last.argmax(-1).tolist(), row, cache))
             self._progress("scoring", len(answers), len(prompts))
         return answers, logprobs
+
+    def _write(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+        return HFLM.generate_until(self, requests, disable_tqdm=disable_tqdm)
 
     def _read(self, row: Row, looked_at: Sequence[int]) -> tuple[torch.Tensor, DynamicCache]:
         """Logits behind the tokens with some indices, float32, (indices, vocabulary); and the row's keys and values."""
@@ -300,29 +239,3 @@ class HFEngine:
         """As `Engine.close`."""
         self.__dict__.clear()
         gc.collect()
-
-
-def is_general(requests: Iterable[Instance]) -> bool:
-    """Whether requests are those of a task of lm-eval's own, which has generation settings that count."""
-    return any(request.task_name and not request.task_name.startswith("retention_") for request in requests)
-
-
-def prompt_ids(lm: TemplateLM, prompt: str) -> Prompt:
-    """A prompt's token ids.
-
-    Args:
-        lm: The model that will answer it; its `tok_encode` and `max_length` count.
-        prompt: The text.
-
-    Raises:
-        RetentionBenchError: It leaves no room for an answer in the model's context.
-    """
-    ids = tuple(lm.tok_encode(prompt))
-    room = lm.max_length - MAX_DECODED_TOKENS
-    if not 0 < len(ids) <= room:
-        raise RetentionBenchError(
-            f"The prompt {prompt!r} is {len(ids)} tokens long; this model can answer prompts of 1 to {room} tokens "
-            f"(context {lm.max_length}, {MAX_DECODED_TOKENS} kept for the answer). Leave the fact out, or use a "
-            "model with a longer context."
-        )
-    return ids

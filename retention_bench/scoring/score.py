@@ -20,6 +20,7 @@ from retention_bench.progress import Progress, silent
 from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import check_targets
+from retention_bench.scoring.model import RetentionLM
 from retention_bench.scoring.tasks import KINDS, Kind, documents, tasks_dir
 
 
@@ -114,7 +115,7 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
     if not asked:
         return []
     check_targets(facts, lm.tokenizer)
-    if isinstance(lm, RetentionHFLM):
+    if isinstance(lm, RetentionLM):
         lm.prefetch((row["prompt"], f" {row['target']}") for kind in asked for row in documents(facts, kind))
     with contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"

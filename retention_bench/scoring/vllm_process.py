@@ -88,23 +88,25 @@ class Served:
             ) from error
         return [list(output.outputs[0].token_ids) for output in self._run([ids for ids, _ in prompts], sampling)]
 
-    def loglikelihood(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool, int]]:
         """Natural logarithms of the probabilities of texts' ends.
 
         Args:
-            texts: Token ids, and how many of them are only given: at least one.
+            texts: Token ids, and how many of them are only given: at least one, and not all.
 
         Returns:
-            The sum over the others, and whether each of them is the most probable one.
+            The sum over the others; whether each of them is the most probable one; and the most probable one in place
+            of the first of them.
         """
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         found = []
         for (ids, given), output in zip(texts, self._run([ids for ids, _ in texts], sampling), strict=True):
-            rows = zip(ids[given:], output.prompt_logprobs[given:], strict=True)
-            tokens = [row[token] for token, row in rows]
-            found.append((sum(token.logprob for token in tokens), all(token.rank == 1 for token in tokens)))
+            rows = output.prompt_logprobs[given:]  # by token, for the one that is there and the most probable one
+            tokens = [row[token] for row, token in zip(rows, ids[given:], strict=True)]
+            first = max(rows[0].items(), key=lambda item: item[1].logprob)[0]
+            found.append((sum(token.logprob for token in tokens), all(token.rank == 1 for token in tokens), first))
         return found
 
     def swap(self, weights: Iterable[tuple[str, Tensor]]) -> None:
