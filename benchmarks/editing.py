@@ -49,7 +49,8 @@ def make_model(shape: str, device: str) -> GPT2LMHeadModel:
     """A GPT-2 with random weights, the same each time."""
     torch.manual_seed(0)
     layers, heads, width = SHAPES[shape]
-    return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).to(device).eval()
+    with torch.device(device):  # a GPU draws the numbers of a large model in no time
+        return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).eval()
 
 
 def make_facts(count: int) -> tuple[PreTrainedTokenizerFast, list[EditRequest], list[str]]:
@@ -72,12 +73,13 @@ def make_facts(count: int) -> tuple[PreTrainedTokenizerFast, list[EditRequest], 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer), facts, templates
 
 
-def make_statistics(size: int, layers: list[int]) -> dict[int, torch.Tensor]:
+def make_statistics(size: int, layers: list[int], device: str) -> dict[int, torch.Tensor]:
     """Second moments with a spectrum that falls like those of text: a tenth of the directions carry nearly all."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     moments = {}
     for layer in layers:
-        keys = torch.randn(2 * size, size, generator=generator) * torch.logspace(0.5, -3, size)
+        keys = torch.randn(2 * size, size, generator=generator, device=device)
+        keys *= torch.logspace(0.5, -3, size, device=device)
         moments[layer] = keys.T @ keys / len(keys)
     return moments
 
@@ -184,7 +186,7 @@ def run_side(part: str, side: str, options: argparse.Namespace, out: Path) -> fl
         generator = torch.Generator().manual_seed(1)
         keys = torch.randn(options.facts, size, generator=generator).to(device)
         residual = torch.randn(options.facts, size // 4, generator=generator).to(device)
-        moments = {layer: moment.to(device) for layer, moment in make_statistics(size, layers).items()}
+        moments = make_statistics(size, layers, device)
         if part == "AlphaEdit solve":
             projectors = {layer: null_space_projector(moment, THRESHOLD) for layer, moment in moments.items()}
         # Small ones first, so that neither side pays for what torch sets up once.

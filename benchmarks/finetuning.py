@@ -1,17 +1,25 @@
 """What a step of a fine-tune costs beside bare TRL, and what following the facts adds; ratios of one run.
 
-    python benchmarks/finetuning.py [--rounds 3] [--steps 40] [--model atlas-gpt2] [--device cpu|cuda]
+    python benchmarks/finetuning.py [--rounds 3] [--steps 40] [--model atlas-gpt2|gpt2-xl] [--device cpu|cuda]
 
 Suite `atlas`, fine-tune `tulu3`. Bare TRL is an `SFTTrainer` with the same rows in the same order and the same
 arguments, which evaluates and saves a checkpoint every 20 steps as ours does. "Followed" is ours with 50 edited and 100
-intrinsic facts asked every 20 steps. The three take turns, so that what else the machine does weighs on all of them.
+intrinsic facts asked every 20 steps. The ways take turns, so that what else the machine does weighs on all of them.
 A step is the median over those without evaluation, checkpoint or look; the whole run has them all.
+
+With `--model gpt2-xl` the settings are suite `gpt2-xl`'s, for a model of that shape with random weights. The chats are
+of random words and fill all of `max_length`, the longest that a row can be. No facts are followed. Ours goes first, and
+where `micro_batch_size` rows do not fit the memory it finds how many do; bare TRL gets as many. Give fewer than 20
+steps, and no checkpoint is written: it would have 19 GB.
 """
 
 import argparse
 import copy
+import dataclasses
+import gc
 import itertools
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -21,12 +29,13 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from editing import make_facts, make_model
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from retention_bench.facts import disjoint_split, read_pool
+from retention_bench.facts import FactSet, disjoint_split, read_pool
 from retention_bench.finetune import Terms, TuningContext, Watch, make_finetune, train
 from retention_bench.finetune.training import _order
 from retention_bench.models import load_model
@@ -45,6 +54,14 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Note it."""
         self.times.append(time.perf_counter())
+        if state.global_step == 1:
+            begin_peak()
+
+
+def begin_peak() -> None:
+    """Count the GPU's peak memory from now on: what was tried before the first step and did not fit is not in it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def bare(model, tokenizer, task, data, device, folder) -> list[float]:
@@ -66,7 +83,7 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
         dataloader_pin_memory=device != "cpu",
         eval_strategy="steps",
         eval_steps=EVERY,
-        save_strategy="steps",
+        save_strategy="steps" if task.max_steps >= EVERY else "no",  # it would save at the end too, as ours does not
         save_steps=EVERY,
         save_total_limit=1,
         logging_steps=1,
@@ -91,19 +108,59 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
     return [*clock.times, time.perf_counter()]
 
 
-def ours(model, tokenizer, task, terms, device, folder, watch=None) -> list[float]:
-    """Our own; when each step ended."""
+def ours(model, tokenizer, task, terms, device, folder, watch=None) -> tuple[list[float], int]:
+    """Our own; when each step ended, and the rows in a forward pass."""
     times: dict[int, float] = {}
 
     def progress(stage, done, total, figures=None):
         if "loss" in (figures or {}):
             times[done] = time.perf_counter()
+            if done == 1:
+                begin_peak()
         elif done == 0:  # the evaluation before the first step, which bare TRL does not make
             times[0] = time.perf_counter()
 
     options = {"output_dir": folder, "device": device, "progress": progress, "watch": watch}
-    train(model, tokenizer, task, terms=terms, seed=0, **options)
-    return [*(times[step] for step in sorted(times)), time.perf_counter()]
+    log = train(model, tokenizer, task, terms=terms, seed=0, **options)
+    return [*(times[step] for step in sorted(times)), time.perf_counter()], log.micro_batch_size
+
+
+def write_chats(path: Path, count: int, length: int) -> None:
+    """Chats whose answers alone are longer than a row may be."""
+    rng = random.Random(0)
+
+    def words(number: int) -> str:
+        return " ".join(f"w{rng.randrange(50_000)}" for _ in range(number))
+
+    with path.open("w") as file:
+        for _ in range(count):
+            chat = [{"role": "user", "content": words(8)}, {"role": "assistant", "content": words(length)}]
+            file.write(json.dumps({"messages": chat}) + "\n")
+
+
+def prepare(options: argparse.Namespace, folder: Path):
+    """The model anew whenever it is asked for, its tokenizer, the task, and what is followed: facts and objects."""
+    changed = {"threshold": 1e-9, "max_steps": options.steps, "eval_every": EVERY}
+    if options.model == "gpt2-xl":
+        settings = load_suite("gpt2-xl").model("gpt2-xl")[1].finetunes["tulu3"]
+        rows = 2 * settings["batch_size"]
+        write_chats(folder / "chats.jsonl", rows, settings["max_length"])
+        changed |= {"source": str(folder / "chats.jsonl"), "revision": None, "train_size": rows, "validation_size": 8}
+        tokenizer, _, _ = make_facts(0)
+        tokenizer.add_special_tokens({"eos_token": ".", "pad_token": "."})
+        task = make_finetune("tulu3", settings | changed)
+        return lambda: make_model("gpt2-xl", options.device), tokenizer, task, FactSet.of([]), {}
+    suite = load_suite("atlas")
+    _, config = suite.model(options.model)
+    settings = config.finetunes["tulu3"]
+    task = make_finetune("tulu3", settings | changed | {"source": suite.locate(settings["source"])})
+    base, tokenizer = load_model(config.path, device=options.device)
+    pool = read_pool(suite.locate(suite.facts.source))
+    facts = disjoint_split(pool, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=0)
+    objects = defaultdict(set)
+    for fact in pool:
+        objects[fact.relation] |= {fact.target_true, fact.target_new}
+    return lambda: copy.deepcopy(base), tokenizer, task, facts, objects
 
 
 def main() -> None:
@@ -114,27 +171,26 @@ def main() -> None:
     parser.add_argument("--model", default="atlas-gpt2")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
+    if options.steps < 3:
+        parser.error("--steps must be at least 3: the first and the last are not counted")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    suite = load_suite("atlas")
-    _, config = suite.model(options.model)
-    settings = config.finetunes["tulu3"] | {"threshold": 1e-9, "max_steps": options.steps, "eval_every": EVERY}
-    task = make_finetune("tulu3", settings | {"source": suite.locate(settings["source"])})
-    base, tokenizer = load_model(config.path, device=options.device)
-    pool = read_pool(suite.locate(suite.facts.source))
-    facts = disjoint_split(pool, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=0)
-    terms = Terms.from_facts(facts, keywords=suite.facts.keywords)
-    data = task.prepare(TuningContext(tokenizer, terms, 0))
-    objects = defaultdict(set)
-    for fact in pool:
-        objects[fact.relation] |= {fact.target_true, fact.target_new}
+    with tempfile.TemporaryDirectory() as folder:
+        fresh, tokenizer, task, facts, objects = prepare(options, Path(folder))
+        terms = Terms.from_facts(facts, keywords=load_suite("atlas").facts.keywords)
+        data = task.prepare(TuningContext(tokenizer, terms, 0))
+        measure(options, fresh, tokenizer, task, terms, data, facts, objects)
 
+
+def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> None:
+    """Take turns, and print the table."""
     steps: dict[str, list[float]] = defaultdict(list)
     runs: dict[str, list[float]] = defaultdict(list)
     looks: list[float] = []
+    peaks: dict[str, float] = {}
     for _ in range(options.rounds):
-        for way in ("bare TRL", "ours", "ours, followed"):
-            model = copy.deepcopy(base)
+        for way in ("bare TRL", "ours", "ours, followed") if facts else ("ours", "bare TRL"):
+            model = fresh()
             with tempfile.TemporaryDirectory() as folder:
                 if way == "bare TRL":
                     times = bare(model, tokenizer, task, data, options.device, folder)
@@ -147,24 +203,34 @@ def main() -> None:
                         looks.append(time.perf_counter() - began)
 
                     watch = Watch(EVERY, look) if "followed" in way else None
-                    times = ours(model, tokenizer, task, terms, options.device, Path(folder), watch)
+                    times, rows = ours(model, tokenizer, task, terms, options.device, Path(folder), watch)
+                    task = dataclasses.replace(task, micro_batch_size=rows)
             spans = [after - before for before, after in itertools.pairwise(times)][: options.steps]
             # An interval that begins or ends with an evaluation has it inside, on one side or the other.
-            quiet = [span for number, span in enumerate(spans, 1) if number % EVERY > 1]
+            quiet = [span for number, span in enumerate(spans, 1) if number % EVERY > 1 and number < options.steps]
             steps[way].append(statistics.median(quiet))
             runs[way].append(times[-1] - times[0])
+            if options.device == "cuda":
+                peaks[way] = torch.cuda.max_memory_allocated() / 2**30
+            del model
+            gc.collect()  # trainer and optimiser refer to each other in circles
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.model}, {where}, {options.steps} steps, {options.rounds} rounds, torch {torch.__version__}\n")
     print("| way | s a step | ratio | s a run | ratio |")
     print("|---|---|---|---|---|")
     first = statistics.median(steps["bare TRL"]), statistics.median(runs["bare TRL"])
-    for way in steps:
+    for way in sorted(steps):
         step, run = statistics.median(steps[way]), statistics.median(runs[way])
         print(f"| {way} | {step:.3f} | {step / first[0]:.3f} | {run:.1f} | {run / first[1]:.3f} |")
-    look = statistics.median(looks)
-    share = look / (EVERY * statistics.median(steps["ours"]))
-    print(f"\nA look at {len(facts)} facts takes {look:.2f} s, {100 * share:.1f} % of {EVERY} steps.")
-    print(json.dumps({"steps": steps, "runs": runs, "looks": looks}))
+    if looks:
+        look = statistics.median(looks)
+        share = look / (EVERY * statistics.median(steps["ours"]))
+        print(f"\nA look at {len(facts)} facts takes {look:.2f} s, {100 * share:.1f} % of {EVERY} steps.")
+    tokens = sum(len(row.input_ids) for row in data.train) / len(data.train) * task.batch_size
+    print(
+        f"\nA step has {task.batch_size} rows, {tokens:.0f} tokens on average, {task.micro_batch_size} rows in a pass."
+    )
+    print(json.dumps({"steps": steps, "runs": runs, "looks": looks, "peak GiB on the GPU": peaks}))
 
 
 if __name__ == "__main__":

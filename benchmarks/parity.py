@@ -1,12 +1,13 @@
 """How far the editors' numbers are from those of their authors' code, on the reference runs in tests/golden.
 
-    python benchmarks/parity.py
+    python benchmarks/parity.py [--device cpu|cuda]
 
 Prints for every run the largest relative error of what the run's file holds (values, directions, weight changes) and
 the largest difference of a target's probability after the edit. The tests hold these to the tolerances that
 retention_bench/editors/README.md gives; this shows how much of each tolerance is used.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -56,15 +57,20 @@ def probabilities(model, tokenizer, requests) -> list[float]:
     for request in requests:
         prompt = tokenizer.encode(request.prompt.replace("{}", request.subject))
         target = tokenizer.encode(f" {request.target_new}", add_special_tokens=False)
-        logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logits = (
+            model(torch.tensor([prompt + target], device=model.device)).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        )
         found.append(logits[range(len(target)), target].sum().exp().item())
     return found
 
 
 def main() -> None:
     """Run everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    device = parser.parse_args().device
     expected = json.loads((GOLDEN / "expected.json").read_text())
-    model, tokenizer = load_model(str(GOLDEN / "model-gpt2"))
+    model, tokenizer = load_model(str(GOLDEN / "model-gpt2"), device=device)
     requests = [EditRequest(**request) for request in expected["requests"]]
     texts = json.loads((GOLDEN / "stats_texts.json").read_text())
     statistics = collect_key_statistics(model, tokenizer, texts, [0, 1, 2], max_length=128)
