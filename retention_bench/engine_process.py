@@ -21,6 +21,10 @@ from retention_bench.errors import RetentionBenchError, UsageError
 _PRINTED = 4000  # characters of what the process printed last that an error quotes
 
 
+class EngineError(RetentionBenchError):
+    """The engine failed, and is gone."""
+
+
 class EngineProcess:
     """A process that is asked and answers, or fails and is gone: `retention_bench.scoring.vllm_process`.
 
@@ -48,11 +52,12 @@ class EngineProcess:
         """Call a method of the engine over there; the first call starts it.
 
         Raises:
-            RetentionBenchError: As the method. Or it raised anything else, or the process ended: then what it printed
-                last is quoted, and it is closed.
+            RetentionBenchError: As the method.
+            EngineError: The method raised anything else, or the process ended: what it printed last is quoted, and it
+                is closed.
         """
         if not self._end.alive:
-            raise RetentionBenchError("The vLLM engine is closed. Start another one.")
+            raise EngineError("The vLLM engine is closed. Start another one.")
         request = pickle.dumps((method, arguments))
         if not self._asked:
             self._asked = True
@@ -81,11 +86,11 @@ class EngineProcess:
         """End it; may be called twice."""
         self._end()
 
-    def _failed(self, reason: str) -> RetentionBenchError:
+    def _failed(self, reason: str) -> EngineError:
         self._printed.seek(0)
         last = self._printed.read()[-_PRINTED:].decode(errors="replace").strip()
         self.close()
-        return RetentionBenchError(f"{reason}. It printed last:\n{last}")
+        return EngineError(f"{reason}. It printed last:\n{last}")
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.analysis import clustered, rate
+from retention_bench.engine_process import EngineError, EngineProcess
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.models.reference import Reference, fetch, parse_reference
@@ -23,7 +24,6 @@ from retention_bench.pipeline.store import canonical, exclusive, file_sha256, ve
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from retention_bench.engine_process import EngineProcess
     from retention_bench.models import Layout
     from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
@@ -45,7 +45,7 @@ class Options:
         kinds: The kinds of question to ask.
         also: Tasks of lm-eval's own that are run besides.
         include_path: A folder with more tasks for `also`.
-        batch_size: Prompts a forward pass, for `"hf"`.
+        batch_size: Prompts a forward pass at most, for `"hf"`; see `RetentionHFLM`.
         allow_pickle: Also read pickled weights.
         tensor_parallel_size: GPUs that each layer is spread over, for `"vllm"`.
     """
@@ -209,8 +209,7 @@ class _Batch:
                     self._score(reference, found)
                     del found
             finally:
-                if self.engine is not None:
-                    self.engine.close()
+                self._close()
                 if self.process is not None:
                     self.process.close()  # there was nothing to score
 
@@ -294,6 +293,8 @@ class _Batch:
             raise
         except RetentionBenchError as error:
             self._fail(reference, error)
+            if isinstance(error, EngineError):
+                self._close()  # the next checkpoint starts another
 
     def _rename(self, found: _Loaded) -> None:
         """Scores of the same content under another name are this checkpoint's too."""
@@ -307,15 +308,18 @@ class _Batch:
     def _swap(self, found: _Loaded) -> None:
         assert found.weights is not None  # or there would be nothing to score
         if self.engine is None or found.architecture != self.architecture:
-            if self.engine is not None:
-                self.engine.close()
-            self.engine, self.architecture, self.parity = None, "", None
+            self._close()
             process, self.process = self.process, None
             self.engine = _start(found.folder, self.options, self.progress, process)
             self.architecture = found.architecture
         self.engine.swap(found.weights)
         if self.parity is None:
             self.parity = check_parity(self.engine, found.reference, found.folder, self.facts, self.options)
+
+    def _close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        self.engine, self.architecture, self.parity = None, "", None
 
     def _ask(self, found: _Loaded, tasks: Sequence[str]) -> None:
         from retention_bench.scoring import score_lm

@@ -44,7 +44,7 @@ class RetentionHFLM(RetentionLM, HFLM):
         Args:
             model: A causal language model, on the device it should run on.
             tokenizer: Its tokenizer; a copy is used, since lm-eval gives a tokenizer without one a padding token.
-            batch_size: Prompts a forward pass.
+            batch_size: Prompts a forward pass at most, each with its target; 512 tokens at most.
             progress: Told how many prompts are decoded.
         """
         with contained_lm_eval():
@@ -82,7 +82,9 @@ class RetentionHFLM(RetentionLM, HFLM):
         # A row's mask knows of no window; what is longer than one is read by itself, as the model would.
         window = getattr(self.model.config.get_text_config(), "sliding_window", None) or self.max_length
         long = sorted(sequence for sequence in sequences if len(sequence) > window)
-        for row in chain(rows(sequences - set(long), self.batch_size), *(rows([sequence], 1) for sequence in long)):
+        masks = self.model.config._attn_implementation in ("eager", "sdpa")  # others take none of one's own
+        together = rows(sequences - set(long), self.batch_size if masks else 1)
+        for row in chain(together, *(rows([sequence], 1) for sequence in long)):
             asked = [sequence for sequence in row.paths if sequence in prompts]
             places = {prompt: row.paths[prompt][-1:] for prompt in asked}
             spans = {
@@ -216,7 +218,7 @@ class HFEngine:
             folder: A folder with a model's configuration and tokenizer.
             dtype: What weights are converted to.
             device: `"cpu"` or `"cuda"`.
-            batch_size: Prompts a forward pass.
+            batch_size: Prompts a forward pass at most, each with its target; 512 tokens at most.
             progress: Told how many prompts are decoded.
 
         Raises:

@@ -44,7 +44,7 @@ class RetentionLM(TemplateLM):
         for prompt, target in set(questions):
             prompts.add(self.prompt_ids(prompt))
             context, continuation = self._encode_pair(prompt, target)
-            if len(context) + len(continuation) < self.max_length:  # or lm-eval cuts off the context's beginning
+            if len(context) + len(continuation) < self.max_length:  # the rest is left to lm-eval's way, which cuts
                 targets[tuple(context), tuple(continuation)].append((prompt, target))
         self._answers, logprobs = self._ask(prompts, targets.keys())
         for found, asked in targets.items():

@@ -77,7 +77,7 @@ def score(
         tokenizer: Its tokenizer.
         facts: What to ask; facts with a `target_new` are the edited ones.
         kinds: The kinds of question to ask. A kind that the facts have no question for gives no samples.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts a forward pass at most, each with its target; 512 tokens at most.
         progress: Told how many prompts are decoded.
 
     Returns:

@@ -184,20 +184,21 @@ class RetentionVLLM(RetentionLM):
 
     def _continue(self, answers: dict[Prompt, list[int]], prompts: list[Prompt], length: int, total: int) -> None:
         """Go on with some answers by at most so many tokens, up to the first content token."""
-        for some in _parts(prompts):
-            self._progress("scoring", len(answers) - len(some), total)
+        for done, some in enumerate(_parts(prompts)):
+            self._progress("scoring", total - len(prompts) + done * _ASKED_AT_ONCE, total)
             begun = [answers.get(prompt, []) for prompt in some]
             read = [[*prompt, *ids] for prompt, ids in zip(some, begun, strict=True)]
             for prompt, ids, more in zip(some, begun, self._process.ask("generate", read, length), strict=True):
                 answers[prompt] = self._cut([*ids, *more])
 
     def _write(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
-        """Texts by the requests' generation settings, which mean what they do to lm-eval's own vLLM model."""
+        """Texts by the requests' generation settings; where nothing is drawn, those of lm-eval's Hugging Face model."""
         eos = self.tokenizer.decode(self.eot_token_id)
         asked, stops = [], []
         for request in requests:
-            settings: dict[str, Any] = {"temperature": 0.0} | normalize_gen_kwargs(request.args[1], _MAX_WRITTEN_TOKENS)
-            del settings["do_sample"]  # where it is False the temperature is 0
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], _MAX_WRITTEN_TOKENS))
+            if not settings.pop("do_sample"):
+                settings["temperature"] = 0.0  # vLLM's own default is to draw
             until = handle_stop_sequences(settings.pop("until", None), eos=eos)
             length = settings.pop("max_gen_toks")
             if length >= self.max_length:
@@ -205,7 +206,8 @@ class RetentionVLLM(RetentionLM):
                     f"The task {request.task_name} asks for texts of {length} tokens, and the model's context has "
                     f"{self.max_length}. Leave the task out, or use a model with a longer context."
                 )
-            ids, length = maybe_truncate(self.tok_encode(request.args[0]), length, self.max_length)
+            read = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            ids, length = maybe_truncate(read, length, self.max_length)
             asked.append((ids, settings | {"max_tokens": length, "stop": until}))
             stops.append(until)
         self._progress("writing", 0, len(asked))
@@ -245,9 +247,12 @@ class RetentionVLLM(RetentionLM):
         room = self.max_length - 1  # vLLM always generates a token
         texts = []
         for _key, context, continuation in requests:
-            ids = (context + continuation)[-room:]
-            texts.append((ids, max(1, len(ids) - len(continuation))))
-        found = [(logprob, greedy) for logprob, greedy, _ in self._process.ask("loglikelihood", texts)]
+            if continuation:
+                ids = (context + continuation)[-room:]
+                texts.append((ids, max(1, len(ids) - len(continuation))))
+        told = iter(self._process.ask("loglikelihood", texts))
+        # Nothing follows with certainty.
+        found = [next(told)[:2] if continuation else (0.0, True) for _, _, continuation in requests]
         for (key, _context, _continuation), answer in zip(requests, found, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)

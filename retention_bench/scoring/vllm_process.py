@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -82,7 +82,8 @@ class Served:
 
         try:
             # Stop sequences are looked for in the text, and the end of text may be one of them.
-            sampling = [SamplingParams(**{"skip_special_tokens": False} | settings) for _, settings in prompts]
+            plain = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+            sampling = [SamplingParams(**plain | settings) for _, settings in prompts]
         except (TypeError, ValueError) as error:
             raise RetentionBenchError(
                 f"vLLM does not take the task's generation settings ({error}). Score it with --backend hf."
@@ -102,13 +103,11 @@ class Served:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-        found = []
-        for (ids, given), output in zip(texts, self._run([ids for ids, _ in texts], sampling), strict=True):
-            rows = output.prompt_logprobs[given:]  # by token, for the one that is there and the most probable one
-            tokens = [row[token] for row, token in zip(rows, ids[given:], strict=True)]
-            first = max(rows[0].items(), key=lambda item: item[1].logprob)[0]
-            found.append((sum(token.logprob for token in tokens), all(token.rank == 1 for token in tokens), first))
-        return found
+        outputs = self._run([ids for ids, _ in texts], sampling)
+        return [
+            judge(ids[given:], output.prompt_logprobs[given:])
+            for (ids, given), output in zip(texts, outputs, strict=True)
+        ]
 
     def swap(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """As `Engine.swap`."""
@@ -132,6 +131,20 @@ class Served:
             )
         inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         return self._llm.generate(inputs, sampling, use_tqdm=False)
+
+
+def judge(ids: Sequence[int], rows: Sequence[Mapping[int, Any]]) -> tuple[float, bool, int]:
+    """What vLLM found about a text's end, as `Served.loglikelihood` returns it.
+
+    Args:
+        ids: The tokens of the end, at least one.
+        rows: For each of them vLLM's `Logprob` of that token and of the most probable one. The latter has rank 1. The
+            token itself has it only where it is that one: it comes behind others that are as probable, and has 0 where
+            the model put out no number.
+    """
+    tokens = [row[token] for row, token in zip(rows, ids, strict=True)]
+    first = next(token for token, found in rows[0].items() if found.rank == 1)
+    return sum(token.logprob for token in tokens), all(token.rank == 1 for token in tokens), first
 
 
 def _check_head_size(head_size: int) -> None:

