@@ -165,7 +165,7 @@ class RetentionVLLM(RetentionLM):
     ) -> tuple[dict[Prompt, list[int]], dict[Target, tuple[float, bool]]]:
         logprobs: dict[Target, tuple[float, bool]] = {}
         answers: dict[Prompt, list[int]] = {}
-        told = list(targets)
+        told = sorted(targets)  # the same batches each time
         # What would follow a target's context is the answer to that prompt, so most prompts are not read by themselves.
         for some in _parts(told):
             self._progress("scoring", len(answers), len(prompts))

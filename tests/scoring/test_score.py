@@ -265,3 +265,14 @@ def test_the_lm_eval_command_finds_the_same_rates(
     result = json.loads(written.read_text(encoding="utf-8"))["results"]
     assert {kind: result[f"retention_{kind}"]["retention,none"] for kind in KINDS} == RATES
     assert all(f"retention_{kind}" in done.stdout for kind in KINDS)
+
+
+@pytest.mark.slow
+def test_lm_eval_validates_the_group_and_its_tasks() -> None:
+    names = ["retention", *(f"retention_{kind}" for kind in KINDS)]
+    command = [sys.executable, "-m", "lm_eval", "validate", "--include_path", str(tasks_dir()), "--tasks"]
+    done = subprocess.run([*command, ",".join(names)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "All tasks found and valid" in done.stdout
+    wrong = subprocess.run([*command, "retention_edit"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
