@@ -291,7 +291,8 @@ def test_a_prompt_that_leaves_no_room_is_refused(case: Case, engine: VLLMEngine)
 
 @engine_test
 @pytest.mark.parametrize("case", ["gpt2"], indirect=True)
-def test_an_engine_without_weights_a_dead_one_and_a_closed_one(case: Case) -> None:
+def test_an_engine_without_weights_a_dead_one_and_a_closed_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # TRL, where it has been imported, makes that ERROR
     engine = VLLMEngine(case.folder, device="cpu", load_format="dummy")
     process = psutil.Process(engine._process._child.pid)
     with pytest.raises(RetentionBenchError, match="started without"):
