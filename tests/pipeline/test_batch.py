@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from retention_bench.cli import main
-from retention_bench.engine_process import resolve_backend
+from retention_bench.engine_process import EngineError, resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Reference, WeightDelta, load_model
@@ -283,6 +283,25 @@ def test_an_engine_that_says_something_else_ends_the_run(zoo, facts, tmp_path, m
     with pytest.raises(RetentionBenchError, match="10 get other log-probabilities.*'The green cold is'"):
         score_checkpoints(references, facts, tmp_path, OPTIONS)
     assert not (tmp_path / "scores.jsonl").read_text()
+
+
+def test_after_an_engine_that_is_gone_another_is_started(zoo, facts, tmp_path, monkeypatch):
+    from retention_bench.scoring.hf import HFEngine
+
+    swap, started = HFEngine.swap, []
+
+    def gone(self, weights):
+        started.append(self)
+        if len(started) == 1:
+            raise EngineError("The engine is gone.")
+        swap(self, weights)
+
+    monkeypatch.setattr(HFEngine, "swap", gone)
+    references = read_references([str(zoo / "gpt2"), str(zoo / "gpt2-tuned")])[0]
+    rows = score_checkpoints(references, facts, tmp_path, OPTIONS)
+    assert rows[0]["error"] == "The engine is gone."
+    assert [row["task"] for row in rows[1:]] == TASKS
+    assert started[0] is not started[1]
 
 
 def test_an_engine_with_other_answers_ends_the_run_in_float32_only(zoo, facts, tmp_path, monkeypatch):
