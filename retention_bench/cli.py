@@ -351,6 +351,7 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
     "--tensor-parallel-size", type=click.IntRange(min=1), default=1, show_default=True, help="For --backend vllm."
 )
 @click.option("--allow-pickle", is_flag=True, help="Also read pickled weights; loading those of a stranger is a risk.")
+@click.option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from here, for checkpoints without one.")
 @click.option("--out", type=_PATH, default=Path("scores"), show_default=True, help="Folder for scores.jsonl.")
 @_json_option("the scores")
 def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out: Path, **options: Any) -> None:

@@ -1,6 +1,6 @@
 """Models: loading, where a family keeps its parts, partial forward passes, and what an edit adds to the weights."""
 
-from retention_bench.models.adapter import Adapter
+from retention_bench.models.adapter import adapted
 from retention_bench.models.checkpoint import Checkpoint, Layout
 from retention_bench.models.delta import LowRank, WeightDelta, restoring
 from retention_bench.models.families import (
@@ -16,12 +16,11 @@ from retention_bench.models.families import (
 )
 from retention_bench.models.files import read_tensors, write_tensors
 from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
-from retention_bench.models.loading import empty_model, load_model
+from retention_bench.models.loading import empty_model, load_config, load_model, load_tokenizer, local_folder
 from retention_bench.models.reference import Reference, fetch, parse_reference
 from retention_bench.models.suffixes import Site, Suffixes
 
 __all__ = [
-    "Adapter",
     "Checkpoint",
     "Family",
     "Layout",
@@ -30,6 +29,7 @@ __all__ = [
     "Site",
     "Suffixes",
     "WeightDelta",
+    "adapted",
     "block",
     "empty_model",
     "family",
@@ -38,7 +38,10 @@ __all__ = [
     "is_in_out",
     "key_size",
     "last_hidden",
+    "load_config",
     "load_model",
+    "load_tokenizer",
+    "local_folder",
     "log_probabilities",
     "mlp",
     "num_layers",

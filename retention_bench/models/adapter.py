@@ -1,148 +1,203 @@
-"""A peft adapter on disk, LoRA or DoRA, merged into a stream of weights without a model."""
+"""A peft adapter on disk, put on a model and merged by peft itself."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
+from retention_bench.data import read_json
 from retention_bench.errors import RetentionBenchError
+from retention_bench.models.explain import explained
+from retention_bench.models.loading import check_finite, check_regular
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+REPEATABLE = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+"""Ways to initialise LoRA that leave the base as it is, or change it the same way whenever the adapter is loaded.
+
+The others change it at random, or by data that the adapter's folder doesn't have: pissa_niter_N, corda, loftq, lora_ga.
+"""
+
+_MATCHED_WITHIN_S = 5.0
+_PLAIN = re.compile(r"[\w.\-]*")
+# In a process of its own, since nothing else can end Python's matching.
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for form in (re.compile(pattern), re.compile(rf"(.*\\.)?({pattern})$")):
+        for name in names:
+            form.fullmatch(name), form.match(name)
+"""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Change:
-    """What an adapter does to one weight: `down` [r, in], `up` [out, r], DoRA's `magnitude` [out]; all float32."""
-
-    down: Tensor
-    up: Tensor
-    magnitude: Tensor | None
-    scale: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Adapter:
-    """A low-rank adapter (Hu et al. 2021; with magnitudes Liu et al. 2024) for weights by name.
+class AdapterConfig(pydantic.BaseModel):
+    """What is looked at of an adapter's configuration; the rest is peft's affair.
 
     Attributes:
-        changes: By the name of a weight, what is done to it.
-        transposed: Whether weights are stored [in, out], as GPT-2's are.
-        base: The base model's folder or Hub id, as the adapter's configuration has it.
+        peft_type: `LORA` and the like.
+        base_model_name_or_path: The base model's folder or Hub id.
+        revision: The base model's Hub revision.
+        r: The rank.
+        rank_pattern: Ranks of single modules.
+        alpha_pattern: Scales of single modules.
+        init_lora_weights: How it was initialised.
+        alora_invocation_tokens: Of an adapter that is active behind these tokens alone.
+        target_modules: Names, or a pattern.
+        exclude_modules: The same.
+        layers_pattern: The same.
     """
 
-    changes: Mapping[str, Any]
-    transposed: bool
-    base: str | None
-
-    @classmethod
-    def load(cls, folder: Path | str) -> Adapter:
-        """Read a folder that peft's `save_pretrained` wrote.
-
-        Raises:
-            RetentionBenchError: A file is missing or broken, or it is no LoRA or DoRA adapter of linear maps alone.
-        """
-        folder = Path(folder)
-        config = adapter_config(folder)
-        if not (folder / WEIGHTS).is_file():
-            raise RetentionBenchError(
-                f"{folder} has no {WEIGHTS}. Save the adapter with save_pretrained, as safetensors."
-            )
-        try:
-            tensors = load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise RetentionBenchError(f"{folder / WEIGHTS} is broken or cut off ({error}). Copy it again.") from error
-        trained = [key for key in ("modules_to_save", "layer_replication") if config.get(key)]
-        unread = [name for name in tensors if not _KEY.fullmatch(name)]
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or trained or unread:
-            what = unread or trained or [str(config.get("peft_type")), f"bias {config.get('bias')}"]
-            raise RetentionBenchError(
-                f"{folder} is no adapter of linear maps by LoRA or DoRA alone: {', '.join(what[:3])}. Merge it with "
-                "peft's merge_and_unload and give the merged model."
-            )
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise RetentionBenchError(f"{folder / WEIGHTS}: {name} has numbers that are not finite.")
-            found = _KEY.fullmatch(name)
-            assert found is not None  # all others were refused
-            parts.setdefault(found[1], {})[found[2]] = tensor.float()
-        changes = {f"{module}.weight": _change(folder, config, module, some) for module, some in parts.items()}
-        return cls(changes, bool(config.get("fan_in_fan_out")), config.get("base_model_name_or_path"))
-
-    def apply_to(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Merge into a stream of weights; the sum is taken in float32 and rounded once to the weight's dtype.
-
-        Args:
-            weights: Names and tensors, in any order. They are not changed.
-
-        Yields:
-            The same names, with the merged tensors in place of those that the adapter changes.
-
-        Raises:
-            RetentionBenchError: A shape differs, or the stream ended without one of the adapter's weights.
-        """
-        missing = set(self.changes)
-        for name, tensor in weights:
-            if name in self.changes:
-                missing.discard(name)
-                tensor = _merged(name, tensor, self.changes[name], self.transposed)
-            yield name, tensor
-        if missing:
-            raise RetentionBenchError(
-                f"The base model has no {sorted(missing)[0]}, which the adapter changes. Give the base model that it "
-                "was trained on."
-            )
+    model_config = pydantic.ConfigDict(extra="allow")
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int | None = pydantic.Field(None, ge=1)
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    init_lora_weights: bool | str | None = True
+    alora_invocation_tokens: list[int] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_pattern: str | list[str] | None = None
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
+def adapter_config(folder: Path) -> AdapterConfig:
     """An adapter's configuration.
 
     Raises:
-        RetentionBenchError: It is missing or no JSON object.
+        RetentionBenchError: It is missing, no JSON object, or has something of the wrong kind.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RetentionBenchError(f"{folder / CONFIG} cannot be read ({error}).") from error
-    if not isinstance(config, dict):
-        raise RetentionBenchError(f"{folder / CONFIG} holds no JSON object.")
-    return config
+    return read_json(folder / CONFIG, AdapterConfig, "adapter's configuration")
 
 
-def _change(folder: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]) -> _Change:
-    if not {"lora_A", "lora_B"} <= set(parts) or bool(config.get("use_dora")) != ("lora_magnitude_vector" in parts):
-        raise RetentionBenchError(f"{folder / WEIGHTS}: {module} has only {', '.join(sorted(parts))}.")
-    down, up = parts["lora_A"], parts["lora_B"]
-    rank = down.shape[0]
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return _Change(down, up, parts.get("lora_magnitude_vector"), scale)
+def adapted(model: PreTrainedModel, folder: Path | str, *, allow_pickle: bool = False) -> PreTrainedModel:
+    """A model with an adapter merged into it, as peft's `merge_and_unload` gives it; the model given is changed.
 
+    Args:
+        model: The base model.
+        folder: What peft's `save_pretrained` wrote.
+        allow_pickle: Whether an `adapter_model.bin` may be read where there are no safetensors.
 
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """As peft does it: the first pattern that ends the module's name."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    Raises:
+        RetentionBenchError: A file is missing or broken, the adapter is for another base model, or it is one that
+            cannot be merged, or not on the files at hand.
+    """
+    folder = Path(folder)
+    config = adapter_config(folder)
+    weights = _weights(folder, allow_pickle)
+    _check(folder, config, weights)
+    _check_patterns(folder, config, model)
+    with explained(str(folder), "adapter"), torch.random.fork_rng():
+        from peft import PeftModel
 
-
-def _merged(name: str, weight: Tensor, change: _Change, transposed: bool) -> Tensor:
-    rows, columns = change.up.shape[0], change.down.shape[1]
-    if tuple(weight.shape) != ((columns, rows) if transposed else (rows, columns)):
+        torch.manual_seed(0)  # what an adapter's weights replace is drawn first
+        whole: Any = PeftModel.from_pretrained(model, str(folder))
+        if whole.active_peft_config.is_prompt_learning:
+            raise RetentionBenchError(
+                f"{folder} is an adapter of the prompt ({config.peft_type}), not of weights, and cannot be merged. Only "
+                "adapters that can be are scored."
+            )
+        loaded = whole.load_adapter(str(folder), "default")
+    if loaded.unexpected_keys or loaded.missing_keys:
+        name = sorted([*loaded.unexpected_keys, *loaded.missing_keys])[0]
         raise RetentionBenchError(
-            f"The adapter of {name} is for a weight of {rows} outputs and {columns} inputs, and the base model's has "
-            f"the shape {list(weight.shape)}. Give the base model that it was trained on."
+            f"{folder}: its file and its configuration do not agree on {name}, which peft would pass over without a "
+            "word. Save the adapter again where it was trained, or correct its configuration."
         )
-    whole = (weight.T if transposed else weight).float() + change.scale * (change.up @ change.down)
-    if change.magnitude is not None:
-        whole *= (change.magnitude / torch.linalg.vector_norm(whole, dim=1))[:, None]
-    return (whole.T if transposed else whole).to(weight.dtype).contiguous()
+    with explained(str(folder), "adapter"):
+        merged: PreTrainedModel = whole.merge_and_unload()
+    check_finite(merged, str(folder))
+    return merged
+
+
+def _weights(folder: Path, allow_pickle: bool) -> Path:
+    path = folder / WEIGHTS
+    if not path.exists() and (folder / PICKLED).exists():
+        path = folder / PICKLED
+        if not allow_pickle:
+            raise RetentionBenchError(
+                f"{folder} has only pickled weights ({PICKLED}), and loading those can run code. If you trust them, "
+                "give `score` --allow-pickle, or save the adapter again with peft: that writes safetensors."
+            )
+    if not path.exists():
+        raise RetentionBenchError(f"{folder} has no {WEIGHTS}. Save the adapter with save_pretrained.")
+    check_regular(path)
+    return path
+
+
+def _check(folder: Path, config: AdapterConfig, weights: Path) -> None:
+    """Refuse by name what peft would put on another base than it was trained on, or not merge at all."""
+    initial = config.init_lora_weights
+    if config.peft_type == "LORA" and (initial.lower() if isinstance(initial, str) else initial) not in REPEATABLE:
+        raise RetentionBenchError(
+            f"{folder} was initialised by {initial!r}, which changed the base model in a way that its files cannot "
+            "repeat. Merge it with merge_and_unload where it was trained, and give the merged model."
+        )
+    if config.alora_invocation_tokens:
+        raise RetentionBenchError(
+            f"{folder} is an adapter that is active behind certain tokens alone (alora_invocation_tokens), and cannot "
+            "be merged. Only adapters that can be are scored."
+        )
+    if weights.suffix == ".safetensors":
+        try:
+            with safe_open(weights, framework="pt") as file:
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise RetentionBenchError(f"{weights} is broken or cut off ({error}). Copy it again.") from error
+        largest = max((size for shape in shapes for size in shape), default=0)
+        asked = max([config.r or 0, *(config.rank_pattern or {}).values()])
+        if asked > largest:  # peft would allocate it before it compares
+            raise RetentionBenchError(
+                f"{folder / CONFIG} has a rank of {asked}, and no tensor in {WEIGHTS} is that large. Correct the file."
+            )
+
+
+def _check_patterns(folder: Path, config: AdapterConfig, model: PreTrainedModel) -> None:
+    """Match an adapter's patterns where they can be stopped, before peft does where they cannot.
+
+    Raises:
+        RetentionBenchError: One is no regular expression, or takes too long.
+    """
+    patterns = sorted({pattern for pattern in _patterns(config) if not _PLAIN.fullmatch(pattern)})
+    if not patterns:
+        return
+    names = [name for name, _ in model.named_modules()]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH],
+            input=json.dumps([patterns, names]),
+            capture_output=True,
+            text=True,
+            timeout=_MATCHED_WITHIN_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RetentionBenchError(
+            f"{folder / CONFIG}: matching its patterns ({', '.join(map(repr, patterns))[:200]}) takes for ever. Write "
+            "the modules' names out."
+        ) from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it did not end"])[-1]
+        raise RetentionBenchError(f"{folder / CONFIG}: a pattern is no regular expression ({reason[:200]}).")
+
+
+def _patterns(config: AdapterConfig) -> Iterator[str]:
+    """What peft takes for regular expressions; names in a list it compares as they are, but for layers_pattern."""
+    for value in (config.target_modules, config.exclude_modules, config.layers_pattern):
+        yield from [value] if isinstance(value, str) else value or ()
+    extra = config.model_extra or {}
+    for value in extra.values():
+        if isinstance(value, str):
+            yield value
+    yield from config.rank_pattern or ()
+    yield from config.alpha_pattern or ()

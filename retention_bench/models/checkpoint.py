@@ -1,23 +1,94 @@
-"""A checkpoint's weights as a stream: what a model needs of it, and one read from a folder with an edit on top."""
+"""A checkpoint to be scored: a model with an edit or an adapter on top, loaded as transformers and peft load it."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.models.adapter import Adapter
+from retention_bench.models.adapter import adapted, adapter_config
 from retention_bench.models.delta import WeightDelta
+from retention_bench.models.loading import empty_model, load_tokenizer, read_model, weight_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where a checkpoint's files are. It can be pickled, and is small: another process loads it by itself.
+
+    Attributes:
+        folder: The base model's.
+        delta: File of a `WeightDelta` for that model; None for the model as it is.
+        adapter: Folder of a peft adapter for that model.
+        tokenizer: A folder to take the tokenizer from; None for the model's own.
+        dtype: What the weights are converted to, before anything is added.
+        allow_pickle: Also read pickled weights; loading those of an unknown origin is a risk.
+    """
+
+    folder: str
+    delta: str | None = None
+    adapter: str | None = None
+    tokenizer: str | None = None
+    dtype: torch.dtype = torch.float32
+    allow_pickle: bool = False
+
+    def load(self, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, in evaluation mode, and its tokenizer.
+
+        Raises:
+            UsageError: As `load_model`.
+            RetentionBenchError: As `load_model`; or the delta or the adapter does not fit.
+        """
+        tokenizer = load_tokenizer(self.tokenizer or self.folder)
+        return self._model().to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+    def _model(self) -> PreTrainedModel:
+        model = read_model(Path(self.folder), dtype=self.dtype, allow_pickle=self.allow_pickle)
+        if self.delta is not None:
+            WeightDelta.load(self.delta).apply_(model)
+        if self.adapter is not None:
+            model = adapted(model, self.adapter, allow_pickle=self.allow_pickle)
+        return model
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights under the names that `save_pretrained` gives them, each once, on the CPU.
+
+        Raises:
+            UsageError: As `load`.
+            RetentionBenchError: As `load`; or the head was trained apart from the embeddings that the configuration
+                ties it to, so that a model made from the configuration could not hold it.
+        """
+        model = self._model()
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        apart = head is not None and head.weight is not embeddings.weight
+        if apart and model.config.get_text_config().tie_word_embeddings:
+            raise RetentionBenchError(
+                f"The output head in {self.adapter or self.folder} was trained apart from the embeddings, and "
+                "config.json says that they are tied. Set tie_word_embeddings to false there, or give --backend hf."
+            )
+        tied = getattr(model, "all_tied_weights_keys", {})
+        own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        yield from revert_weight_conversion(model, own).items()
+
+    def way(self) -> tuple[object, ...]:
+        """How it is loaded: what is equal for two checkpoints whose files are read and put together alike."""
+        files = tuple(sorted({path.suffix for path in weight_files(Path(self.folder), allow_pickle=self.allow_pickle)}))
+        beside = tuple(sorted(path.name for path in Path(self.folder).glob("*.index.json")))
+        delta = None
+        if self.delta is not None:
+            with safe_open(self.delta, framework="pt") as file:
+                delta = tuple(sorted({name.rpartition(":")[2] for name in file.keys()}))  # noqa: SIM118 - no mapping
+        if self.adapter is None:
+            return files, beside, delta
+        fields = adapter_config(Path(self.adapter)).model_dump(exclude={"base_model_name_or_path", "revision"})
+        return files, beside, delta, repr(sorted(fields.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,29 +99,19 @@ class Layout:
         shapes: By name, as `save_pretrained` writes them; tied weights are among them. The names are those of
             `model.state_dict()`, but for GPT-NeoX' head.
         tied: Names of weights that are another one's tensor, as a tied head; a checkpoint may leave them out.
-        prefix: What a checkpoint of the bare model, without head, leaves off the names.
-        ignored: Patterns of names that old checkpoints have and, where they aren't among `shapes`, nobody needs.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     tied: frozenset[str]
-    prefix: str
-    ignored: tuple[str, ...]
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Layout:
         """The layout of the causal language model that a config describes; nothing is allocated."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = empty_model(config)
         everything = model.state_dict()
         own = {name: tensor for name, tensor in everything.items() if name not in model.all_tied_weights_keys}
         shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, everything).items()}
-        return cls(
-            shapes=shapes,
-            tied=frozenset(shapes.keys() - revert_weight_conversion(model, own).keys()),
-            prefix=f"{model.base_model_prefix}.",
-            ignored=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
-        )
+        return cls(shapes=shapes, tied=frozenset(shapes.keys() - revert_weight_conversion(model, own).keys()))
 
     def check(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass a model's weights through, each checked before it is handed on, and without the tied ones.
@@ -85,93 +146,4 @@ class Layout:
             )
 
 
-_SINGLE, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _SAME_MODEL = "Give the weights of a model of the same config, whole."
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """The weights in a model folder, with an edit or an adapter on top, read anew whenever they are iterated over.
-
-    It can be pickled, and is small then: another process reads the files itself.
-
-    Attributes:
-        folder: A folder with safetensors files, as `save_pretrained` writes it.
-        layout: Of the model in it.
-        delta: File of a `WeightDelta` for that model; None for the model as it is.
-        dtype: What the weights are converted to, before anything is added.
-        adapter: Folder of a peft adapter for that model.
-        allow_pickle: Also read a `pytorch_model.bin`; loading one of an unknown origin is a risk.
-    """
-
-    folder: str
-    layout: Layout
-    delta: str | None = None
-    dtype: torch.dtype = torch.float32
-    adapter: str | None = None
-    allow_pickle: bool = False
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """The names of `layout`, and tensors on the CPU; one at a time is held.
-
-        Raises:
-            RetentionBenchError: The folder has no safetensors files or broken ones, a number is not finite, or the
-                delta or the adapter does not fit.
-        """
-        weights: Iterator[tuple[str, Tensor]] = ((name, tensor.to(self.dtype)) for name, tensor in self._named())
-        if self.delta is not None:
-            weights = WeightDelta.load(self.delta).apply_to(weights)
-        if self.adapter is not None:
-            weights = Adapter.load(self.adapter).apply_to(weights)
-        for name, tensor in weights:
-            if not tensor.isfinite().all():
-                raise RetentionBenchError(
-                    f"{name} in {self.folder} has numbers that are not finite. The file is damaged, or the training "
-                    "that made it diverged: make it again."
-                )
-            yield name, tensor
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """The stored weights under their names within the whole model."""
-        shapes = self.layout.shapes
-        for name, tensor in self._stored():
-            full = self.layout.prefix + name
-            if name not in shapes and full in shapes:
-                yield full, tensor
-            elif name in shapes or not any(re.search(pattern, name) for pattern in self.layout.ignored):
-                yield name, tensor
-
-    def _stored(self) -> Iterator[tuple[str, Tensor]]:
-        for path in self._files():
-            if path.suffix == ".bin":
-                yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-                continue
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - no mapping
-                        yield name, file.get_tensor(name)
-            except (SafetensorError, FileNotFoundError) as error:
-                raise RetentionBenchError(
-                    f"{path} could not be read as safetensors ({error}). Make it again."
-                ) from error
-
-    def _files(self) -> list[Path]:
-        folder = Path(self.folder)
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise RetentionBenchError(f"{index} is no index of weights ({error!r}). Make it again.") from error
-            for part in parts:
-                if Path(part).name != part:
-                    raise RetentionBenchError(f"{index} names {part!r}, which is not beside it. Make it again.")
-            return [folder / part for part in parts]
-        if (folder / _PICKLE).is_file() and not (folder / _SINGLE).is_file():
-            if self.allow_pickle:
-                return [folder / _PICKLE]
-            raise RetentionBenchError(
-                f"{folder} has only pickled weights ({_PICKLE}), and loading those can run code. If you trust them, "
-                "give --allow-pickle, or save them again with transformers' save_pretrained: that writes safetensors."
-            )
-        return [folder / _SINGLE]

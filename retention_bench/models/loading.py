@@ -1,22 +1,47 @@
-"""Load a causal language model and its tokenizer from a folder or the Hub."""
+"""Load a causal language model and its tokenizer: the one place that decides what may be loaded, for every command.
+
+Models are read by transformers' own loaders, so that what is edited, trained and scored is what anybody else loads.
+What stands here is what those are not trusted with: code that comes with a model never runs, and nobody is asked if
+it may; pickles are read on request alone; and whatever goes wrong is said in one line.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
+from retention_bench.data import read_json
 from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.models.explain import explained, reason
 from retention_bench.models.families import family
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_READ = (*_TOKENIZERS, *_SETTINGS, "added_tokens.json", "merges.txt", "chat_template.jinja")
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# No model that anybody has made is deeper; building one of a billion layers would take for ever.
+_MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# What a downloaded model needs; nothing from folders within it.
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def load_model(
@@ -25,134 +50,326 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    tokenizer: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model for editing, training or scoring.
+    """Load a model for editing, training or scoring, as transformers loads it.
 
-    Only safetensors are read, unless pickles are allowed. A tokenizer without a padding token pads with its end-of-text
-    token.
+    A tokenizer without a padding token pads with its end-of-text token. Generation settings that have no effect without
+    sampling, and which transformers would refuse to save, are dropped.
 
     Args:
         path: A local folder, or a Hub id (`owner/name`).
         device: Where the model goes.
         dtype: What the weights are converted to, whatever they are stored in.
         revision: The Hub revision.
-        trust_remote_code: Whether code that comes with the model may run.
         allow_pickle: Whether pickled weights may be read where there are no others.
+        tokenizer: A folder or Hub id to take the tokenizer from; None for the model's own.
 
     Returns:
         The model, in evaluation mode, and its tokenizer, padding on the right.
 
     Raises:
         UsageError: No such folder, or a family that is not supported.
-        RetentionBenchError: The folder lacks a file, weights are missing or broken, or the Hub has no answer.
+        RetentionBenchError: A file is missing, broken or of a kind that is not read; or the Hub has no answer.
     """
-    _check_folder(path, allow_pickle)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _explained(path):
-        config = AutoConfig.from_pretrained(path, **common)
-        family(config.model_type)
+    folder = local_folder(path, revision, allow_pickle=allow_pickle)
+    # What is missing is said before the weights are read, which takes longer.
+    read_settings(folder)
+    weight_files(folder, allow_pickle=allow_pickle)
+    if tokenizer is None:
+        _check_tokenizer(folder)
+    model = read_model(folder, dtype=dtype, allow_pickle=allow_pickle)
+    return model.to(device).eval(), load_tokenizer(tokenizer or str(folder))  # type: ignore[arg-type]
+
+
+def read_model(folder: Path, *, dtype: torch.dtype, allow_pickle: bool = False) -> PreTrainedModel:
+    """The model in a folder alone, on the CPU; else as `load_model`.
+
+    Raises:
+        UsageError: As `load_model`.
+        RetentionBenchError: As `load_model`.
+    """
+    if _is_there(folder / "adapter_config.json"):
+        raise RetentionBenchError(
+            f"{folder} holds a peft adapter, not a whole model. Merge it with merge_and_unload, save that with its "
+            "tokenizer, and give that folder; `score` takes BASE+ADAPTER_FOLDER."
+        )
+    config = load_config(folder)
+    files = weight_files(folder, allow_pickle=allow_pickle)
+    _check_size(folder, config, dtype)
+    with explained(str(folder)), _without_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            folder,
             config=config,
             dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
+            use_safetensors=files[0].name in _SAFE,
+            trust_remote_code=False,
             output_loading_info=True,
-            **common,
         )
-        model, report = loaded
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    model, report = loaded
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])
         raise RetentionBenchError(
-            f"The weights of {path} lack {len(absent)} that the model needs, {absent[0]} among them, and those would "
+            f"The weights in {folder} lack {len(absent)} that the model needs, {absent[0]} among them, and those would "
             "be random. Give a checkpoint of a causal language model, saved whole."
         )
-    return model.to(device).eval(), _padded(path, tokenizer)
+    check_finite(model, str(folder))
+    _drop_drawing(model, str(folder))
+    return model
 
 
-def empty_model(
-    folder: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model whose weights are whatever was in memory, to be filled from a stream.
-
-    Args:
-        folder: A folder with `config.json` and a tokenizer.
-        device: Where the model goes.
-        dtype: Of its weights.
-
-    Returns:
-        The model, in evaluation mode, and its tokenizer, padding on the right.
+def load_config(path: Path | str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model of a supported family.
 
     Raises:
-        UsageError: A family that is not supported.
-        RetentionBenchError: A file is missing or broken.
+        UsageError: No such folder, or a family that is not supported.
+        RetentionBenchError: It is missing or broken, needs code of its own, or describes a model that cannot be.
     """
-    _check_tokenizer(folder)
-    with _explained(str(folder)):
-        config = AutoConfig.from_pretrained(folder)
-        family(config.model_type)
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return model.to(device).eval(), _padded(str(folder), tokenizer)
-
-
-@contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Say of the libraries' errors which model they are about, and what to do.
-
-    Raises:
-        RetentionBenchError: One of them.
-    """
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if Path(path).is_dir():
-            raise RetentionBenchError(f"The model in {path} could not be loaded ({reason}).") from error
+    folder = local_folder(str(path), revision)
+    settings = read_settings(folder)
+    method = settings.get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
         raise RetentionBenchError(
-            f"The model {path!r} could not be loaded from the Hub ({reason}). Check the id and the revision, the "
-            "network and HF_HUB_OFFLINE, that it has safetensors and, for a gated model, `hf auth login`; or "
-            "give a local folder."
-        ) from error
-
-
-def _padded(path: str, tokenizer: Any) -> PreTrainedTokenizerBase:
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
+            f"The weights in {folder} are quantised ({name}), and only plain ones are read. Load them with "
+            "transformers, call dequantize(), and save_pretrained them again."
+        )
+    family(str(settings.get("model_type")))
+    with explained(str(path)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for name in _LAYERS:
+        count = settings.get(name)
+        if isinstance(count, int) and count > _MOST_LAYERS:
             raise RetentionBenchError(
-                f"The tokenizer of {path} has neither a padding nor an end-of-text token. Give it one."
+                f"{folder / 'config.json'}: {name} is {count}, and at most {_MOST_LAYERS} are built. Correct it."
             )
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
+    return config
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a configuration describes, its weights on the device `meta`: nothing is allocated."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a Hub model, padding on the right.
+
+    Raises:
+        UsageError: No such folder.
+        RetentionBenchError: It is missing or broken, needs code of its own, has no token to pad with, or ends every
+            text with a special token, behind which a prompt has no answer.
+    """
+    folder = local_folder(path, revision)
+    _check_tokenizer(folder)
+    with explained(path, "tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        ids, bare = (tokenizer.encode("The", add_special_tokens=special) for special in (True, False))
+    if tokenizer.pad_token is None:
+        raise RetentionBenchError(
+            f"The tokenizer of {path} has neither a padding nor an end-of-text token. Give it one."
+        )
+    if ids[-1:] != bare[-1:]:
+        last = tokenizer.convert_ids_to_tokens(ids[-1])
+        raise RetentionBenchError(
+            f"The tokenizer of {path} puts {last!r} behind every text, so no prompt could be answered. Set "
+            '"add_eos_token": false in its tokenizer_config.json, or take that token out of its post-processor.'
+        )
     return tokenizer
 
 
-def _check_folder(path: str, allow_pickle: bool) -> None:
-    """Say what a local folder lacks; a path that cannot be a Hub id must be a folder."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or folder.exists():
-            raise UsageError(f"There is no model folder at {path}. Give a folder, or a Hub id as owner/name.")
-        return
-    if not (folder / "config.json").is_file():
-        raise RetentionBenchError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
-    pickled = any(folder.glob("*.bin"))
-    if not any(folder.glob("*.safetensors")) and not (pickled and allow_pickle):
-        if pickled:
-            raise RetentionBenchError(
-                f"{path} has only pickled weights (*.bin), and loading those can run code. If you trust them, load "
-                "them with transformers and save_pretrained them again: that writes safetensors."
-            )
-        raise RetentionBenchError(f"{path} has no weights (*.safetensors).")
-    _check_tokenizer(folder)
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a model folder's `config.json` says.
+
+    Raises:
+        RetentionBenchError: It is missing, no JSON object, or no file.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise RetentionBenchError(f"{folder} has no config.json. Give a folder that save_pretrained wrote.")
+    return read_json(path, dict[str, Any], "model configuration")
 
 
-def _check_tokenizer(folder: Path | str) -> None:
-    if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+def local_folder(path: str, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
+    """The folder with a model's files; those of a Hub model are fetched.
+
+    Args:
+        path: A folder, or a Hub id.
+        revision: The Hub revision.
+        allow_pickle: Also fetch pickled weights.
+
+    Raises:
+        UsageError: There is no such folder, and it cannot be a Hub id.
+        RetentionBenchError: The Hub has no answer.
+    """
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+        there = folder.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, "~" without a home
+        raise UsageError(
+            f"There is no model folder at {path!r} ({error}). Give a folder, or a Hub id as owner/name."
+        ) from error
+    if there or folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise UsageError(f"There is no model folder at {path}. Give a folder, or a Hub id as owner/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [*_WANTED, *(["*.bin"] if allow_pickle else [])]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
+    except Exception as error:  # its own, httpx's, and those of the file system
         raise RetentionBenchError(
-            f"{folder} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}). "
-            "Save it there with tokenizer.save_pretrained."
+            f"The model {path!r} could not be loaded from the Hub ({reason(error)}). Check the id and the revision, "
+            "the network and HF_HUB_OFFLINE, that it has safetensors and, for a gated model, `hf auth login`; or give "
+            "a local folder."
+        ) from error
+
+
+def weight_files(folder: Path, *, allow_pickle: bool = False) -> list[Path]:
+    """The files that transformers reads a folder's weights from, an index first where there is one.
+
+    Raises:
+        RetentionBenchError: There are none, only pickles that may not be read, an index that names something else, or
+            one of them is no file.
+    """
+    safe = next((folder / name for name in _SAFE if _is_there(folder / name)), None)
+    pickled = next((folder / name for name in _PICKLED if _is_there(folder / name)), None)
+    if safe is None and pickled is not None and not allow_pickle:
+        raise RetentionBenchError(
+            f"{folder} has only pickled weights ({pickled.name}), and loading those can run code. If you trust them, "
+            "give `score` --allow-pickle, or save the model again with save_pretrained: that writes safetensors."
         )
+    first = safe or pickled
+    if first is None:
+        raise RetentionBenchError(
+            f"{folder} has no weights (model.safetensors). Give a folder that save_pretrained wrote."
+        )
+    files = [first]
+    if first.suffix == ".json":
+        index = read_json(first, dict[str, Any], "index of weights")
+        places = index.get("weight_map")
+        if not isinstance(places, Mapping) or not places:
+            raise RetentionBenchError(f"{first} is no index of weights: it has no `weight_map`. Make it again.")
+        suffix = ".safetensors" if first is safe else ".bin"
+        for part in sorted({str(place) for place in places.values()}):
+            if Path(part).name != part or not part.endswith(suffix):
+                raise RetentionBenchError(
+                    f"{first} names {part!r}, which is no {suffix} file beside it. Save the model again."
+                )
+            files.append(folder / part)
+    for path in files:
+        check_regular(path)
+    return files
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what stands in a file's place: a folder, a pipe, a dangling link, or Git LFS's word for a file.
+
+    Raises:
+        RetentionBenchError: It is no file that can be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise RetentionBenchError(f"{path} is no regular file. Copy the model again.")
+        with path.open("rb") as file:
+            begin = file.read(64)
+    except OSError as error:
+        raise RetentionBenchError(f"{path} cannot be read ({error.strerror}). Copy the model again.") from error
+    if begin.startswith(b"version https://git-lfs"):
+        raise RetentionBenchError(
+            f"{path} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`, or from the Hub with "
+            "`hf download`."
+        )
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        RetentionBenchError: One is infinite or NaN; it is named.
+    """
+    for weight, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise RetentionBenchError(
+                f"{weight} in {name} has numbers that are not finite. The file is damaged, or the training that made "
+                "it diverged: make it again."
+            )
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' own bars and warnings: our own progress says what is going on."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.lexists(path)  # a dangling link is a file that is broken, not one that isn't there
+
+
+def _check_size(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Refuse a model that this machine cannot hold before anything is allocated.
+
+    Raises:
+        RetentionBenchError: It is larger than the memory, or cannot be made.
+    """
+    with explained(str(folder)):
+        model = empty_model(config)
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise RetentionBenchError(
+            f"The model that {folder / 'config.json'} describes takes {needed / 2**30:,.0f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}, and this machine has {memory / 2**30:,.0f} GiB of memory. Take a "
+            "smaller dtype or a larger machine, or correct the file."
+        )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any(_is_there(folder / name) for name in _TOKENIZERS):
+        raise RetentionBenchError(
+            f"{folder} has no tokenizer (one of {', '.join(_TOKENIZERS)}). Save it there with "
+            "tokenizer.save_pretrained, or give `score` --tokenizer FOLDER."
+        )
+    for name in _READ:
+        if _is_there(folder / name):
+            check_regular(folder / name)
+            if name in _SETTINGS:
+                read_json(folder / name, dict[str, Any], "model file")
+
+
+def _drop_drawing(model: Any, name: str) -> None:
+    """Drop generation settings that have no effect where nothing is drawn, for transformers refuses to save them.
+
+    Llama 2 and Vicuna have a temperature without `do_sample`.
+
+    Raises:
+        RetentionBenchError: They cannot be saved without them either.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    with explained(name, "generation_config.json"):
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            if config.do_sample:
+                raise
+            for setting in _DRAWING:
+                if hasattr(config, setting):
+                    setattr(config, setting, getattr(GenerationConfig(), setting))
+            config.validate(strict=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import adapter as adapters
+from retention_bench.models.loading import local_folder
 
 FORMS = "FOLDER or OWNER/NAME[@REVISION], alone or followed by +DELTA.safetensors or +ADAPTER_FOLDER"
 
@@ -44,8 +45,8 @@ def parse_reference(text: str, name: str | None = None) -> Reference:
     name = name or text
     whole = Path(text).expanduser()
     if whole.is_dir() and (whole / adapters.CONFIG).is_file():
-        base = adapters.adapter_config(whole).get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
+        base = adapters.adapter_config(whole).base_model_name_or_path
+        if not base:
             raise RetentionBenchError(f"{text} does not say which model it adapts. Give BASE+{text}.")
         return dataclasses.replace(_base(base, name), adapter=str(whole))
     first, plus, change = text.rpartition("+")
@@ -75,16 +76,4 @@ def fetch(reference: Reference, *, allow_pickle: bool = False) -> Path:
     Raises:
         RetentionBenchError: The Hub has no answer.
     """
-    if Path(reference.base).exists():
-        return Path(reference.base)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.bin"] if allow_pickle else [])]
-    try:
-        return Path(snapshot_download(reference.base, revision=reference.revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise RetentionBenchError(
-            f"The model {reference.base!r} could not be fetched from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the id, the revision, the network and, for "
-            "a gated model, `hf auth login`; or give a local folder."
-        ) from error
+    return local_folder(reference.base, reference.revision, allow_pickle=allow_pickle)

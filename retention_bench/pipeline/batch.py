@@ -7,28 +7,32 @@ import dataclasses
 import glob
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.analysis import clustered, rate
+from retention_bench.data import read_json
 from retention_bench.engine_process import EngineError, EngineProcess
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
+from retention_bench.models.explain import explained, reason
+from retention_bench.models.loading import load_config, local_folder, read_settings
 from retention_bench.models.reference import Reference, fetch, parse_reference
 from retention_bench.pipeline.inputs import config_file, model_fingerprint
-from retention_bench.pipeline.parity import MismatchError, check_parity
+from retention_bench.pipeline.parity import check_parity
 from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.store import canonical, exclusive, file_sha256, versions
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from retention_bench.models import Layout
+    from retention_bench.models import Checkpoint
     from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
 
-VERSION = 2
+VERSION = 3
 """Raised when what is computed changes, so that nothing of the old is taken for the new."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -47,6 +51,7 @@ class Options:
         include_path: A folder with more tasks for `also`.
         batch_size: Prompts a forward pass at most, for `"hf"`; see `RetentionHFLM`.
         allow_pickle: Also read pickled weights.
+        tokenizer: A folder to take the tokenizer from, for checkpoints without one.
         tensor_parallel_size: GPUs that each layer is spread over, for `"vllm"`.
     """
 
@@ -58,26 +63,25 @@ class Options:
     include_path: str | None = None
     batch_size: int = 64
     allow_pickle: bool = False
+    tokenizer: str | None = None
     tensor_parallel_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """A checkpoint that can be swapped in.
+class _Found:
+    """A checkpoint whose files are there.
 
     Attributes:
         reference: Which one it is.
-        key: Of its content and of all that its scores depend on.
-        folder: Its base model's folder.
-        architecture: Equal for checkpoints that fit the same engine.
-        weights: Its weights, read already for `"hf"`; None where there is nothing left to score.
+        checkpoint: Its files.
+        keys: By task, of the checkpoint's content and of all that its score depends on.
+        architecture: Equal for checkpoints that one vLLM engine can take one after the other.
     """
 
     reference: Reference
-    key: str
-    folder: Path
+    checkpoint: Checkpoint
+    keys: Mapping[str, str]
     architecture: str
-    weights: Iterable[tuple[str, Any]] | None
 
 
 def score_checkpoints(
@@ -93,9 +97,9 @@ def score_checkpoints(
 ) -> list[dict[str, Any]]:
     """Score checkpoints; what `out/scores.jsonl` holds already is not scored again.
 
-    Checkpoints of one architecture are scored one after another on one engine, while the next is being read. The first
-    of each architecture is compared with a fresh model. One that cannot be scored is recorded with the reason, and
-    the others go on.
+    Checkpoints of one architecture are scored one after another on one engine, while the next one's files are read. The
+    first that is put together in a certain way is compared with a model that nothing of ours has loaded. One that
+    cannot be scored, whatever goes wrong, is recorded with the reason, and the others go on.
 
     Args:
         references: The checkpoints; no name twice.
@@ -108,27 +112,25 @@ def score_checkpoints(
         process: For `"vllm"`, one that has been started and not asked anything; it saves its start.
 
     Returns:
-        The last line of every checkpoint and task, in the order of `references`: see `ScoreFile`.
+        The lines of every checkpoint and task, in the order of `references`: see `ScoreFile`.
 
     Raises:
-        UsageError: A name occurs twice, or nothing is asked.
-        RetentionBenchError: The engine's answers are not those of a fresh model; what was scored before is kept.
+        UsageError: A name or a task occurs twice, or nothing is asked.
+        RetentionBenchError: The output folder or a task cannot be used; what was scored before is kept.
     """
     unreadable = unreadable or {}
+    if options.tokenizer is not None:
+        options = dataclasses.replace(options, tokenizer=str(local_folder(options.tokenizer)))
     names = [*(reference.name for reference in references), *unreadable]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"The checkpoint {twice!r} is given twice. Give each once.")
+    for what, given in (("checkpoint", names), ("task", [*options.kinds, *options.also])):
+        if len(set(given)) < len(given):
+            twice = next(name for name in given if given.count(name) > 1)
+            raise UsageError(f"The {what} {twice!r} is given twice. Give each once.")
     with exclusive(out):
         file = ScoreFile(out / "scores.jsonl")
-        for name, reason in unreadable.items():
-            file.add({"checkpoint": name, "error": reason})
-        _Batch(facts, file, options, announce, progress, process).run(references)
-    latest = {row["checkpoint"]: row.get("key") for row in file}
-    # What was scored of another content, or failed once and was scored later, does not count any more.
-    last = {(row["checkpoint"], row.get("task")): row for row in file if row.get("key") == latest[row["checkpoint"]]}
-    order = {name: number for number, name in enumerate(names)}
-    return sorted((row for row in last.values() if row["checkpoint"] in order), key=lambda r: order[r["checkpoint"]])
+        failed = {name: [file.add({"checkpoint": name, "error": reason})] for name, reason in unreadable.items()}
+        found = _Batch(facts, file, options, announce, progress, process).run(references)
+    return [row for name in names for row in (found | failed)[name]]
 
 
 def read_references(texts: Iterable[str]) -> tuple[list[Reference], dict[str, str]]:
@@ -188,30 +190,37 @@ class _Batch:
                 f"The facts have no question of the kinds {', '.join(options.kinds)}. Edited facts have a target_new, "
                 "paraphrases and neighborhood; the others are intrinsic."
             )
-        self.layouts: dict[str, Layout] = {}
         self.manager = _task_manager(options) if options.also else None
+        self.contents = {task: _task_content(self.manager, task, options.include_path) for task in options.also}
         self.engine: Engine | None = None
         self.process = process
         self.architecture = ""
+        self.passed: dict[object, dict[str, Any]] = {}
         self.parity: dict[str, Any] | None = None
+        self.rows: dict[str, list[dict[str, Any]]] = {}
 
-    def run(self, references: Sequence[Reference]) -> None:
-        """Score all that is not in the file."""
+    def run(self, references: Sequence[Reference]) -> dict[str, list[dict[str, Any]]]:
+        """Score all that is not in the file.
+
+        Returns:
+            The lines of each checkpoint by its name.
+        """
         ordered = self._by_architecture(references)
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._load, ordered[0]) if ordered else None
+            coming = reader.submit(self._find, ordered[0]) if ordered else None
             try:
                 for number, reference in enumerate(ordered):
                     assert coming is not None
                     found = coming.result()
                     following = ordered[number + 1 : number + 2]
-                    coming = reader.submit(self._load, following[0]) if following else None
-                    self._score(reference, found)
-                    del found
+                    # Hashing it brings its files into memory, so that loading it afterwards takes next to nothing.
+                    coming = reader.submit(self._find, following[0]) if following else None
+                    self.rows[reference.name] = self._score(reference, found)
             finally:
                 self._close()
                 if self.process is not None:
                     self.process.close()  # there was nothing to score
+        return self.rows
 
     def _by_architecture(self, references: Sequence[Reference]) -> list[Reference]:
         """The checkpoints that have a configuration of a supported model, those of one architecture together."""
@@ -219,122 +228,138 @@ class _Batch:
         for reference in references:
             try:
                 path = config_file(reference.base, reference.revision)
-                config = _config(path)
-                if config not in self.layouts:
-                    # Here and not by the reader: making a model sets torch's default dtype, for all threads.
-                    self.layouts[config] = _layout(path)
-            except (RetentionBenchError, OSError) as error:
+                load_config(path.parent)
+                config = _config(path.parent)
+            except Exception as error:
                 self.announce(reference.name, False)
-                self._fail(reference, _unreadable(reference, error))
+                self.rows[reference.name] = [self._fail(reference, error)]
                 continue
             groups.setdefault(config, []).append(reference)
         return [reference for group in groups.values() for reference in group]
 
-    def _fail(self, reference: Reference, error: RetentionBenchError) -> None:
-        self.file.add({"checkpoint": reference.name, "error": str(error)})
+    def _fail(self, reference: Reference, error: Exception) -> dict[str, Any]:
+        """Record why a checkpoint cannot be scored."""
+        if isinstance(error, RetentionBenchError):
+            text = str(error)
+        elif isinstance(error, OSError):
+            text = f"{reference.name} cannot be read ({error}). Check the files and their permissions."
+        else:
+            text = f"{reference.name} cannot be scored ({reason(error)})."
+        return self.file.add({"checkpoint": reference.name, "error": text})
 
-    def _load(self, reference: Reference) -> _Loaded | RetentionBenchError:
-        """Fetch a checkpoint and read it, unless all of it has been scored."""
+    def _find(self, reference: Reference) -> _Found | Exception:
+        """Fetch a checkpoint and hash it."""
         import torch
 
         from retention_bench.models import Checkpoint
 
         try:
             folder = fetch(reference, allow_pickle=self.options.allow_pickle)
-            key = self._key(reference)
-            config = _config(folder / "config.json")
-            architecture = config + _tokenizer(folder)
-            if all((key, task) in self.file.done() for task in self.tasks):
-                return _Loaded(reference, key, folder, architecture, None)
-            weights = Checkpoint(
+            checkpoint = Checkpoint(
                 str(folder),
-                self.layouts[config],
                 reference.delta,
-                getattr(torch, self.options.dtype),
                 reference.adapter,
+                self.options.tokenizer,
+                getattr(torch, self.options.dtype),
                 self.options.allow_pickle,
             )
-            # vLLM's process reads the files itself.
-            ready: Iterable[tuple[str, Any]] = list(weights) if self.options.backend == "hf" else weights
-            return _Loaded(reference, key, folder, architecture, ready)
-        except (RetentionBenchError, OSError) as error:
-            return _unreadable(reference, error)
+            architecture = _config(folder) + _tokenizer(Path(self.options.tokenizer or folder))
+            return _Found(reference, checkpoint, self._keys(reference), architecture)
+        except Exception as error:
+            return error
 
-    def _key(self, reference: Reference) -> str:
+    def _keys(self, reference: Reference) -> dict[str, str]:
+        """By task the key of all that a checkpoint's score depends on."""
         inputs = {
             "version": VERSION,
             "versions": versions(),
             "base": model_fingerprint(reference.base, reference.revision),
             "delta": file_sha256(Path(reference.delta)) if reference.delta else None,
             "adapter": _files(Path(reference.adapter)) if reference.adapter else None,
+            "tokenizer": _files(Path(self.options.tokenizer)) if self.options.tokenizer else None,
             "facts": self.facts.sha256,
             "backend": self.options.backend,
             "dtype": self.options.dtype,
             "device": self.options.device,
         }
-        return hashlib.sha256(canonical(inputs).encode()).hexdigest()[:32]
+        own = hashlib.sha256(canonical(inputs).encode()).hexdigest()[:32]
+        also = {
+            task: hashlib.sha256(canonical([own, content]).encode()).hexdigest()[:32]
+            for task, content in self.contents.items()
+        }
+        return dict.fromkeys(self.tasks, own) | also
 
-    def _score(self, reference: Reference, found: _Loaded | RetentionBenchError) -> None:
-        done = self.file.done()
-        missing = (
-            [] if isinstance(found, RetentionBenchError) else [t for t in self.tasks if (found.key, t) not in done]
-        )
-        self.announce(reference.name, not isinstance(found, RetentionBenchError) and not missing)
-        if isinstance(found, RetentionBenchError):
-            self._fail(reference, found)
-            return
-        if not missing:
-            self._rename(found)
-            return
+    def _score(self, reference: Reference, found: _Found | Exception) -> list[dict[str, Any]]:
+        if isinstance(found, Exception):
+            self.announce(reference.name, False)
+            return [self._fail(reference, found)]
+        missing = [task for task in self.tasks if self.file.find(found.keys[task], task) is None]
+        self.announce(reference.name, not missing)
+        failed: list[dict[str, Any]] = []
         try:
-            self._swap(found)
-            self._ask(found, missing)
-        except MismatchError:
-            raise
-        except RetentionBenchError as error:
-            self._fail(reference, error)
-            if isinstance(error, EngineError):
+            if missing:
+                self._swap(found)
+                if self._keys(reference) != found.keys:
+                    raise RetentionBenchError(
+                        f"The files of {reference.name} changed while they were read. Run the same command again."
+                    )
+                self._ask(found, missing)
+        except Exception as error:
+            failed = [self._fail(reference, error)]
+            if isinstance(error, EngineError) or not isinstance(error, RetentionBenchError):
                 self._close()  # the next checkpoint starts another
+        return [*self._kept(found), *failed]
 
-    def _rename(self, found: _Loaded) -> None:
-        """Scores of the same content under another name are this checkpoint's too."""
-        rows = {row["task"]: row for row in self.file if row.get("key") == found.key and row.get("task") in self.tasks}
-        own = {row["task"] for row in self.file if row["checkpoint"] == found.reference.name and "key" in row}
-        for task, row in rows.items():
-            if task not in own:
-                copied = {k: v for k, v in row.items() if k not in ("sha256", "checkpoint")}
-                self.file.add({"checkpoint": found.reference.name, **copied})
+    def _kept(self, found: _Found) -> list[dict[str, Any]]:
+        """The checkpoint's lines; what was scored of the same content under another name is written under this too."""
+        lines = []
+        for task in self.tasks:
+            line = self.file.find(found.keys[task], task)
+            if line is None:
+                continue
+            latest = self.file.latest(found.reference.name, task)
+            if latest is None or latest["key"] != line["key"]:
+                copied = {k: v for k, v in line.items() if k not in ("sha256", "checkpoint")}
+                latest = self.file.add({"checkpoint": found.reference.name, **copied})
+            lines.append(latest)
+        return lines
 
-    def _swap(self, found: _Loaded) -> None:
-        assert found.weights is not None  # or there would be nothing to score
+    def _swap(self, found: _Found) -> None:
         if self.engine is None or found.architecture != self.architecture:
             self._close()
             process, self.process = self.process, None
-            self.engine = _start(found.folder, self.options, self.progress, process)
+            self.engine = _start(found.checkpoint, self.options, self.progress, process)
             self.architecture = found.architecture
-        self.engine.swap(found.weights)
-        if self.parity is None:
-            self.parity = check_parity(self.engine, found.reference, found.folder, self.facts, self.options)
+        self.engine.swap(found.checkpoint)
+        way = (found.architecture, found.checkpoint.way())
+        if way not in self.passed:
+            name = found.reference.name
+            self.passed[way] = check_parity(self.engine, name, found.checkpoint, self.facts, self.options)
+        self.parity = self.passed[way]
 
     def _close(self) -> None:
         if self.engine is not None:
             self.engine.close()
-        self.engine, self.architecture, self.parity = None, "", None
+        self.engine, self.architecture = None, ""
 
-    def _ask(self, found: _Loaded, tasks: Sequence[str]) -> None:
+    def _ask(self, found: _Found, tasks: Sequence[str]) -> None:
         from retention_bench.scoring import score_lm
 
         assert self.engine is not None
-        about = {
-            "checkpoint": found.reference.name,
-            "key": found.key,
-            "backend": self.options.backend,
-            "dtype": self.options.dtype,
-            "device": self.options.device,
-            "facts": self.facts.sha256,
-            "versions": versions(),
-            "parity": self.parity,
-        }
+
+        def about(task: str) -> dict[str, Any]:
+            return {
+                "checkpoint": found.reference.name,
+                "key": found.keys[task],
+                "backend": self.options.backend,
+                "dtype": self.options.dtype,
+                "device": self.options.device,
+                "facts": self.facts.sha256,
+                "versions": versions(),
+                "parity": self.parity,
+                "task": task,
+            }
+
         kinds = [kind for kind in self.options.kinds if f"retention_{kind}" in tasks]
         began = time.monotonic()
         samples = [sample.to_json() for sample in score_lm(self.engine.lm, self.facts, kinds=kinds)] if kinds else []
@@ -345,18 +370,16 @@ class _Batch:
             if len({s["fact_id"] for s in own}) < len(own):
                 answered = clustered(((s["fact_id"], s["hit"]) for s in own), "fact")
             share = round(seconds * len(own) / len(samples), 3)
-            self.file.add(
-                {**about, "task": f"retention_{kind}", **answered.to_json(), "seconds": share, "samples": own}
-            )
+            self.file.add({**about(f"retention_{kind}"), **answered.to_json(), "seconds": share, "samples": own})
         for task in self.options.also:
             if task in tasks:
                 began = time.monotonic()
                 metrics = self._general(task)
                 seconds = round(time.monotonic() - began, 3)
-                self.file.add({**about, "task": task, "metrics": metrics, "seconds": seconds})
+                self.file.add({**about(task), "metrics": metrics, "seconds": seconds})
 
-    def _general(self, task: str) -> dict[str, float]:
-        """What lm-eval finds on one of its own tasks.
+    def _general(self, task: str) -> dict[str, float | None]:
+        """What lm-eval finds on one of its own tasks; None for what is no number, as a perplexity of a broken model.
 
         Raises:
             RetentionBenchError: The task's data cannot be loaded.
@@ -368,40 +391,30 @@ class _Batch:
         assert self.engine is not None
         assert self.manager is not None
         with contained_lm_eval():
-            try:
+            with explained(f"task {task!r}", "task"):
                 loaded = self.manager.load([task])
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise RetentionBenchError(f"The task {task!r} could not be loaded ({reason}).") from error
             found = evaluate(lm=self.engine.lm, task_dict=loaded, bootstrap_iters=0)
         own = found["results"].get(task) or found["groups"][task]
-        return {name: v for name, v in own.items() if isinstance(v, (int, float)) and name != "sample_len"}
+        numbers = {name: v for name, v in own.items() if isinstance(v, (int, float)) and name != "sample_len"}
+        return {name: v if math.isfinite(v) else None for name, v in numbers.items()}
 
 
-def _unreadable(reference: Reference, error: RetentionBenchError | OSError) -> RetentionBenchError:
-    if isinstance(error, RetentionBenchError):
-        return error
-    return RetentionBenchError(f"{reference.name} cannot be read ({error}). Check the files and their permissions.")
-
-
-def _start(folder: Path, options: Options, progress: Progress, process: EngineProcess | None) -> Engine:
-    import torch
-
-    dtype = getattr(torch, options.dtype)
+def _start(checkpoint: Checkpoint, options: Options, progress: Progress, process: EngineProcess | None) -> Engine:
     if options.backend == "hf":
         from retention_bench.scoring.hf import HFEngine
 
-        return HFEngine(folder, dtype=dtype, device=options.device, batch_size=options.batch_size, progress=progress)
+        return HFEngine(device=options.device, batch_size=options.batch_size, progress=progress)
     from retention_bench.scoring.vllm import VLLMEngine
 
     return VLLMEngine(
-        folder,
+        checkpoint.folder,
         device=options.device,
-        dtype=dtype,
+        dtype=checkpoint.dtype,
         load_format="dummy",
         tensor_parallel_size=options.tensor_parallel_size,
         progress=progress,
         process=process,
+        tokenizer=checkpoint.tokenizer,
     )
 
 
@@ -420,48 +433,37 @@ def _task_manager(options: Options) -> Any:
     return manager
 
 
-def _config(path: Path) -> str:
-    """What of a configuration decides whether weights fit the same engine.
+def _task_content(manager: Any, task: str, include_path: str | None) -> dict[str, str]:
+    """What tells a task of one's own from itself after it was changed: its folder's files, and the data it names.
 
-    Raises:
-        RetentionBenchError: It is no JSON object.
+    Of lm-eval's own tasks the version is in the key already.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RetentionBenchError(
-            f"{path} cannot be read ({error}). Give a folder that save_pretrained wrote."
-        ) from error
-    if not isinstance(config, Mapping):
-        raise RetentionBenchError(f"{path} holds no JSON object. Give a folder that save_pretrained wrote.")
+    entry = manager.task_index[task]
+    if include_path is None or not Path(entry.yaml_path or include_path).is_relative_to(include_path):
+        return {}
+    found: dict[str, str] = {}
+    for path in sorted(Path(include_path).rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(include_path))] = file_sha256(path)
+            if path.suffix in (".yaml", ".yml") or path.name.startswith("_"):
+                named = (word.strip("\"',[]{}") for word in path.read_text(encoding="utf-8", errors="replace").split())
+                found |= {name: file_sha256(Path(name)) for name in named if "/" in name and Path(name).is_file()}
+    return found
+
+
+def _config(folder: Path) -> str:
+    """What of a folder's configuration decides whether a checkpoint fits the same engine."""
     left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-    return canonical({name: value for name, value in config.items() if name not in left_out})
-
-
-def _layout(path: Path) -> Layout:
-    """Of the model that a configuration describes.
-
-    Raises:
-        UsageError: Its family is not supported.
-        RetentionBenchError: It describes no model.
-    """
-    from transformers import AutoConfig
-
-    from retention_bench.models import Layout, family
-
-    try:
-        config = AutoConfig.from_pretrained(path.parent)
-        family(config.model_type)
-        return Layout.of(config)
-    except (OSError, ValueError, TypeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise RetentionBenchError(f"{path} describes no model that can be made ({reason}).") from error
+    config = {name: value for name, value in read_settings(folder).items() if name not in left_out}
+    path = folder / "generation_config.json"
+    written = read_json(path, dict[str, Any]) if path.is_file() else {}
+    return canonical([config, {name: value for name, value in written.items() if name not in left_out}])
 
 
 def _tokenizer(folder: Path) -> str:
     """What of a tokenizer decides which ids a prompt gets."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path, dict[str, Any]) if path.is_file() else {}
     own = {name: value for name, value in config.items() if name.startswith("add_") or name.endswith("_token")}
     return canonical(
         [own, {name: file_sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}]
@@ -469,4 +471,5 @@ def _tokenizer(folder: Path) -> str:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    return {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors")}
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+    return {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.suffix in kinds and p.is_file()}

@@ -78,15 +78,14 @@ def estimate(plan: Plan, store: Store) -> Estimate:
 def _count(plan: Plan) -> tuple[int, int]:
     """The model's numbers, and those that a fine-tune can change, counted on a model without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from retention_bench.finetune.adapters import adapted
-    from retention_bench.models import num_layers
+    from retention_bench.models import empty_model, load_config, num_layers
 
-    config = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
+    config = load_config(plan.model.path, plan.model.revision)
     freeze, task = parse_freeze(plan.cell.freeze), plan.finetune
+    model: Any = empty_model(config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
         parameters = sum(p.numel() for p in model.parameters())
         layers = tuple(range(num_layers(model))) if freeze.needs_edit else freeze.apply(model)
         with adapted(model, plan.cell.adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=0):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import FactSet
-from retention_bench.models.reference import Reference
 
 if TYPE_CHECKING:
+    from retention_bench.models import Checkpoint
     from retention_bench.pipeline.batch import Options
     from retention_bench.scoring.engine import Engine
 
@@ -27,9 +26,7 @@ class MismatchError(RetentionBenchError):
     """The engine does not say what a fresh model says."""
 
 
-def check_parity(
-    engine: Engine, reference: Reference, folder: Path, facts: FactSet, options: Options
-) -> dict[str, Any]:
+def check_parity(engine: Engine, name: str, checkpoint: Checkpoint, facts: FactSet, options: Options) -> dict[str, Any]:
     """Ask a fresh model the same as the engine, with lm-eval's own code.
 
     Raises:
@@ -44,7 +41,7 @@ def check_parity(
     ours = score_lm(engine.lm, _few(facts, PARITY_PROMPTS), kinds=("edited", "intrinsic"))
     # On a GPU vLLM leaves no room for another model.
     device = "cpu" if options.backend == "vllm" else options.device
-    model, tokenizer = fresh_model(reference, folder, options, device)
+    model, tokenizer = fresh_model(checkpoint, device)
     with contained_lm_eval():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=PARITY_PROMPTS, softmax_dtype="float32")
         told = [Instance("loglikelihood", {}, (sample.prompt, f" {sample.target}"), 0) for sample in ours]
@@ -57,20 +54,20 @@ def check_parity(
     wrong = [a.prompt for a, d in zip(ours, distance, strict=True) if d > tolerance]
     if wrong and (exact or statistics.median(distance) > tolerance):
         raise MismatchError(
-            f"{reference.name}: of {len(ours)} prompts {len(wrong)} get other log-probabilities from the "
+            f"{name}: of {len(ours)} prompts {len(wrong)} get other log-probabilities from the "
             f"{options.backend} engine than from a freshly loaded model, by up to {max(distance):.3g} nats, "
             f"where {options.dtype} explains {tolerance:g}: {'; '.join(map(repr, wrong[:5]))}. "
-            "Nothing it says can be trusted, so the run ends. Try --backend hf, or --dtype float32."
+            "Nothing it says of such a checkpoint can be trusted. Try --backend hf, or --dtype float32."
         )
     wrong = [a.prompt for a, same in zip(ours, equal, strict=True) if not same]
     if wrong and exact:
         raise MismatchError(
-            f"{reference.name}: of {len(ours)} prompts {len(wrong)} get other answers from the {options.backend} "
+            f"{name}: of {len(ours)} prompts {len(wrong)} get other answers from the {options.backend} "
             f"engine than from a freshly loaded model: {'; '.join(map(repr, wrong[:5]))}. "
-            "Nothing it says can be trusted, so the run ends. Try another --backend."
+            "Nothing it says of such a checkpoint can be trusted. Try another --backend."
         )
     return {
-        "checkpoint": reference.name,
+        "checkpoint": name,
         "prompts": len(ours),
         "equal_answers": sum(equal),
         "logprob_distance": max(distance),
@@ -79,21 +76,38 @@ def check_parity(
     }
 
 
-def fresh_model(reference: Reference, folder: Path, options: Options, device: str) -> tuple[Any, Any]:
-    """The checkpoint as transformers and peft load it, and nothing of ours."""
-    from retention_bench.models import WeightDelta
-    from retention_bench.pipeline.loading import load
+def fresh_model(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
+    """The checkpoint as transformers and peft load it, and nothing of ours: also the sum of a delta is taken here."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = load(str(folder), None, dtype=options.dtype, device="cpu", allow_pickle=options.allow_pickle)
-    if reference.delta:
-        WeightDelta.load(reference.delta).apply_(model)
-    if reference.adapter:
+    folder = checkpoint.folder
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=checkpoint.dtype,
+        use_safetensors=None if checkpoint.allow_pickle else True,
+        trust_remote_code=False,
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.tokenizer or folder, trust_remote_code=False)
+    if checkpoint.delta:
+        with safe_open(checkpoint.delta, framework="pt") as file, torch.no_grad():
+            names = sorted(file.keys())
+            for name in names:
+                parameter, _, part = name.rpartition(":")
+                if part == "right":
+                    continue
+                added = file.get_tensor(name).float()
+                if part == "left":
+                    added = added @ file.get_tensor(f"{parameter}:right").float()
+                weight = model.get_parameter(parameter)
+                weight.copy_(weight.float() + added)
+    if checkpoint.adapter:
         from peft import PeftModel
 
-        adapted: Any = PeftModel.from_pretrained(model, reference.adapter)
-        model = adapted.merge_and_unload()
-    whole: Any = model
-    return whole.to(device).eval(), tokenizer
+        model = PeftModel.from_pretrained(model, checkpoint.adapter)  # as it is, not merged
+    model.tie_weights = lambda *_, **__: None  # lm-eval would tie a head that was trained apart
+    return model.to(device).eval(), tokenizer
 
 
 def _few(facts: FactSet, count: int) -> FactSet:

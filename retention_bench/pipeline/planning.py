@@ -7,7 +7,6 @@ no model and a second run finds all that the first one finished.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -255,8 +254,9 @@ def statistics_stage(
         RetentionBenchError: The model's files are missing.
     """
     from retention_bench.models import family
+    from retention_bench.models.loading import read_settings
 
-    config = json.loads(config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    config = read_settings(config_file(model.path, model.revision).parent)
     names = family(str(config.get("model_type")))
     layers = sorted(set(layers))
     inputs = {
@@ -280,7 +280,9 @@ def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
     """
     if model.dtype != "float32":
         raise UsageError(f"A fine-tune needs float32 weights, the suite has {model.dtype}. Set `dtype: float32`.")
-    config = json.loads(config_file(model.path, model.revision).read_text(encoding="utf-8"))
+    from retention_bench.models.loading import read_settings
+
+    config = read_settings(config_file(model.path, model.revision).parent)
     count = config.get("num_hidden_layers", config.get("n_layer"))
     if count is not None and not freeze.needs_edit:
         freeze.layers(count)

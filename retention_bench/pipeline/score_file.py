@@ -49,18 +49,24 @@ class ScoreFile:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._rows)
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Write a line, and see to it that it is on the disk."""
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a line, see to it that it is on the disk, and return it with its `sha256`."""
         line = {**row, "sha256": _hash(row)}
         with self.path.open("ab") as file:
             file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         self._rows.append(line)
+        return line
 
-    def done(self) -> set[tuple[str, str]]:
-        """Keys and tasks of all that was scored."""
-        return {(row["key"], row["task"]) for row in self._rows if "error" not in row}
+    def find(self, key: str, task: str) -> dict[str, Any] | None:
+        """The line with a task's score of what a key stands for, or None."""
+        return next((row for row in self._rows if (row.get("key"), row.get("task")) == (key, task)), None)
+
+    def latest(self, checkpoint: str, task: str) -> dict[str, Any] | None:
+        """The last line with a task's score under a checkpoint's name, or None."""
+        own = (row for row in reversed(self._rows) if "key" in row and row["checkpoint"] == checkpoint)
+        return next((row for row in own if row["task"] == task), None)
 
 
 def _hash(row: Mapping[str, Any]) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
-from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from retention_bench.models import Layout, empty_model
+from retention_bench.models import Checkpoint
 from retention_bench.progress import Progress, silent
 from retention_bench.scoring.contained import contained_lm_eval
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS, is_stop_token
-from retention_bench.scoring.model import RetentionLM, Target
+from retention_bench.scoring.metric import MAX_DECODED_TOKENS
+from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt, Row, rows
 
 FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
@@ -47,7 +47,7 @@ class RetentionHFLM(RetentionLM, HFLM):
             batch_size: Prompts a forward pass at most, each with its target; 512 tokens at most.
             progress: Told how many prompts are decoded.
         """
-        with contained_lm_eval():
+        with contained_lm_eval(), _left_untied(model):
             super().__init__(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
@@ -55,6 +55,7 @@ class RetentionHFLM(RetentionLM, HFLM):
                 softmax_dtype=torch.float32,  # log-probabilities of a half-precision model, not rounded once more
             )
         self._progress = progress
+        self.ends = end_tokens(getattr(model, "generation_config", None))
         self.forget()
 
     def answer(self, prompts: Iterable[Prompt], first: FirstLogits | None = None) -> dict[Prompt, list[int]]:
@@ -134,7 +135,7 @@ class RetentionHFLM(RetentionLM, HFLM):
             cache: Of the row.
         """
         answers = {prompt: [token] for prompt, token in zip(prompts, tokens, strict=True)}
-        going_on = [prompt for prompt in prompts if is_stop_token(answers[prompt][-1], self.tokenizer)]
+        going_on = [prompt for prompt in prompts if self.goes_on(answers[prompt][-1])]
         if not going_on:
             return answers
         lengths = torch.tensor([len(prompt) for prompt in going_on], device=self.device)
@@ -150,7 +151,7 @@ class RetentionHFLM(RetentionLM, HFLM):
             )
             for prompt, token in zip(going_on, output.logits[:, -1].argmax(dim=-1).tolist(), strict=True):
                 answers[prompt].append(token)
-            stay = [i for i, prompt in enumerate(going_on) if is_stop_token(answers[prompt][-1], self.tokenizer)]
+            stay = [i for i, prompt in enumerate(going_on) if self.goes_on(answers[prompt][-1])]
             if not stay:
                 break
             going_on = [going_on[i] for i in stay]
@@ -202,42 +203,43 @@ def _select(
     return selected, mask
 
 
+@contextlib.contextmanager
+def _left_untied(model: PreTrainedModel) -> Iterator[None]:
+    """Keep lm-eval from tying a head that was trained apart from the embeddings to them, in the model it is handed."""
+    model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.tie_weights
+
+
 class HFEngine:
-    """A Hugging Face model that takes one checkpoint's weights after another's.
+    """Loads one checkpoint after another with transformers; what is kept between them is this process.
 
     Attributes:
-        lm: Answers with the weights that it has now.
+        lm: Answers with the checkpoint that was swapped in last.
     """
 
-    def __init__(
-        self, folder: Path, *, dtype: torch.dtype, device: str, batch_size: int = 64, progress: Progress = silent
-    ) -> None:
-        """Start without weights: `swap` comes first.
+    lm: RetentionHFLM
+
+    def __init__(self, *, device: str, batch_size: int = 64, progress: Progress = silent) -> None:
+        """Start without a model: `swap` comes first.
 
         Args:
-            folder: A folder with a model's configuration and tokenizer.
-            dtype: What weights are converted to.
             device: `"cpu"` or `"cuda"`.
             batch_size: Prompts a forward pass at most, each with its target; 512 tokens at most.
             progress: Told how many prompts are decoded.
-
-        Raises:
-            UsageError: As `empty_model`.
-            RetentionBenchError: As `empty_model`.
         """
-        self._model, tokenizer = empty_model(folder, device=device, dtype=dtype)
-        self._layout = Layout.of(self._model.config)
-        self.lm = RetentionHFLM(self._model, tokenizer, batch_size=batch_size, progress=progress)
+        self._device, self._batch_size, self._progress = device, batch_size, progress
 
-    @torch.no_grad()
-    def swap(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def swap(self, checkpoint: Checkpoint) -> None:
         """As `Engine.swap`."""
-        self.lm.forget()
-        state = self._model.state_dict()  # the tensors themselves
-        for name, tensor in self._layout.check(weights):
-            state[name].copy_(tensor)
+        self.close()  # its memory is needed for the next
+        model, tokenizer = checkpoint.load(self._device)
+        check_greedy(model.generation_config, checkpoint.adapter or checkpoint.folder)
+        self.lm = RetentionHFLM(model, tokenizer, batch_size=self._batch_size, progress=self._progress)
 
     def close(self) -> None:
         """As `Engine.close`."""
-        self.__dict__.clear()
+        vars(self).pop("lm", None)
         gc.collect()

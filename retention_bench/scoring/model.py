@@ -4,26 +4,81 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from transformers import GenerationConfig
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText
+from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
 from retention_bench.scoring.prefixes import Prompt
 
 Target = tuple[Prompt, Prompt]
 """What is given and what follows, at least one token each."""
 
 
+def end_tokens(config: GenerationConfig | None) -> frozenset[int]:
+    """The end tokens of a generation configuration: none, one or several."""
+    ends = getattr(config, "eos_token_id", None)
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({},),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "penalty_alpha": (0.0,),
+    "watermarking_config": (),
+    "stop_strings": ([],),
+}
+
+
+def check_greedy(config: GenerationConfig | None, name: str) -> None:
+    """Refuse generation settings by which plain lm_eval would decode otherwise than greedily, with no way to say no.
+
+    `repetition_penalty` is not among them: the tasks set it to 1.
+
+    Args:
+        config: The checkpoint's.
+        name: The checkpoint, for the error.
+
+    Raises:
+        RetentionBenchError: There is one; it is named.
+    """
+    for setting, neutral in _NEUTRAL.items():
+        value = getattr(config, setting, None)
+        if value is not None and value not in neutral:
+            raise RetentionBenchError(
+                f"generation_config.json of {name} sets {setting} to {str(value)[:60]}, which changes greedy answers: "
+                "lm_eval would apply it, and the retention metric does not know it. Take it out of the file."
+            )
+
+
 class RetentionLM(TemplateLM):
     """An lm-eval model whose answers are `DecodedText` and end at the first content token.
 
     A task of lm-eval's own is answered as lm-eval's models do. A subclass sets `_answers` and `_logprobs` by `forget`
-    before it is asked anything, and says how to `_ask` and to `_write`.
+    before it is asked anything, sets `ends`, and says how to `_ask` and to `_write`.
+
+    Attributes:
+        ends: Tokens that end an answer besides special ones: the model's end tokens, as its generation configuration
+            has them.
     """
 
+    ends: frozenset[int]
     _answers: dict[Prompt, list[int]]
     _logprobs: dict[tuple[str, str], tuple[float, bool]]
 
@@ -98,6 +153,10 @@ class RetentionLM(TemplateLM):
                 "model with a longer context."
             )
         return ids
+
+    def goes_on(self, token: int) -> bool:
+        """Whether decoding goes on past a token: a stop word's that does not end the answer."""
+        return token not in self.ends and is_stop_token(token, self.tokenizer)
 
     @abstractmethod
     def _ask(

@@ -25,14 +25,15 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from retention_bench.engine_process import EngineProcess
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.models import Layout
+from retention_bench.models import Checkpoint, Layout, load_config, load_tokenizer
+from retention_bench.models.explain import explained
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS, is_stop_token
-from retention_bench.scoring.model import RetentionLM, Target
+from retention_bench.scoring.metric import MAX_DECODED_TOKENS
+from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt
 
 _MAX_WRITTEN_TOKENS = 256  # lm-eval's default for a task that doesn't say
@@ -60,6 +61,7 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.9,
         progress: Progress = silent,
         process: EngineProcess | None = None,
+        tokenizer: Path | str | None = None,
     ) -> None:
         """Start an engine; takes seconds on the CPU, up to a minute for a large model on a GPU.
 
@@ -73,6 +75,7 @@ class VLLMEngine:
             gpu_memory_utilization: The share of a GPU's memory to take, for weights and cache.
             progress: Told how many prompts are decoded.
             process: One for this device that has not been asked anything, if it was started before; the engine's now.
+            tokenizer: A folder to take the tokenizer from; None for the model's own.
 
         Raises:
             UsageError: No such folder, not a device, or vLLM is installed for another one.
@@ -88,12 +91,12 @@ class VLLMEngine:
             )
         if not (Path(folder) / "config.json").is_file():
             raise UsageError(f"There is no config.json in {folder}. Give a folder that save_pretrained wrote.")
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = load_config(folder)
+        loaded = load_tokenizer(str(tokenizer or folder))
         text = config.get_text_config()
         if dtype is None and device == "cpu":
             dtype = torch.float32
-        max_length = max_model_len or resolve_max_length(config, tokenizer)
+        max_length = max_model_len or resolve_max_length(config, loaded)
         self._process = process or EngineProcess(device)
         self._process.ask(
             "start",
@@ -107,16 +110,23 @@ class VLLMEngine:
                 "tensor_parallel_size": tensor_parallel_size,
                 "max_model_len": max_length,
                 "gpu_memory_utilization": gpu_memory_utilization,
+                **({} if tokenizer is None else {"tokenizer": str(tokenizer)}),
             },
         )
-        self.lm = RetentionVLLM(self._process, tokenizer, max_length=max_length, progress=progress)
+        settings = generation_settings(Path(folder), config)
+        self.lm = RetentionVLLM(
+            self._process, loaded, max_length=max_length, ends=end_tokens(settings), progress=progress
+        )
+        self.lm.settings = settings
 
-    def swap(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """As `Engine.swap`; the weights are pickled, and read by the engine's process.
+    def swap(self, weights: Checkpoint | Iterable[tuple[str, Tensor]]) -> None:
+        """As `Engine.swap`; the engine's process loads the checkpoint by itself. Tensors in a list are copied over.
 
-        A `Checkpoint` costs nothing to send and is held one tensor at a time. Tensors in a list are copied over.
+        The checkpoint's configuration, tokenizer and generation settings are those of the folder it was started with.
         """
         self.lm.forget()
+        if isinstance(weights, Checkpoint):
+            check_greedy(self.lm.settings, weights.adapter or weights.folder)
         self._process.ask("swap", weights)
 
     def close(self) -> None:
@@ -143,6 +153,7 @@ class RetentionVLLM(RetentionLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
+        ends: frozenset[int] = frozenset(),
         progress: Progress = silent,
     ) -> None:
         """Made by `VLLMEngine`.
@@ -151,9 +162,12 @@ class RetentionVLLM(RetentionLM):
             process: The engine's.
             tokenizer: The model's.
             max_length: The engine's context in tokens.
+            ends: As in `RetentionLM`.
             progress: Told how many prompts are decoded.
         """
         super().__init__()
+        self.ends = ends
+        self.settings: GenerationConfig | None = None
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._process = process
@@ -177,7 +191,7 @@ class RetentionVLLM(RetentionLM):
         self._continue(answers, sorted(prompts - answers.keys()), 1, len(prompts))
         # vLLM has no stop rule for "any token but a stop word". Most answers are a single token; the others go on to
         # the limit, and are cut here.
-        going_on = [prompt for prompt, ids in sorted(answers.items()) if is_stop_token(ids[-1], self.tokenizer)]
+        going_on = [prompt for prompt, ids in sorted(answers.items()) if self.goes_on(ids[-1])]
         self._continue(answers, going_on, MAX_DECODED_TOKENS - 1, len(prompts))
         self._progress("scoring", len(prompts), len(prompts))
         return answers, logprobs
@@ -193,6 +207,12 @@ class RetentionVLLM(RetentionLM):
 
     def _write(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         """Texts by the requests' generation settings; where nothing is drawn, those of lm-eval's Hugging Face model."""
+        penalty = getattr(self.settings, "repetition_penalty", None)
+        if penalty not in (None, 1.0):
+            raise RetentionBenchError(
+                f"generation_config.json sets repetition_penalty to {penalty}, which vLLM applies otherwise than "
+                "lm_eval's Hugging Face model. Give --backend hf."
+            )
         eos = self.tokenizer.decode(self.eot_token_id)
         asked, stops = [], []
         for request in requests:
@@ -260,8 +280,16 @@ class RetentionVLLM(RetentionLM):
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Up to the first token that ends the decoding, and with it."""
-        ends = (i for i, token in enumerate(ids) if not is_stop_token(token, self.tokenizer))
+        ends = (i for i, token in enumerate(ids) if not self.goes_on(token))
         return ids[: next(ends, len(ids)) + 1]
+
+
+def generation_settings(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+    """A folder's generation settings, or where it has none those that transformers makes of the configuration."""
+    if (folder / "generation_config.json").is_file():
+        with explained(str(folder), "generation_config.json"):
+            return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
 
 
 def _parts(many: list[Any]) -> Iterator[list[Any]]:

@@ -7,17 +7,23 @@ is a pickled `(method, arguments)` of `Served`, the first one with those of its 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from retention_bench.errors import RetentionBenchError, UsageError
@@ -55,7 +61,7 @@ class Served:
         if device == "cpu":
             _check_head_size(head_size)
             settings = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES} | settings
-        parallel = settings["tensor_parallel_size"] > 1
+        self._parallel = parallel = settings["tensor_parallel_size"] > 1
         self._layout = layout
         self._whole = settings["load_format"] != "dummy"
         self._llm = vllm.LLM(
@@ -112,9 +118,10 @@ class Served:
     def swap(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """As `Engine.swap`."""
         self._whole = False
-        for wrong in self._llm.collective_rpc(_reload, args=(self._layout, weights)):
-            if wrong:
-                raise wrong[0]
+        with _loaded(weights, spread=self._parallel) as ready:
+            for wrong in self._llm.collective_rpc(_reload, args=(self._layout, ready)):
+                if wrong:
+                    raise wrong[0]
         self._llm.reset_prefix_cache()  # or prompts that were asked before are answered by the old weights
         self._whole = True
 
@@ -131,6 +138,38 @@ class Served:
             )
         inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         return self._llm.generate(inputs, sampling, use_tqdm=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Weights in safetensors files, read one at a time by whoever goes through them."""
+
+    paths: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    yield name, file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _loaded(weights: Iterable[tuple[str, Tensor]], *, spread: bool) -> Iterator[Iterable[tuple[str, Tensor]]]:
+    """Weights, loaded before vLLM begins to take them.
+
+    Args:
+        weights: A checkpoint, say.
+        spread: Whether several processes take them: then they are put into files that all of them map.
+    """
+    if not spread:
+        yield list(weights)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number, (name, tensor) in enumerate(weights):
+            paths.append(str(Path(folder) / f"{number}.safetensors"))
+            save_file({name: tensor.contiguous()}, paths[-1])
+        yield _Files(tuple(paths))
 
 
 def judge(ids: Sequence[int], rows: Sequence[Mapping[int, Any]]) -> tuple[float, bool, int]:

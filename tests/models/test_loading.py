@@ -66,10 +66,9 @@ def test_an_unsupported_family_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "opt"}))
     with pytest.raises(UsageError, match="'opt' are not supported"):
         load_model(str(folder))
-    for broken in ({"model_type": "no-such"}, {"hidden_size": "wide"}):
-        (folder / "config.json").write_text(json.dumps(config | broken))
-        with pytest.raises(RetentionBenchError, match="could not be loaded"):
-            load_model(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(RetentionBenchError, match="could not be loaded"):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c"])

@@ -2,11 +2,11 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from retention_bench.cli import main
 from retention_bench.engine_process import EngineError, resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
-from retention_bench.models import Reference, WeightDelta, load_model
+from retention_bench.models import Checkpoint, Reference, WeightDelta, load_model
 from retention_bench.pipeline import batch
 from retention_bench.pipeline.batch import Options, read_references, score_checkpoints
 from retention_bench.pipeline.parity import fresh_model
@@ -111,7 +111,8 @@ def test_every_form_of_a_checkpoint_is_scored_as_a_model_of_its_own(zoo, facts, 
     assert [row["checkpoint"] for row in rows[::3]] == [reference.name for reference in references]
     answers = set()
     for reference in references:
-        expected = score(*fresh_model(reference, Path(reference.base), OPTIONS, "cpu"), facts)
+        checkpoint = Checkpoint(reference.base, reference.delta, reference.adapter)
+        expected = score(*fresh_model(checkpoint, "cpu"), facts)
         found = rows_of(rows, reference.name)
         assert list(found) == TASKS
         for task in TASKS:
@@ -150,7 +151,6 @@ def test_a_change_of_content_or_of_the_question_is_scored(zoo, facts, tmp_path):
     [reference] = read_references([str(tmp_path / "model")])[0]
     first = score_checkpoints([reference], facts, tmp_path / "out", OPTIONS)
     shutil.copy(zoo / "gpt2-tuned" / "model.safetensors", tmp_path / "model" / "model.safetensors")
-    batch.model_fingerprint.cache_clear()  # as in another process
     second = score_checkpoints([reference], facts, tmp_path / "out", OPTIONS)
     assert [row["key"] for row in first] != [row["key"] for row in second]
     assert first[0]["samples"] != second[0]["samples"]
@@ -213,21 +213,22 @@ def dangling(model):
 
 
 def escaping_index(model):
+    (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../gpt2/model.safetensors"}}))
 
 
 BREAKERS = {
-    cut_off: "could not be read as safetensors",
+    cut_off: "could not be loaded .*Safetensor",
     diverged: "transformer.h.1.ln_1.bias in .* not finite",
-    another_width: "transformer.wpe.weight has the shape",
+    another_width: "could not be loaded .*mismatch",
     incomplete: "transformer.h.1.ln_1.bias among them",
     pickled: "only pickled weights.*--allow-pickle",
     no_tokenizer: "has no tokenizer",
     encoder: "bert",
-    no_json: "config.json cannot be read",
+    no_json: "config.json: not JSON",
     no_config: "config.json",
     dangling: "cannot be read .*No such file",
-    escaping_index: "names '../gpt2/model.safetensors', which is not beside it",
+    escaping_index: "names '../gpt2/model.safetensors', which is no .safetensors file beside it",
 }
 
 
@@ -250,7 +251,6 @@ def test_a_checkpoint_that_cannot_be_scored_is_recorded_and_the_others_go_on(zoo
     assert "no model folder" in errors["./nothing"]
     # repaired, it is scored, and no failure of it is left
     shutil.copy(zoo / "gpt2" / "model.safetensors", tmp_path / "cut_off" / "model.safetensors")
-    batch.model_fingerprint.cache_clear()
     repaired = read_references([str(tmp_path / "cut_off")])[0]
     assert [row["task"] for row in score_checkpoints(repaired, facts, tmp_path / "out", OPTIONS)] == TASKS
 
@@ -270,19 +270,23 @@ def test_facts_that_a_tokenizer_cannot_ask_are_that_checkpoints_failure(zoo, fac
     assert "'odd'" in rows[0]["error"]
 
 
-def test_an_engine_that_says_something_else_ends_the_run(zoo, facts, tmp_path, monkeypatch):
+def test_an_engine_that_says_something_else_is_not_believed(zoo, facts, tmp_path, monkeypatch):
     from retention_bench.scoring.hf import HFEngine
 
     swap = HFEngine.swap
 
-    def wrong(self, weights):
-        swap(self, ((name, tensor * 1.1) for name, tensor in weights))
+    def wrong(self, checkpoint):
+        swap(self, checkpoint)
+        if checkpoint.folder.endswith("gpt2"):
+            with torch.no_grad():
+                for parameter in self.lm.model.parameters():
+                    parameter.mul_(1.1)
 
     monkeypatch.setattr(HFEngine, "swap", wrong)
-    references = read_references([str(zoo / "gpt2")])[0]
-    with pytest.raises(RetentionBenchError, match="10 get other log-probabilities.*'The green cold is'"):
-        score_checkpoints(references, facts, tmp_path, OPTIONS)
-    assert not (tmp_path / "scores.jsonl").read_text()
+    references = read_references([str(zoo / "gpt2"), str(zoo / "gpt2-tuned")])[0]
+    rows = score_checkpoints(references, facts, tmp_path, OPTIONS)
+    assert re.search("10 get other log-probabilities.*'The green cold is'", rows[0]["error"])
+    assert [row["task"] for row in rows[1:]] == TASKS  # each is compared until one has passed
 
 
 def test_after_an_engine_that_is_gone_another_is_started(zoo, facts, tmp_path, monkeypatch):
@@ -290,11 +294,11 @@ def test_after_an_engine_that_is_gone_another_is_started(zoo, facts, tmp_path, m
 
     swap, started = HFEngine.swap, []
 
-    def gone(self, weights):
+    def gone(self, checkpoint):
         started.append(self)
         if len(started) == 1:
             raise EngineError("The engine is gone.")
-        swap(self, weights)
+        swap(self, checkpoint)
 
     monkeypatch.setattr(HFEngine, "swap", gone)
     references = read_references([str(zoo / "gpt2"), str(zoo / "gpt2-tuned")])[0]
@@ -304,14 +308,14 @@ def test_after_an_engine_that_is_gone_another_is_started(zoo, facts, tmp_path, m
     assert started[0] is not started[1]
 
 
-def test_an_engine_with_other_answers_ends_the_run_in_float32_only(zoo, facts, tmp_path, monkeypatch):
+def test_an_engine_with_other_answers_is_not_believed_in_float32(zoo, facts, tmp_path, monkeypatch):
     from retention_bench.scoring.hf import RetentionHFLM
 
     decode = RetentionHFLM._decode
     monkeypatch.setattr(RetentionHFLM, "_decode", lambda *given: {p: [ids[0] + 1] for p, ids in decode(*given).items()})
     references = read_references([str(zoo / "gpt2")])[0]
-    with pytest.raises(RetentionBenchError, match="10 get other answers from the hf engine.*'The green cold is'"):
-        score_checkpoints(references, facts, tmp_path / "exact", OPTIONS)
+    [row] = score_checkpoints(references, facts, tmp_path / "exact", OPTIONS)
+    assert re.search("10 get other answers from the hf engine.*'The green cold is'", row["error"])
     rounded = dataclasses.replace(OPTIONS, dtype="bfloat16")
     rows = score_checkpoints(references, facts, tmp_path / "rounded", rounded)
     assert rows[0]["parity"]["equal_answers"] == 0
@@ -329,24 +333,16 @@ def test_half_precision_passes_the_comparison(zoo, facts, tmp_path, dtype):
         assert 0 < max(apart) < 0.5
 
 
-def test_after_other_weights_the_first_answer_as_before_bit_for_bit(zoo, facts):
-    from transformers import AutoConfig
-
-    from retention_bench.models import Checkpoint, Layout
+def test_after_another_checkpoint_the_first_answers_as_before_bit_for_bit(zoo, facts):
     from retention_bench.scoring import score_lm
     from retention_bench.scoring.hf import HFEngine
 
     for family in ("gpt2", "llama"):
-        layout = Layout.of(AutoConfig.from_pretrained(zoo / family))
-        engines = [HFEngine(zoo / family, dtype=torch.float32, device="cpu") for _ in range(3)]
-        live, fresh = engines[0], dict(zip((family, f"{family}-tuned"), engines[1:], strict=True))
-        for name, engine in fresh.items():
-            engine.swap(Checkpoint(str(zoo / name), layout))
-        expected = {name: score_lm(engine.lm, facts) for name, engine in fresh.items()}
-        assert expected[family] != expected[f"{family}-tuned"]
+        engine, found = HFEngine(device="cpu"), []
         for name in (family, f"{family}-tuned", family):
-            live.swap(Checkpoint(str(zoo / name), layout))
-            assert score_lm(live.lm, facts) == expected[name]
+            engine.swap(Checkpoint(str(zoo / name)))
+            found.append(score_lm(engine.lm, facts))
+        assert found[0] == found[2] != found[1]
 
 
 def test_what_a_kill_left_of_a_line_is_cut_off_and_other_damage_is_named(tmp_path):
@@ -358,7 +354,7 @@ def test_what_a_kill_left_of_a_line_is_cut_off_and_other_damage_is_named(tmp_pat
     lines = whole.splitlines(keepends=True)
     for end in range(len(whole) - len(lines[2]), len(whole)):
         path.write_bytes(whole[:end])
-        assert ScoreFile(path).done() == {("k", "0"), ("k", "1")}
+        assert [row["task"] for row in ScoreFile(path)] == ["0", "1"]
         assert path.read_bytes() == b"".join(lines[:2])
     path.write_bytes(lines[0] + lines[1].replace(b"0.33", b"0.99") + lines[2])
     with pytest.raises(RetentionBenchError, match="line 2 is damaged"):

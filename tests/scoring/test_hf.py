@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.scoring import MAX_DECODED_TOKENS, RetentionHFLM
-from retention_bench.scoring import hf as hf_module
 
 PROMPTS = [
     "The capital of France is",
@@ -68,7 +67,7 @@ def test_answers_are_what_generate_decodes_up_to_the_first_content_token(
     loaded: Loaded, share: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = loaded[1].eos_token_id
-    monkeypatch.setattr(hf_module, "is_stop_token", lambda token, _: share(token) and token != end)
+    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, token: share(token) and token != end)
     for prompt, answer in zip(PROMPTS, answers(loaded), strict=True):
         reference = greedy(loaded, prompt)  # ends after an end-of-text token, too
         content = (i for i, token in enumerate(reference) if not share(token))
@@ -76,7 +75,7 @@ def test_answers_are_what_generate_decodes_up_to_the_first_content_token(
 
 
 def test_answers_do_not_depend_on_the_batch_size(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_module, "is_stop_token", lambda token, _: token % 3 != 0)
+    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, token: token % 3 != 0)
     together = answers(loaded, batch_size=64)
     assert len({len(answer) for answer in together}) > 2  # the rows did leave at different times
     assert answers(loaded, batch_size=1) == together
@@ -84,7 +83,7 @@ def test_answers_do_not_depend_on_the_batch_size(loaded: Loaded, monkeypatch: py
 
 
 def test_prompts_reach_the_model_as_from_plain_lm_eval(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_module, "is_stop_token", lambda token, _: False)
+    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, token: False)
     model, tokenizer = loaded
     plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
     expected = [plain.tok_batch_encode([prompt])[0].tolist() for prompt in PROMPTS]

@@ -193,6 +193,7 @@ def test_the_task_files_agree_with_the_package() -> None:
         "do_sample": False,
         "until": [],
         "max_gen_toks": MAX_DECODED_TOKENS,
+        "repetition_penalty": 1.0,
     }
 
 

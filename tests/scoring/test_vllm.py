@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
-from retention_bench.models import Checkpoint, Layout, load_model
+from retention_bench.models import Checkpoint, load_model
 from retention_bench.scoring import Sample, score, score_lm, tasks_dir
 from retention_bench.scoring.vllm import VLLMEngine
 from retention_bench.scoring.vllm_process import judge
@@ -173,14 +173,14 @@ def test_a_failed_swap_is_refused_and_the_next_one_is_whole(case: Case, engine: 
         f"ended without 1 that the model needs, {name}": whole[:where] + whole[where + 1 :],
         f"no weight '{name}_'": [*whole[:where], (f"{name}_", whole[where][1]), *whole[where + 1 :]],
         f"weight {name} has the shape": [*whole[:where], (name, torch.ones(3)), *whole[where + 1 :]],
-        "could not be read as safetensors": Checkpoint("/nowhere", Layout.of(case.first.config)),
+        "no model folder": Checkpoint("/nowhere"),
     }
     for message, weights in wrong.items():
         with pytest.raises(RetentionBenchError, match=message):
             engine.swap(weights)
         with pytest.raises(RetentionBenchError, match="no whole set of weights"):
             outputs(engine, case.tokenizer)
-        engine.swap(Checkpoint(str(case.folder), Layout.of(case.first.config)))
+        engine.swap(Checkpoint(str(case.folder)))
         assert outputs(engine, case.tokenizer) == before
 
 
