@@ -15,14 +15,13 @@ from click.testing import CliRunner
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from retention_bench.cli import main
 from retention_bench.engine_process import EngineError, resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
-from retention_bench.models import Checkpoint, Reference, WeightDelta, load_model
+from retention_bench.models import Checkpoint, Reference, load_model
 from retention_bench.pipeline import batch
 from retention_bench.pipeline.batch import Options, read_references, score_checkpoints
 from retention_bench.pipeline.parity import fresh_model
@@ -30,64 +29,9 @@ from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.scored import read
 from retention_bench.scoring import score
 
-WORDS = "red green blue small large round fast slow old new warm cold loud".split()
+COLOURS = ["red", "green", "blue"]
 OPTIONS = Options("hf", "float32", "cpu", ("edited", "intrinsic", "paraphrase"))
 TASKS = ["retention_edited", "retention_intrinsic", "retention_paraphrase"]
-
-
-@pytest.fixture(scope="module")
-def facts():
-    return FactSet.of(
-        Fact(
-            str(n),
-            f"{WORDS[n]} {WORDS[-n - 1]}",
-            "R",
-            "The {} is",
-            WORDS[n + 1],
-            WORDS[n + 2] if n % 2 else None,
-            (f"It is {WORDS[n]} and",) if n % 2 else (),
-        )
-        for n in range(10)
-    )
-
-
-@pytest.fixture(scope="module")
-def zoo(make_tokenizer, make_model, tmp_path_factory):
-    """Models of two families, a delta and adapters, and what each should answer."""
-    root = tmp_path_factory.mktemp("zoo")
-    for family in ("gpt2", "llama"):
-        tokenizer = make_tokenizer(family, [" ".join(WORDS), " The It is and " + " ".join(f" {w}" for w in WORDS)] * 9)
-        model = make_model(family, tokenizer, std=0.5)
-        model.save_pretrained(root / family)
-        tokenizer.save_pretrained(root / family)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-        model.save_pretrained(root / f"{family}-tuned")
-        tokenizer.save_pretrained(root / f"{family}-tuned")
-    name = "transformer.h.0.mlp.c_proj.weight"
-    shape = load_model(str(root / "gpt2"))[0].get_parameter(name).shape
-    delta = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.3
-    WeightDelta({name: delta}).save(root / "delta.safetensors")
-    WeightDelta({"model.layers.0.mlp.down_proj.weight": torch.ones(32, 64)}).save(root / "other.safetensors")
-    for kind, family in (("lora", "gpt2"), ("dora", "llama")):
-        targets = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}[family]
-        config = LoraConfig(
-            r=4,
-            lora_alpha=12,
-            use_dora=kind == "dora",
-            use_rslora=kind == "lora",
-            target_modules=targets,
-            alpha_pattern={targets[0]: 3},
-            fan_in_fan_out=family == "gpt2",
-        )
-        adapted = get_peft_model(load_model(str(root / family))[0], config)
-        generator = torch.Generator().manual_seed(3)
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        adapted.save_pretrained(root / kind)
-    return root
 
 
 def rows_of(rows, name):
@@ -417,7 +361,7 @@ def test_the_command_scores_prints_and_says_what_failed(zoo, facts, tmp_path, mo
 def test_tasks_of_lm_evals_own_run_on_the_same_engine(zoo, facts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     facts.write(tmp_path / "facts.jsonl")
-    rows = [{"question": f"The {word} is", "choices": WORDS[:3], "answer": n % 3} for n, word in enumerate(WORDS)]
+    rows = [{"question": f"The {word} is", "choices": COLOURS, "answer": n % 3} for n, word in enumerate(COLOURS * 4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
         "dataset_path": "json",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.scoring import MAX_DECODED_TOKENS, RetentionHFLM
+from retention_bench.scoring.model import check_greedy
 
 PROMPTS = [
     "The capital of France is",
@@ -122,3 +124,37 @@ def test_a_dropout_model_answers_the_same_every_time(
     first = answers((gpt2, gpt2_tokenizer))
     assert answers((gpt2, gpt2_tokenizer)) == first
     assert not torch.is_inference_mode_enabled()
+
+
+def test_an_answer_ends_at_every_end_token_of_the_model(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 3, Phi 3 and Gemma have several, and not all of them are special tokens."""
+    model, tokenizer = loaded
+    before = answers(loaded)
+    longest = max(before, key=len)
+    assert len(longest) > 1  # it went on past a stop word
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, longest[0]])
+    after = answers(loaded)
+    assert after == [ids[: ids.index(longest[0]) + 1] if longest[0] in ids else ids for ids in before]
+    assert after != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"suppress_tokens": [3]}, "suppress_tokens to \\[3\\]"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
+        ({"min_new_tokens": 3}, "min_new_tokens"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
+        ({"repetition_penalty": 1.2, "eos_token_id": [1, 2], "temperature": 0.5}, None),
+        ({}, None),
+    ],
+)
+def test_generation_settings_that_change_greedy_answers_are_named(settings: dict[str, Any], named: str | None) -> None:
+    """Those that plain lm_eval would apply to the retention tasks, and cannot be told not to."""
+    config = GenerationConfig(**settings)
+    if named is None:
+        check_greedy(config, "model")
+    else:
+        with pytest.raises(RetentionBenchError, match=f"generation_config.json of model sets {named}"):
+            check_greedy(config, "model")

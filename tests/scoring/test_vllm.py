@@ -13,18 +13,21 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import retention_bench
@@ -182,6 +185,46 @@ def test_a_failed_swap_is_refused_and_the_next_one_is_whole(case: Case, engine: 
             outputs(engine, case.tokenizer)
         engine.swap(Checkpoint(str(case.folder)))
         assert outputs(engine, case.tokenizer) == before
+
+
+@engine_test
+def test_adapters_are_scored_as_peft_puts_them_on(
+    case: Case, engine: VLLMEngine, facts: FactSet, tmp_path: Path
+) -> None:
+    linear = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}[case.first.config.model_type]
+    whole = {"target_modules": linear, "fan_in_fan_out": case.first.config.model_type == "gpt2"}
+    kinds = {
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa"},
+        "alpha": {"alpha_pattern": {linear[0]: 9}},
+    }
+    for kind, settings in kinds.items():
+        torch.manual_seed(2)
+        model, _ = load_model(str(case.folder))
+        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, **whole, **settings))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+        adapted.save_pretrained(tmp_path / kind)
+        engine.swap(Checkpoint(str(case.folder), adapter=str(tmp_path / kind)))
+        fresh: Any = PeftModel.from_pretrained(load_model(str(case.folder))[0], tmp_path / kind)
+        assert_same_answers(score_lm(engine.lm, facts), score(fresh.merge_and_unload(), case.tokenizer, facts))
+
+
+@engine_test
+def test_a_head_apart_from_embeddings_that_the_configuration_ties_is_refused(
+    case: Case, engine: VLLMEngine, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(case.folder, tmp_path / "apart"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = dict(load_file(folder / "model.safetensors"))
+    weights["lm_head.weight"] = case.first.get_input_embeddings().weight.detach().clone() * 2
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RetentionBenchError, match="was trained apart from the embeddings.*--backend hf"):
+        engine.swap(Checkpoint(str(folder)))
+    engine.swap(Checkpoint(str(case.folder)))
 
 
 @engine_test
