@@ -10,6 +10,7 @@ import pydantic
 from retention_bench.facts import Fact, object_ids
 from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.dropped import Dropped, Unusable
 from retention_bench.finetune.sampling import draw, sample_validation
 from retention_bench.finetune.settings import Settings, check_sampled_validation, check_share
 
@@ -46,20 +47,21 @@ class CounterFact(Settings):
         def encode(fact: Fact) -> list[Example]:
             prompt, answer = tokenizer.encode(fact.question), object_ids(fact.target_true, tokenizer)
             if len(prompt) + len(answer) > self.max_length:  # a part of an object would count as the whole
-                return []
+                raise Unusable(f"do not fit into max_length {self.max_length}")
             return [Example([*prompt, *answer], [-100] * len(prompt) + answer)]
 
         rng = random.Random(context.seed)
-        contamination = ContaminationFilter(context.terms)
+        contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            rng.sample(context.unknown, len(context.unknown)),
+            ((f"fact {fact.id}", fact) for fact in rng.sample(context.unknown, len(context.unknown))),
             encode,
             text=lambda fact: f"{fact.question} {fact.target_true}",
             contamination=contamination,
+            dropped=dropped,
             source=self.source,
             setting="train_size",
             size=self.train_size,
-            lacking=f"do not fit into max_length {self.max_length}",
             what="facts that the base model does not answer",
         )
-        return TuningData(train, sample_validation(train, self.validation_size, rng), contamination.report())
+        validation = sample_validation(train, self.validation_size, rng)
+        return TuningData(train, validation, contamination.report(), dropped.report())
