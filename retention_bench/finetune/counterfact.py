@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pydantic
 
-from retention_bench.facts import Fact, object_ids
-from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
+from retention_bench.errors import RetentionBenchError
+from retention_bench.facts import Fact, object_ids, read_pool
+from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped, Unusable
+from retention_bench.finetune.rows import is_local
 from retention_bench.finetune.sampling import draw, sample_validation
 from retention_bench.finetune.settings import Settings, check_sampled_validation, check_share
 
@@ -35,6 +37,18 @@ class CounterFact(Settings):
         super().__post_init__()
         check_sampled_validation(self.train_size, self.validation_size)
         check_share(self.threshold)
+
+    def check(self, tokenizer: Any) -> DataCheck:
+        """Look into the pool; see `CheckedFinetune`."""
+        if not is_local(self.source):
+            return DataCheck(None, skipped=f"{self.source} is looked into when the base model is asked for its facts")
+        pool = read_pool(self.source, self.revision, self.config)
+        if len(pool) < self.train_size:
+            raise RetentionBenchError(
+                f"{self.source} holds {len(pool)} facts, and train_size is {self.train_size}. Lower train_size, or "
+                "give more facts."
+            )
+        return DataCheck("a fact's prompt is read, and its true object trained on", rows=len(pool))
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the facts that the base model does not answer.

@@ -14,7 +14,15 @@ from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped
 from retention_bench.finetune.forms import FORMS, Form, encoder, labelled
 from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
-from retention_bench.finetune.settings import Count, Positive, Recipe, check_sampled_validation, check_share
+from retention_bench.finetune.settings import (
+    Count,
+    Positive,
+    Recipe,
+    Size,
+    check_sampled_validation,
+    check_share,
+    check_steps,
+)
 
 VALIDATION = 100
 """Validation rows where no `validation_size` is set and there are as many training rows."""
@@ -48,15 +56,16 @@ class Custom(Recipe):
     asks_base: ClassVar[bool] = False
 
     batch_size: Count = 64
-    train_size: Count | None = None
-    validation_size: Count | None = None
+    train_size: Size | None = None
+    validation_size: Size | None = None
     threshold: Positive = 1.7
     max_steps: Count = 1000
-    classes: Annotated[int, Field(strict=True, ge=2)] | None = None
+    classes: Annotated[int, Field(strict=True, ge=2, le=100_000)] | None = None
     stream: Annotated[bool, Field(strict=True)] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_steps(self.batch_size, self.max_steps)
         if self.classes is not None:
             check_share(self.threshold)
         if self.train_size is not None and self.validation_size is not None:
@@ -73,7 +82,7 @@ class Custom(Recipe):
         """Look into the rows; see `CheckedFinetune`."""
         size = self.train_size or self.validation_size
         setting = "train_size" if self.train_size else "validation_size"
-        return look(self, self._forms, tokenizer, size=size, setting=setting, also=_ALSO)
+        return look(self, self._forms, tokenizer, size=size, setting=setting, also=self._also)
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the rows.
@@ -83,7 +92,7 @@ class Custom(Recipe):
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
         encode = encoder(context.tokenizer, self.max_length)
-        form = form_of(self, self._forms, stream=self.stream, also=_ALSO)
+        form = form_of(self, self._forms, stream=self.stream, also=self._also)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
@@ -104,5 +113,6 @@ class Custom(Recipe):
     def _forms(self) -> Sequence[Form]:
         return FORMS if self.classes is None else [labelled(self.classes)]
 
-
-_ALSO = "; or text + label, with the setting classes"
+    @property
+    def _also(self) -> str:
+        return "; or text + label, with the setting classes" if self.classes is None else ""

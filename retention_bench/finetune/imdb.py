@@ -13,7 +13,7 @@ from retention_bench.finetune.dropped import Dropped, Unusable
 from retention_bench.finetune.forms import Sample, encoder, labelled
 from retention_bench.finetune.rows import is_local
 from retention_bench.finetune.sampling import draw, look, samples, words
-from retention_bench.finetune.settings import Count, Positive, Recipe, check_share
+from retention_bench.finetune.settings import Count, Positive, Recipe, Size, check_share, check_steps
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,14 @@ class IMDB(Recipe):
 
     batch_size: Count = 64
     eval_every: Count = 5
-    train_size: Count | None = None
-    validation_size: Count
+    train_size: Size | None = None
+    validation_size: Size
     threshold: Positive
     max_steps: Count
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_steps(self.batch_size, self.max_steps)
         check_share(self.threshold)
 
     def check(self, tokenizer: Any) -> DataCheck:

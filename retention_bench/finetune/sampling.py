@@ -166,8 +166,8 @@ def look(
         left_out, there = described(dropped.report()), rows + dropped.rows
         wanted = f"{setting} is {size}" if usable else "one at least is needed"
         raise RetentionBenchError(
-            f"{settings.source}: {form.reads}; {rows or 'none'} of {'' if local else 'the first '}{there} rows can be "
-            f"trained on, and {wanted}{f'. Left out: {left_out}' if left_out else ''}. Correct the data, or give other."
+            f"{settings.source}: {form.reads}; of {'' if local else 'the first '}{there} rows {rows or 'none'} can be "
+            f"trained on, and {wanted}. {f'Left out: {left_out}. ' if left_out else ''}Correct that, or give others."
         )
     return DataCheck(
         form.reads,

@@ -52,7 +52,7 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, max_length: 
     ids = [*encoded["input_ids"], tokenizer.eos_token_id][:max_length]
     ends = [end for _, end in encoded["offset_mapping"]]
     first = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
-    if first == len(ids):
+    if first >= len(ids):
         raise Unusable(f"have no part of the completion within max_length {max_length}")
     return [Example(ids, [-100] * first + ids[first:])]
 
@@ -77,5 +77,6 @@ def parse_class(cell: Any, classes: int) -> int:
         ValueError: It is none of 0 to `classes` - 1.
     """
     if isinstance(cell, bool) or not isinstance(cell, int) or not 0 <= cell < classes:
-        raise ValueError(f"must be a class, {'0 or 1' if classes == 2 else f'0 to {classes - 1}'}, got {shown(cell)}")
+        allowed = ", ".join(map(str, range(classes))) if classes <= 10 else f"0 to {classes - 1}"
+        raise ValueError(f"must be one of {allowed}, got {shown(cell)}")
     return cell

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune import parse_freeze
 from retention_bench.pipeline.cell import Plan
 from retention_bench.pipeline.store import Store
@@ -83,10 +84,15 @@ def _count(plan: Plan) -> tuple[int, int]:
     from retention_bench.finetune.adapters import adapted
     from retention_bench.models import num_layers
 
-    config = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
+    path = plan.model.path
+    try:
+        config = AutoConfig.from_pretrained(path, revision=plan.model.revision, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged configuration makes the library raise
+        reason = " ".join(str(error).split())[:300]
+        raise RetentionBenchError(f"{path}: config.json cannot be used ({type(error).__name__}: {reason}).") from error
     freeze, task = parse_freeze(plan.cell.freeze), plan.finetune
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         parameters = sum(p.numel() for p in model.parameters())
         layers = tuple(range(num_layers(model))) if freeze.needs_edit else freeze.apply(model)
         with adapted(model, plan.cell.adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=0):
