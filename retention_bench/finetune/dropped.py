@@ -50,7 +50,8 @@ class Dropped:
             error: Why it is left out.
         """
         before = self._drops.get(error.reason)
-        self._drops[error.reason] = before._replace(rows=before.rows + 1) if before else Drop(1, f"{place}: {error}")
+        first = place if str(error) == error.reason else f"{place}: {error}"
+        self._drops[error.reason] = before._replace(rows=before.rows + 1) if before else Drop(1, first)
 
     @property
     def rows(self) -> int:
