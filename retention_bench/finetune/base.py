@@ -290,7 +290,7 @@ def _explain(name: str, error: pydantic.ValidationError) -> str:
         return f"Setting {setting!r} of {task} is missing. Add it to the suite."
     hint = ""
     if isinstance(given, str) and "e" in given.lower() and _is_number(given):
-        hint = f" YAML reads {given} as text: write the number with a point, as in 2.0e-5."
+        hint = f" YAML reads {given:.40} as text: write the number with a point, as in 2.0e-5."
     return f"Setting {setting!r} of {task}: {reason}, got {shown(given)}.{hint}"
 
 

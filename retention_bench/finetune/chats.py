@@ -202,14 +202,13 @@ def encode_chat(tokenizer: Any, template: str, chat: Chat, max_length: int) -> l
 
 def _render(tokenizer: Any, template: str, messages: Messages) -> Mapping[str, list[int]]:
     """A chat's tokens, and which are the assistant's. Templates run in the sandbox of transformers."""
+    given: Mapping[str, Any] = {"chat_template": template, "strftime_now": strftime_now}
     try:
-        with _harmless():
+        with _harmless():  # first without tokens, which may take long of a long chat
+            tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        with _steady():
             encoded: Mapping[str, list[int]] = tokenizer.apply_chat_template(
-                messages,
-                chat_template=template,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                strftime_now=strftime_now,
+                messages, return_dict=True, return_assistant_tokens_mask=True, **given
             )
     except RetentionBenchError:
         raise
@@ -228,26 +227,33 @@ class _TooLongError(BaseException):
 
 
 @contextlib.contextmanager
+def _steady() -> Iterator[None]:
+    """A template within a `with` block draws the same chance each time."""
+    chance = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(chance)
+
+
+@contextlib.contextmanager
 def _harmless() -> Iterator[None]:
-    """A template within a `with` block draws the same chance each time, and ends.
+    """The same, and it ends.
 
     A process's own time is counted, so that a slow machine does no harm; only a main thread can be interrupted.
 
     Raises:
         RetentionBenchError: It took more than `SECONDS`.
     """
-    chance = random.getstate()
-    random.seed(0)
     try:
-        with _bounded():
+        with _steady(), _bounded():
             yield
     except _TooLongError as error:
         raise RetentionBenchError(
             f"The tokenizer's chat template took more than {SECONDS:g} s for one chat; it may loop for ever. Correct "
             "chat_template.jinja, or remove it to use Tulu 3's."
         ) from error
-    finally:
-        random.setstate(chance)
 
 
 @contextlib.contextmanager
