@@ -59,7 +59,6 @@ def test_an_unknown_name_suggests_the_one_that_was_meant():
         ({"lr": -1.0}, "'lr'.*got -1.0"),
         ({"lr": float("nan")}, "'lr'"),
         ({"lr": 10**400}, "'lr'"),
-        ({"lr": 1e9}, "'lr'.*less than or equal to 1000000"),
         ({"batch_size": -1}, "'batch_size'.*greater than or equal to 1, got -1"),
         ({"batch_size": 10**7}, "'batch_size'.*less than or equal to 1000000, got 10000000"),
         ({"max_steps": 10**12}, "'max_steps'.*less than or equal to 1000000"),

@@ -22,7 +22,9 @@ def test_the_layers_that_are_trained(text, layers):
     assert parse_freeze(text).layers(6, edited=[1, 2]) == layers
 
 
-@pytest.mark.parametrize("text", ["below:" + "9" * 5000, "window:1:" + "9" * 5000, "below:-1", "x" * 10**6, "below:\u0661"])
+@pytest.mark.parametrize(
+    "text", ["below:" + "9" * 5000, "window:1:" + "9" * 5000, "below:-1", "x" * 10**6, "below:\u0661"]
+)
 def test_what_is_no_freeze_is_refused_in_few_words(text):
     with pytest.raises(UsageError, match="is not known. Allowed: none, edited") as refused:
         parse_freeze(text)
