@@ -6,9 +6,11 @@ import contextlib
 import copy
 import functools
 import random
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from retention_bench.data.clock import strftime_now
@@ -41,6 +43,9 @@ CHAT_TEMPLATE = (
 
 SECONDS = 5.0
 """What a template may take for one chat, in seconds of this process's work; it takes milliseconds."""
+
+MEMORY = 2**31
+"""Bytes that it may take."""
 
 Messages = list[dict[str, str]]
 """A chat: `{"role": ..., "content": ...}` in order."""
@@ -239,7 +244,7 @@ def _steady() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _harmless() -> Iterator[None]:
-    """The same, and it ends.
+    """The same; and it ends, and does not fill the memory.
 
     A process's own time is counted, so that a slow machine does no harm; only a main thread can be interrupted.
 
@@ -247,7 +252,7 @@ def _harmless() -> Iterator[None]:
         RetentionBenchError: It took more than `SECONDS`.
     """
     try:
-        with _steady(), _bounded():
+        with _steady(), _in_memory(), _in_time():
             yield
     except _TooLongError as error:
         raise RetentionBenchError(
@@ -257,7 +262,23 @@ def _harmless() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bounded() -> Iterator[None]:
+def _in_memory() -> Iterator[None]:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # no Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -2,6 +2,7 @@
 
 import datetime
 import random
+import resource
 
 import pytest
 from jinja2 import TemplateError
@@ -161,6 +162,23 @@ def test_a_template_that_loops_for_ever_is_stopped(own, gpt2_tokenizer, monkeypa
     gpt2_tokenizer.chat_template = f"{{% if {when} %}}{loops}{{% endif %}}{ANSWER}"
     with pytest.raises(RetentionBenchError, match="took more than 0.2 s for one chat; it may loop for ever"):
         prepare(own([PLAIN, SYSTEM]), gpt2_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "{{ 'a' * 10**11 }}",
+        "{{ 'a'|center(10**11) }}",
+        "{% set n = namespace(a='a') %}{% for i in range(50) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+    ],
+)
+def test_a_template_that_fills_the_memory_is_refused(own, gpt2_tokenizer, code, monkeypatch):
+    monkeypatch.setattr(chats, "MEMORY", 2**27)
+    gpt2_tokenizer.chat_template = code + ANSWER
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(RetentionBenchError, match="refused by the chat template .*MemoryError"):
+        prepare(own([PLAIN]), gpt2_tokenizer)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_the_tokenizer_is_left_as_it_is(own, gpt2_tokenizer):
