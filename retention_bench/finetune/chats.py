@@ -206,11 +206,16 @@ def encode_chat(tokenizer: Any, template: str, chat: Chat, max_length: int) -> l
 
 
 def _render(tokenizer: Any, template: str, messages: Messages) -> Mapping[str, list[int]]:
-    """A chat's tokens, and which are the assistant's. Templates run in the sandbox of transformers."""
+    """A chat's tokens, and which are the assistant's. Templates run in the sandbox of transformers.
+
+    Raises:
+        Unusable: The template refuses the chat, or writes nothing of what the assistant says.
+        RetentionBenchError: It never ends.
+    """
     given: Mapping[str, Any] = {"chat_template": template, "strftime_now": strftime_now}
     try:
         with _harmless():  # first without tokens, which may take long of a long chat
-            tokenizer.apply_chat_template(messages, tokenize=False, **given)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **given)
         with _steady():
             encoded: Mapping[str, list[int]] = tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True, **given
@@ -219,6 +224,11 @@ def _render(tokenizer: Any, template: str, messages: Messages) -> Mapping[str, l
         raise
     except Exception as error:  # a template is a program, and may raise anything
         raise Unusable("are refused by the chat template", f"the template says: {_said(error)}") from error
+    answers = [message["content"].split()[-1] for message in messages if message["role"] == "assistant"]
+    if answers and not any(last in text for last in answers):
+        raise Unusable(
+            "lose the assistant's words in the chat template", "it may be one for images, which reads contents in parts"
+        )
     return encoded
 
 

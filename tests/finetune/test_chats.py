@@ -111,6 +111,12 @@ def test_roles_that_are_not_in_turn_are_left_out(own, gpt2_tokenizer):
     assert "alternate" in data.dropped["are refused by the chat template"].first
 
 
+def test_a_template_that_passes_over_the_assistants_words_is_found_out(own, gpt2_tokenizer):
+    gpt2_tokenizer.chat_template = chat_template_utils.smolvlm_chat_template  # reads a content in parts alone
+    with pytest.raises(RetentionBenchError, match="2 lose the assistant's words in the chat template"):
+        prepare(own([PLAIN, PLAIN]), gpt2_tokenizer)
+
+
 def test_of_several_templates_the_default_is_meant(own, gpt2_tokenizer):
     gpt2_tokenizer.chat_template = {"rag": "{{ raise_exception('no') }}", "default": CHAT_TEMPLATE, "tool_use": "x"}
     named = prepare(own([PLAIN]), gpt2_tokenizer)
