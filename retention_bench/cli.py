@@ -145,7 +145,7 @@ def evaluate(
     so an interrupted run goes on with the stage it was in.
     """
     from retention_bench import console
-    from retention_bench.pipeline import Cell, Store, default_root, estimate, load_suite, plan
+    from retention_bench.pipeline import Cell, Store, check_data, default_root, estimate, load_suite, plan
 
     if probe_fact and not probe_every:
         raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
@@ -175,11 +175,14 @@ def evaluate(
             }
             for s in planned.stages()
         ]
+        data = check_data(planned, store)
+        looked = data.to_json() if data else None
         found = estimate(planned, store).to_json()
         if as_json:
-            click.echo(json.dumps({"store": str(store.root), "stages": stages, "estimate": found}, indent=2))
+            told = {"store": str(store.root), "stages": stages, "estimate": found, "data": looked}
+            click.echo(json.dumps(told, indent=2))
         else:
-            console.print_plan(stages, store.root, found)
+            console.print_plan(stages, store.root, found, looked)
         return
     from retention_bench.pipeline import evaluate as run
 

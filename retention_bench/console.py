@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from retention_bench.display import plain
 from retention_bench.progress import Progress
 
 PLAIN_EVERY_S = 10.0
@@ -98,13 +99,16 @@ def _figures(figures: Mapping[str, float] | None) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
 
 
-def print_plan(stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, int]) -> None:
-    """Print the stages of a plan, whether the store holds them, and what the fine-tunes will take.
+def print_plan(
+    stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, int], data: Mapping[str, Any] | None = None
+) -> None:
+    """Print the stages of a plan, whether the store holds them, and what the fine-tunes will take and read.
 
     Args:
         stages: The stages.
         store: The store's folder.
         estimate: As `pipeline.Estimate` has it.
+        data: As `finetune.DataCheck` has it; None where nobody looked.
     """
     table = Table("stage", "what it does", "key", "in the store")
     for stage in stages:
@@ -121,6 +125,31 @@ def print_plan(stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mappi
         f"apart; the store grows by up to {disk}.",
         soft_wrap=True,
     )
+    if data:
+        console.print(_data(data), soft_wrap=True, markup=False)
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """What a look into the fine-tune's data found, in one line."""
+    if data["skipped"]:
+        return plain(f"Data: {data['skipped']}.")
+    return plain(
+        f"Data: {data['reads']}; {data['usable']} of the first {data['tried']} rows tried can be trained on"
+        f"{_dropped([data['dropped']])}."
+    )
+
+
+def _dropped(drops: Sequence[Mapping[str, Any]]) -> str:
+    """The rows that were left out, by reason, each by the most that one model's fine-tune left out."""
+    rows: dict[str, int] = {}
+    for some in drops:
+        for reason, drop in some.items():
+            rows[reason] = max(rows.get(reason, 0), drop["rows"])
+    if not rows:
+        return ""
+    first = {reason: drop["first"] for some in drops for reason, drop in some.items()}
+    listed = ", ".join(f"{count:,} {reason} ({first[reason].rstrip('.')})" for reason, count in rows.items())
+    return f"; left out: {listed}"
 
 
 def _size(count: int) -> str:
@@ -218,6 +247,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         )
     console.print(_detectable(results), soft_wrap=True)
     console.print(_learned(results), soft_wrap=True)
+    logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
+    if left_out := _dropped([log.get("dropped", {}) for log in logs]):
+        console.print(plain(f"Rows of the fine-tune's data{left_out}."), soft_wrap=True, markup=False)
     if results.get("trajectory"):
         console.print()
         console.print(_trajectory(results["trajectory"]))

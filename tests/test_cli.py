@@ -241,6 +241,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     rate = {"hits": 5000, "total": 5000, "rate": 1.0, "ci95": [0.99, 1.0]}
     log = {"stopped_by": "threshold", "steps": 20, "metric": "validation_loss", "value": 1.3, "threshold": 1.7}
     log |= {"trained_layers": list(range(100, 132)), "trainable_parameters": 123456789, "parameters": 1234567890}
+    log |= {"dropped": {"have no messages": {"rows": 1200, "first": "line 7: [/x]"}}}
     seen = {"rate": 1.0, "edited": 0.5, "true": 0.25, "related": 0.125, "other": 0.125}
     results = {
         "editor": "alphaedit",
@@ -271,6 +272,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     assert (
         "in the gap 12 points; in edited facts, against another run with the same 5000, 15 points, or none" in printed
     )
+    assert "Rows of the fine-tune's data; left out: 1,200 have no messages (line 7: [/x])." in printed
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80
     assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from retention_bench.data.clock import strftime_now
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts.fact import Fact
 from retention_bench.progress import Progress, silent
@@ -174,6 +175,9 @@ def _question(tokenizer: PreTrainedTokenizerBase, fact: Fact, lines: int) -> lis
         return list(tokenizer.encode(f"{text}\n\n"))
     # Models that think aloud otherwise are told not to; other templates do not look at the switch.
     rendered: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, enable_thinking=False
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        strftime_now=strftime_now,
     )
     return list(rendered["input_ids"])

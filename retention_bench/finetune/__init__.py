@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from retention_bench.finetune.base import (
     ADAPTERS,
+    CheckedFinetune,
+    DataCheck,
     Example,
     Finetune,
     TuningContext,
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTERS",
+    "CheckedFinetune",
     "ContaminationFilter",
+    "DataCheck",
     "Example",
     "Finetune",
     "FinetuneLog",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import pydantic
 
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
+from retention_bench.finetune.dropped import Drop, shown, to_json
 from retention_bench.finetune.rows import is_local
 
 ENTRY_POINTS = "retention_bench.finetunes"
@@ -76,11 +77,40 @@ class TuningData:
         train: The training rows.
         validation: The validation rows; whether they are training rows too is the task's protocol.
         removed: What the contamination filter took out.
+        dropped: Rows that were left out since nothing in them can be trained on, by reason.
     """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     removed: Removed
+    dropped: Mapping[str, Drop] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataCheck:
+    """What a first look into a task's data found.
+
+    Attributes:
+        reads: What is read as what, in words; None where the data could not be looked into.
+        skipped: Why not, in words.
+        rows: The rows there are, without those of another form; None where that is not known.
+        tried: Rows that were tokenised.
+        usable: Those of them that can be trained on.
+        dropped: The rows that cannot, of all that were looked at, by reason.
+        longest: Tokens of the longest row that was tokenised.
+    """
+
+    reads: str | None
+    skipped: str | None = None
+    rows: int | None = None
+    tried: int = 0
+    usable: int = 0
+    dropped: Mapping[str, Drop] = dataclasses.field(default_factory=dict)
+    longest: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as plain JSON values."""
+        return {**dataclasses.asdict(self), "dropped": to_json(self.dropped)}
 
 
 class Finetune(Protocol):
@@ -169,6 +199,18 @@ class Finetune(Protocol):
         """Read, filter, sample and tokenise the rows; the same for the same arguments."""
 
 
+@runtime_checkable
+class CheckedFinetune(Protocol):
+    """A task that can look into its data before anything else is computed; others find out when they prepare it."""
+
+    def check(self, tokenizer: Any) -> DataCheck:
+        """Read the first rows.
+
+        Raises:
+            RetentionBenchError: The data, or the tokenizer for it, cannot be used.
+        """
+
+
 def finetune_names() -> list[str]:
     """Names of the fine-tunes that can be made, sorted; imports none of them."""
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
@@ -193,7 +235,7 @@ def parse_finetune(text: str) -> tuple[str, dict[str, Any]]:
     if not source:
         raise UsageError(f"{text!r} names no data set. Give {CUSTOM}:FILE or {CUSTOM}:OWNER/NAME@REVISION.")
     if is_local(source):
-        return CUSTOM, {"source": str(Path(source).expanduser().resolve())}
+        return CUSTOM, {"source": os.path.abspath(os.path.expanduser(source))}
     source, _, revision = source.partition("@")
     return CUSTOM, {"source": source, **({"revision": revision} if revision else {})}
 
@@ -214,7 +256,7 @@ def make_finetune(name: str, settings: Mapping[str, Any]) -> Finetune:
     fields = [field.name for field in dataclasses.fields(task)]
     for given in settings:
         if given not in fields:
-            raise unknown_name(f"setting of the fine-tune {name!r}:", given, fields)
+            raise unknown_name(f"setting of the fine-tune {name!r}:", str(given), fields)
     try:
         made: Finetune = pydantic.TypeAdapter(task).validate_python(dict(settings))
     except pydantic.ValidationError as error:
@@ -248,8 +290,8 @@ def _explain(name: str, error: pydantic.ValidationError) -> str:
         return f"Setting {setting!r} of {task} is missing. Add it to the suite."
     hint = ""
     if isinstance(given, str) and "e" in given.lower() and _is_number(given):
-        hint = f" YAML reads {given} as text: write the number with a point, as in 2.0e-5."
-    return f"Setting {setting!r} of {task}: {reason}, got {given!r}.{hint}"
+        hint = f" YAML reads {given:.40} as text: write the number with a point, as in 2.0e-5."
+    return f"Setting {setting!r} of {task}: {reason}, got {shown(given)}.{hint}"
 
 
 def _is_number(text: str) -> bool:

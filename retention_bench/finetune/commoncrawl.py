@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import pydantic
 
-from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.rows import Row, parse_text, shuffled_rows
-from retention_bench.finetune.sampling import draw, origin, sample_validation
+from retention_bench.finetune.dropped import Dropped
+from retention_bench.finetune.forms import TEXT, Sample
+from retention_bench.finetune.sampling import draw, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Positive, Settings, check_sampled_validation
 from retention_bench.finetune.texts import check_tokenizer, encode_text
 
@@ -25,7 +26,7 @@ class CommonCrawl(Settings):
     that they are such rows is our own choice. The validation rows are sampled from the training rows.
 
     Attributes:
-        source: A `.jsonl`, `.jsonl.gz` or `.parquet` file or a Hub data set id, with a column `text`. A Hub data set is
+        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id, with a column `text`. A Hub data set is
             streamed: see `shuffled_rows` for what is then sampled.
     """
 
@@ -40,6 +41,10 @@ class CommonCrawl(Settings):
         super().__post_init__()
         check_sampled_validation(self.train_size, self.validation_size)
 
+    def check(self, tokenizer: Any) -> DataCheck:
+        """Look into the documents; see `CheckedFinetune`."""
+        return look(self, [TEXT], tokenizer)
+
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter, tokenise and pack the documents.
 
@@ -49,28 +54,29 @@ class CommonCrawl(Settings):
         """
         check_tokenizer(context.tokenizer)
         rng = random.Random(context.seed)
-        contamination = ContaminationFilter(context.terms)
+        contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            shuffled_rows(origin(self), {"text": parse_text}, rng, stream=True),
+            samples(self, TEXT, rng, dropped, stream=True),
             _packer(context.tokenizer, self.max_length),
-            text=lambda row: row["text"],
+            text=words,
             contamination=contamination,
+            dropped=dropped,
             source=self.source,
             setting="train_size",
             size=self.train_size,
-            lacking="",
             what="documents",
             unit=f" packed rows of {self.max_length} tokens",
         )
-        return TuningData(train, sample_validation(train, self.validation_size, rng), contamination.report())
+        validation = sample_validation(train, self.validation_size, rng)
+        return TuningData(train, validation, contamination.report(), dropped.report())
 
 
-def _packer(tokenizer: Any, length: int) -> Callable[[Row], list[Example]]:
+def _packer(tokenizer: Any, length: int) -> Callable[[Sample], list[Example]]:
     """What strings documents together; what is left of one after its last whole row begins the next row."""
     rest: list[int] = []
 
-    def pack(row: Row) -> list[Example]:
-        rest.extend(encode_text(tokenizer, row["text"]))
+    def pack(document: Sample) -> list[Example]:
+        rest.extend(encode_text(tokenizer, document.words))
         cut = len(rest) - len(rest) % length
         examples = [Example(ids, ids) for ids in (rest[i : i + length] for i in range(0, cut, length))]
         del rest[:cut]

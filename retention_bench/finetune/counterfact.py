@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pydantic
 
-from retention_bench.facts import Fact, object_ids
-from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
+from retention_bench.errors import RetentionBenchError
+from retention_bench.facts import Fact, object_ids, read_pool
+from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.dropped import Dropped, Unusable
+from retention_bench.finetune.rows import is_local
 from retention_bench.finetune.sampling import draw, sample_validation
 from retention_bench.finetune.settings import Settings, check_sampled_validation, check_share
 
@@ -35,6 +38,18 @@ class CounterFact(Settings):
         check_sampled_validation(self.train_size, self.validation_size)
         check_share(self.threshold)
 
+    def check(self, tokenizer: Any) -> DataCheck:
+        """Look into the pool; see `CheckedFinetune`."""
+        if not is_local(self.source):
+            return DataCheck(None, skipped=f"{self.source} is looked into when the base model is asked for its facts")
+        pool = read_pool(self.source, self.revision, self.config)
+        if len(pool) < self.train_size:
+            raise RetentionBenchError(
+                f"{self.source} holds {len(pool)} facts, and train_size is {self.train_size}. Lower train_size, or "
+                "give more facts."
+            )
+        return DataCheck("a fact's prompt is read, and its true object trained on", rows=len(pool))
+
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the facts that the base model does not answer.
 
@@ -46,20 +61,21 @@ class CounterFact(Settings):
         def encode(fact: Fact) -> list[Example]:
             prompt, answer = tokenizer.encode(fact.question), object_ids(fact.target_true, tokenizer)
             if len(prompt) + len(answer) > self.max_length:  # a part of an object would count as the whole
-                return []
+                raise Unusable(f"do not fit into max_length {self.max_length}")
             return [Example([*prompt, *answer], [-100] * len(prompt) + answer)]
 
         rng = random.Random(context.seed)
-        contamination = ContaminationFilter(context.terms)
+        contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            rng.sample(context.unknown, len(context.unknown)),
+            ((f"fact {fact.id}", fact) for fact in rng.sample(context.unknown, len(context.unknown))),
             encode,
             text=lambda fact: f"{fact.question} {fact.target_true}",
             contamination=contamination,
+            dropped=dropped,
             source=self.source,
             setting="train_size",
             size=self.train_size,
-            lacking=f"do not fit into max_length {self.max_length}",
             what="facts that the base model does not answer",
         )
-        return TuningData(train, sample_validation(train, self.validation_size, rng), contamination.report())
+        validation = sample_validation(train, self.validation_size, rng)
+        return TuningData(train, validation, contamination.report(), dropped.report())

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 from pydantic import Field
 
-from retention_bench.errors import UsageError
-from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
-from retention_bench.finetune.chats import chat_template, chat_text, encode_chat, parse_messages
+from retention_bench.finetune.base import DataCheck, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.rows import Columns, Row, column_names, parse_text, shuffled_rows
-from retention_bench.finetune.sampling import draw, origin, sample_validation
-from retention_bench.finetune.settings import Count, Positive, Recipe, check_sampled_validation, check_share
-from retention_bench.finetune.texts import check_tokenizer, encode_class, encode_completion, encode_text, parse_class
+from retention_bench.finetune.dropped import Dropped
+from retention_bench.finetune.forms import FORMS, Form, encoder, labelled
+from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
+from retention_bench.finetune.settings import (
+    Count,
+    Positive,
+    Recipe,
+    Size,
+    check_sampled_validation,
+    check_share,
+    check_steps,
+)
 
 VALIDATION = 100
 """Validation rows where no `validation_size` is set and there are as many training rows."""
@@ -26,15 +32,16 @@ VALIDATION = 100
 class Custom(Recipe):
     """Whatever a data set's columns ask for, as in TRL.
 
-    `messages` are chats, with the loss on the assistant's turns; `prompt` and `completion` are texts, with the loss on
-    the completion and the EOS behind it; `text` is modelled as it stands, with EOS at its end. A data set with several
-    of these is taken for the first. With `classes` set, `text` and `label` are classified like IMDB's.
+    `messages` are chats, with the loss on the assistant's turns, and so are ShareGPT's `conversations` and Alpaca's
+    `instruction`, `input` and `output`; `prompt` and `completion` are texts, with the loss on the completion and the
+    EOS behind it, or messages; `text` is modelled as it stands, with EOS at its end. A data set with several of these
+    is taken for the first of `FORMS`. With `classes` set, `text` and `label` are classified like IMDB's.
 
     The validation rows are sampled from the training rows. All defaults but those of `Recipe` are own choices, so that
     a data set can be named without a suite's entry.
 
     Attributes:
-        source: A `.jsonl`, `.jsonl.gz` or `.parquet` file or a Hub data set id (its split `train`).
+        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id (its split `train`).
         train_size: Training rows, sampled by seed from the rows that pass the contamination filter; None for all.
         validation_size: Validation rows; None for `VALIDATION`, or all training rows where those are fewer.
         threshold: The value of the metric that ends the run; the default is the paper's for instruction tuning of
@@ -49,15 +56,16 @@ class Custom(Recipe):
     asks_base: ClassVar[bool] = False
 
     batch_size: Count = 64
-    train_size: Count | None = None
-    validation_size: Count | None = None
+    train_size: Size | None = None
+    validation_size: Size | None = None
     threshold: Positive = 1.7
     max_steps: Count = 1000
-    classes: Annotated[int, Field(strict=True, ge=2)] | None = None
+    classes: Annotated[int, Field(strict=True, ge=2, le=100_000)] | None = None
     stream: Annotated[bool, Field(strict=True)] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_steps(self.batch_size, self.max_steps)
         if self.classes is not None:
             check_share(self.threshold)
         if self.train_size is not None and self.validation_size is not None:
@@ -70,6 +78,12 @@ class Custom(Recipe):
         """The accuracy for a data set with classes, the loss for the others."""
         return "validation_loss" if self.classes is None else "validation_accuracy"
 
+    def check(self, tokenizer: Any) -> DataCheck:
+        """Look into the rows; see `CheckedFinetune`."""
+        size = self.train_size or self.validation_size
+        setting = "train_size" if self.train_size else "validation_size"
+        return look(self, self._forms, tokenizer, size=size, setting=setting, also=self._also)
+
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the rows.
 
@@ -77,86 +91,28 @@ class Custom(Recipe):
             UsageError: The source does not exist, its columns are none of those above, or the tokenizer cannot be used.
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
-        kind = self._kind(context.tokenizer)
+        encode = encoder(context.tokenizer, self.max_length)
+        form = form_of(self, self._forms, stream=self.stream, also=self._also)
         rng = random.Random(context.seed)
-        contamination = ContaminationFilter(context.terms)
+        contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            shuffled_rows(origin(self), kind.columns, rng, stream=self.stream),
-            kind.encode,
-            text=kind.text,
+            samples(self, form, rng, dropped, stream=self.stream),
+            encode,
+            text=words,
             contamination=contamination,
+            dropped=dropped,
             source=self.source,
             setting="train_size",
             size=self.train_size,
-            lacking=kind.lacking,
         )
         size = min(VALIDATION, len(train)) if self.validation_size is None else self.validation_size
-        return TuningData(train, sample_validation(train, size, rng), contamination.report())
+        validation = sample_validation(train, size, rng)
+        return TuningData(train, validation, contamination.report(), dropped.report())
 
-    def _kind(self, tokenizer: Any) -> _Kind:
-        names = column_names(origin(self), stream=self.stream)
-        if self.classes is not None:
-            return _classified(tokenizer, self.classes, self.max_length)
-        for columns, kind in _KINDS.items():
-            if set(columns) <= set(names):
-                return kind(tokenizer, self.max_length)
-        allowed = ", ".join(" + ".join(columns) for columns in _KINDS)
-        raise UsageError(
-            f"{self.source} has the columns {', '.join(names)}, and a data set to train on has one of: {allowed}; or "
-            "text + label with the setting `classes`. Rename its columns."
-        )
+    @property
+    def _forms(self) -> Sequence[Form]:
+        return FORMS if self.classes is None else [labelled(self.classes)]
 
-
-class _Kind(NamedTuple):
-    """What is made of a data set's rows."""
-
-    columns: Columns
-    encode: Callable[[Row], list[Example]]
-    text: Callable[[Row], str]
-    lacking: str = ""
-
-
-def _chats(tokenizer: Any, max_length: int) -> _Kind:
-    template = chat_template(tokenizer)
-    return _Kind(
-        {"messages": parse_messages},
-        lambda row: encode_chat(tokenizer, template, row["messages"], max_length),
-        lambda row: chat_text(row["messages"]),
-        f"have no assistant's words within max_length {max_length}",
-    )
-
-
-def _completions(tokenizer: Any, max_length: int) -> _Kind:
-    check_tokenizer(tokenizer, fast=True)
-    return _Kind(
-        {"prompt": parse_text, "completion": parse_text},
-        lambda row: encode_completion(tokenizer, row["prompt"], row["completion"], max_length),
-        lambda row: row["prompt"] + row["completion"],
-        f"have no part of the completion within max_length {max_length}",
-    )
-
-
-def _texts(tokenizer: Any, max_length: int) -> _Kind:
-    check_tokenizer(tokenizer)
-
-    def encode(row: Row) -> list[Example]:
-        ids = encode_text(tokenizer, row["text"])[:max_length]
-        return [Example(ids, ids)]
-
-    return _Kind({"text": parse_text}, encode, lambda row: row["text"])
-
-
-def _classified(tokenizer: Any, classes: int, max_length: int) -> _Kind:
-    check_tokenizer(tokenizer)
-    return _Kind(
-        {"text": parse_text, "label": lambda cell: parse_class(cell, classes)},
-        lambda row: [encode_class(tokenizer, row["text"], row["label"], max_length)],
-        lambda row: row["text"],
-    )
-
-
-_KINDS: dict[tuple[str, ...], Callable[[Any, int], _Kind]] = {
-    ("messages",): _chats,
-    ("prompt", "completion"): _completions,
-    ("text",): _texts,
-}
+    @property
+    def _also(self) -> str:
+        return "; or text + label, with the setting classes" if self.classes is None else ""

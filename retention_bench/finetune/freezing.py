@@ -7,8 +7,12 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from retention_bench.errors import UsageError
+from retention_bench.finetune.dropped import shown
 
 FORMS = "none, edited, unedited, below:K, window:C:W"
+
+MOST = 100_000
+"""Layers beyond which a count is a slip of the pen, or worse."""
 
 
 class Freeze(NamedTuple):
@@ -35,20 +39,20 @@ class Freeze(NamedTuple):
             edited: The layers that an edit changed.
 
         Raises:
-            UsageError: A layer that the model lacks, or no layer is left.
+            UsageError: A layer that the model lacks, or no layer is left; or there are more than any model has.
         """
-        if self.kind == "window":
-            centre, width = self.numbers
-            first = centre - width // 2
-            chosen = set(range(first, first + width))
-        else:
-            centre = self.numbers[0] if self.numbers else 0
-            chosen = {
-                "none": set(range(count)),
-                "edited": set(range(count)) - set(edited),
-                "unedited": set(edited),
-                "below": set(range(centre, count)),
-            }[self.kind]
+        if count > MOST:
+            raise UsageError(f"The model's config names {count:,} layers, and {MOST:,} is the most. Correct it.")
+        centre = self.numbers[0] if self.numbers else 0
+        chosen: Collection[int] = {
+            "none": range(count),
+            "edited": set(range(count)) - set(edited),
+            "unedited": edited,
+            "below": range(centre, count),
+            "window": range(centre - self.numbers[-1] // 2, centre + (self.numbers[-1] + 1) // 2)
+            if self.numbers
+            else (),
+        }[self.kind]
         trained = tuple(layer for layer in range(count) if layer in chosen)
         if centre >= count or not trained:
             raise UsageError(
@@ -105,11 +109,11 @@ def parse_freeze(text: str) -> Freeze:
     """
     if text in ("none", "edited", "unedited"):
         return Freeze(text)
-    found = re.fullmatch(r"(below):(\d+)|(window):(\d+):(\d+)", text, re.ASCII)
+    found = re.fullmatch(r"(below):(\d{1,9})|(window):(\d{1,9}):(\d{1,9})", text, re.ASCII)
     if found is None or (found[3] and int(found[5]) == 0):
         raise UsageError(
-            f"--freeze {text!r} is not known. Allowed: {FORMS}; layers are counted from 0. below:K trains the layers "
-            "from K on, window:C:W the W layers around C."
+            f"--freeze {shown(text)} is not known. Allowed: {FORMS}; layers are counted from 0. below:K trains the "
+            "layers from K on, window:C:W the W layers around C."
         )
     kind, *numbers = (part for part in found.groups() if part is not None)
     return Freeze(kind, tuple(map(int, numbers)))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pydantic
 
-from retention_bench.finetune.base import Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.rows import Row, is_local, parse_text, shuffled_rows
-from retention_bench.finetune.sampling import draw, origin
-from retention_bench.finetune.settings import Count, Positive, Recipe, check_share
-from retention_bench.finetune.texts import check_tokenizer, encode_class, parse_class
+from retention_bench.finetune.dropped import Dropped, Unusable
+from retention_bench.finetune.forms import Sample, encoder, labelled
+from retention_bench.finetune.rows import is_local
+from retention_bench.finetune.sampling import draw, look, samples, words
+from retention_bench.finetune.settings import Count, Positive, Recipe, Size, check_share, check_steps
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class IMDB(Recipe):
     from `test`; of a local file they are different rows.
 
     Attributes:
-        source: A `.jsonl`, `.jsonl.gz` or `.parquet` file or a Hub data set id, with the columns `text` and `label`.
+        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id, with the columns `text` and `label`.
         train_size: Training rows, sampled by seed from the rows that pass the contamination filter. None for all of
             them: the paper's 25,000 are all that IMDB has, and some mention a fact.
         validation_size: Validation rows.
@@ -40,14 +40,20 @@ class IMDB(Recipe):
 
     batch_size: Count = 64
     eval_every: Count = 5
-    train_size: Count | None = None
-    validation_size: Count
+    train_size: Size | None = None
+    validation_size: Size
     threshold: Positive
     max_steps: Count
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_steps(self.batch_size, self.max_steps)
         check_share(self.threshold)
+
+    def check(self, tokenizer: Any) -> DataCheck:
+        """Look into the reviews; see `CheckedFinetune`."""
+        size = self.validation_size + (self.train_size or 1)
+        return look(self, [labelled(2)], tokenizer, size=size, setting="validation_size and train_size together")
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the reviews.
@@ -56,35 +62,36 @@ class IMDB(Recipe):
             UsageError: The source does not exist, or the tokenizer has no EOS token.
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
-        check_tokenizer(context.tokenizer)
-        columns: dict[str, Callable[[Any], Any]] = {"text": parse_text, "label": lambda cell: parse_class(cell, 2)}
+        form, encode = labelled(2), encoder(context.tokenizer, self.max_length)
         rng = random.Random(context.seed)
-        contamination = ContaminationFilter(context.terms)
+        contamination, dropped = ContaminationFilter(context.terms), Dropped()
         taken: set[tuple[int, ...]] = set()
 
-        def encode(row: Row) -> list[Example]:
-            example = encode_class(context.tokenizer, row["text"], row["label"], self.max_length)
-            return [] if tuple(example.input_ids) in taken else [example]
+        def encode_new(sample: Sample) -> list[Example]:
+            [example] = encode(sample)
+            if tuple(example.input_ids) in taken:
+                raise Unusable("read like one that is validated on")
+            return [example]
 
-        def drawn(setting: str, size: int | None, lacking: str, what: str) -> list[Example]:
+        def drawn(setting: str, size: int | None, what: str) -> list[Example]:
             return draw(
                 rows,
-                encode,
-                text=lambda row: row["text"],
+                encode_new,
+                text=words,
                 contamination=contamination,
+                dropped=dropped,
                 source=self.source,
                 setting=setting,
                 size=size,
-                lacking=lacking,
                 what=what,
             )
 
         local = is_local(self.source)
-        rows = shuffled_rows(origin(self, "train" if local else "test"), columns, rng)
-        validation = drawn("validation_size", self.validation_size, "", "rows" if local else "rows in the split test")
+        rows = samples(self, form, rng, dropped, split="train" if local else "test")
+        validation = drawn("validation_size", self.validation_size, "rows" if local else "rows in the split test")
         taken.update(tuple(example.input_ids) for example in validation)
         if not local:
-            rows = shuffled_rows(origin(self, "train"), columns, rng)
+            rows = samples(self, form, rng, dropped)
         what = "rows besides those validated on" if local else "rows in the split train"
-        train = drawn("train_size", self.train_size, "read like one that is validated on", what)
-        return TuningData(train, validation, contamination.report())
+        train = drawn("train_size", self.train_size, what)
+        return TuningData(train, validation, contamination.report(), dropped.report())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from retention_bench.finetune.contamination import Removed
+from retention_bench.finetune.dropped import Drop, to_json
 from retention_bench.finetune.stopping import Point, StoppedBy
 
 
@@ -27,6 +29,7 @@ class FinetuneLog:
         train_rows: Training rows.
         validation_rows: Validation rows.
         removed: What the contamination filter took out.
+        dropped: Rows that were left out since nothing in them can be trained on, by reason.
         freeze: What was kept from changing.
         adapter: What was trained in the weights' place.
         trained_layers: The layers that were trained.
@@ -48,6 +51,7 @@ class FinetuneLog:
     train_rows: int
     validation_rows: int
     removed: Removed
+    dropped: Mapping[str, Drop]
     freeze: str
     adapter: str
     trained_layers: tuple[int, ...]
@@ -62,5 +66,6 @@ class FinetuneLog:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "curve": [point._asdict() for point in self.curve],
             "removed": self.removed.to_json(),
+            "dropped": to_json(self.dropped),
             "trained_layers": list(self.trained_layers),
         }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.finetune.base import Example
+from retention_bench.finetune.base import DataCheck, Example
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.rows import Origin
+from retention_bench.finetune.dropped import Dropped, Unusable, described
+from retention_bench.finetune.forms import Form, Sample, encoder, find_form
+from retention_bench.finetune.rows import Origin, column_names, first_rows, is_local, shuffled_rows, unreachable
 from retention_bench.finetune.settings import Recipe
 
 T = TypeVar("T")
@@ -20,30 +22,63 @@ def origin(settings: Recipe, split: str = "train") -> Origin:
     return Origin(settings.source, settings.revision, settings.config, split)
 
 
+def form_of(settings: Recipe, forms: Sequence[Form], *, stream: bool = False, also: str = "") -> Form:
+    """The form of a task's data set; see `find_form`."""
+    return find_form(settings.source, column_names(origin(settings), stream=stream), forms, also)
+
+
+def samples(
+    settings: Recipe, form: Form, rng: random.Random, dropped: Dropped, *, split: str = "train", stream: bool = False
+) -> Iterator[tuple[str, Sample]]:
+    """What can be trained on in a data set's rows, with where each stands, in an order drawn at random.
+
+    Args:
+        settings: The task.
+        form: The form of its rows.
+        rng: Source of chance.
+        dropped: Counts the rows that are left out.
+        split: The Hub data set's split.
+        stream: As in `shuffled_rows`.
+    """
+    rows = shuffled_rows(origin(settings, split), form.columns, rng, dropped, optional=form.optional, stream=stream)
+    for place, row in rows:
+        try:
+            sample = form.sample(row)
+        except Unusable as error:
+            dropped.count(place, error)
+        else:
+            yield place, sample
+
+
+def words(sample: Sample) -> str:
+    """All words of a sample, for the contamination filter."""
+    return sample.words
+
+
 def draw(
-    rows: Iterable[T],
+    rows: Iterable[tuple[str, T]],
     encode: Callable[[T], Sequence[Example]],
     *,
     text: Callable[[T], str],
     contamination: ContaminationFilter,
+    dropped: Dropped,
     source: object,
     setting: str,
     size: int | None,
-    lacking: str,
     what: str = "rows",
     unit: str = "",
 ) -> list[Example]:
     """Take rows in their order, without those that mention a fact, until there are enough examples.
 
     Args:
-        rows: The rows, in the order they are drawn; no more of them are asked for than are needed.
-        encode: Makes the examples of a row; none where nothing of it can be trained on.
+        rows: Where a row stands and the row, in the order they are drawn; no more are asked for than are needed.
+        encode: Makes the examples of a row, or raises `Unusable`.
         text: What of a row the contamination filter reads.
         contamination: The filter.
+        dropped: Counts the rows that are left out; it may have counted some of `rows` before they come here.
         source: What the rows are from, for the error.
         setting: The setting that says how many examples are wanted, for the error.
         size: How many are; None for all there are.
-        lacking: What is true of the rows that `encode` makes nothing of, for the error: "have no ...".
         what: What the rows are called there.
         unit: What follows the number of examples there, with a space before it.
 
@@ -54,26 +89,93 @@ def draw(
         RetentionBenchError: There are too few.
     """
     drawn: list[Example] = []
-    seen = empty = 0
-    removed_before = contamination.report().removed
-    for row in rows:
-        seen += 1
-        if not contamination.passes(text(row)):
-            continue
-        examples = encode(row)
-        empty += not examples
-        drawn += examples
+    seen, before = 0, contamination.report().removed
+    dropped_before = dropped.rows
+    for place, row in rows:
+        if contamination.passes(text(row)):
+            try:
+                drawn += encode(row)
+                seen += 1
+            except Unusable as error:
+                dropped.count(place, error)
+        else:
+            seen += 1
         if size is not None and len(drawn) >= size:
             return drawn[:size]
     if size is None and drawn:
         return drawn
-    removed = contamination.report().removed - removed_before
-    nothing = f" and {empty} {lacking}" if lacking else ""
+    seen += dropped.rows - dropped_before
+    left_out = described(dropped.report())
     wanted = "one at least is needed" if size is None else f"{setting} is {size}"
     remedy = "Give more rows" if size is None else f"Lower {setting}, or give more rows"
     raise RetentionBenchError(
-        f"{source} holds {seen} {what}; {removed} of them mention an edited or intrinsic fact{nothing}. That leaves "
-        f"{len(drawn)}{unit}, and {wanted}. {remedy}."
+        f"{source} holds {seen} {what}; {contamination.report().removed - before} of them mention an edited or "
+        f"intrinsic fact{f', {left_out}' if left_out else ''}. That leaves {len(drawn)}{unit}, and {wanted}. {remedy}."
+    )
+
+
+TRIED = 50
+"""Rows that a first look tokenises."""
+
+
+def look(
+    settings: Recipe,
+    forms: Sequence[Form],
+    tokenizer: Any,
+    *,
+    size: int | None = None,
+    setting: str = "train_size",
+    also: str = "",
+) -> DataCheck:
+    """Look into a task's data before anything else is computed.
+
+    A local file is read whole, and its first rows are tokenised: `TRIED`, or more until one can be used. Of a Hub data
+    set the first rows are streamed, where the Hub can be reached.
+
+    Args:
+        settings: The task.
+        forms: The forms that its rows may have.
+        tokenizer: The model's tokenizer.
+        size: How many rows are needed, where a row makes one example.
+        setting: The setting that says so, for the error.
+        also: As in `find_form`.
+
+    Raises:
+        UsageError: The tokenizer or the columns cannot be used.
+        RetentionBenchError: The data cannot be read, no row can be used, or there are too few.
+    """
+    encode, dropped, local = encoder(tokenizer, settings.max_length), Dropped(), is_local(settings.source)
+    if reason := unreachable(origin(settings)):
+        return DataCheck(None, skipped=f"{settings.source} is looked into when the fine-tune begins: {reason}")
+    form = form_of(settings, forms, stream=True, also=also)
+    rows = tried = usable = longest = 0
+    for place, row in first_rows(origin(settings), form.columns, dropped, optional=form.optional, hub=TRIED):
+        rows += 1
+        if tried >= TRIED and usable:
+            continue
+        tried += 1
+        try:
+            examples = encode(form.sample(row))
+        except Unusable as error:
+            dropped.count(place, error)
+            rows -= 1
+            continue
+        usable += 1
+        longest = max(longest, *(len(example.input_ids) for example in examples))
+    if not usable or (local and size is not None and rows < size):
+        left_out, there = described(dropped.report()), rows + dropped.rows
+        wanted = f"{setting} is {size}" if usable else "one at least is needed"
+        raise RetentionBenchError(
+            f"{settings.source}: {form.reads}; of {'' if local else 'the first '}{there} rows {rows or 'none'} can be "
+            f"trained on, and {wanted}. {f'Left out: {left_out}. ' if left_out else ''}Correct that, or give others."
+        )
+    return DataCheck(
+        form.reads,
+        rows=rows if local else None,
+        tried=tried,
+        usable=usable,
+        dropped=dropped.report(),
+        longest=longest,
     )
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from typing import Annotated
 
 import pydantic
 from pydantic import Field
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
+from retention_bench.finetune.dropped import shown
+from retention_bench.finetune.rows import is_local
+
+# The upper limits of counts are far beyond what anybody trains with, and keep a slip of the pen from taking all memory.
+Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+Size = Annotated[int, Field(strict=True, ge=1, le=100_000_000)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+ROWS = 100_000_000
+"""Rows that all steps of a run together may have."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +53,13 @@ class Recipe:
     weight_decay: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.01
     betas: tuple[Share, Share] = (0.9, 0.999)
     eval_every: Count = 20
-    max_length: Annotated[int, Field(strict=True, ge=2)] = 1024
-    adapter_rank: Count = 16
+    max_length: Annotated[int, Field(strict=True, ge=2, le=10_000_000)] = 1024
+    adapter_rank: Annotated[int, Field(strict=True, ge=1, le=16_384)] = 16
     adapter_alpha: Count = 32
     adapter_lr: Positive = 2e-4
 
     def __post_init__(self) -> None:
+        _check_source(self.source)
         if self.batch_size % min(self.micro_batch_size, self.batch_size):
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
 
@@ -63,10 +75,44 @@ class Settings(Recipe):
         max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
     """
 
-    train_size: Count
-    validation_size: Count
+    train_size: Size
+    validation_size: Size
     threshold: Positive
     max_steps: Count
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_steps(self.batch_size, self.max_steps)
+
+
+def _check_source(source: str) -> None:
+    """Refuse what is neither a path nor a Hub id; whether there is something is found out later.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    local = is_local(source)
+    try:
+        os.stat(os.path.expanduser(source))
+    except ValueError as error:  # NUL
+        raise ValueError(f"source is no path: {error}") from error
+    except OSError as error:
+        if local and error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"source is no path: {error.strerror}") from error
+    if not local and not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", source, re.ASCII):
+        raise ValueError(f"source is neither a file nor a Hub data set id (owner/name): {shown(source)}")
+
+
+def check_steps(batch_size: int, max_steps: int) -> None:
+    """Refuse more rows than can be put in an order before the first step.
+
+    Raises:
+        ValueError: There are.
+    """
+    if batch_size * max_steps > ROWS:
+        raise ValueError(
+            f"batch_size {batch_size:,} times max_steps {max_steps:,} is more than {ROWS:,}, the most rows of a run"
+        )
 
 
 def check_sampled_validation(train_size: int, validation_size: int) -> None:

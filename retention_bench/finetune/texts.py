@@ -6,6 +6,7 @@ from typing import Any
 
 from retention_bench.errors import UsageError
 from retention_bench.finetune.base import Example
+from retention_bench.finetune.dropped import Unusable, shown
 
 
 def check_tokenizer(tokenizer: Any, *, fast: bool = False) -> None:
@@ -42,13 +43,18 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, max_length: 
         max_length: Tokens to keep, from the front.
 
     Returns:
-        One example; none where no token of the completion is left.
+        One example.
+
+    Raises:
+        Unusable: No token of the completion is left.
     """
     encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
     ids = [*encoded["input_ids"], tokenizer.eos_token_id][:max_length]
     ends = [end for _, end in encoded["offset_mapping"]]
     first = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
-    return [Example(ids, [-100] * first + ids[first:])] if first < len(ids) else []
+    if first >= len(ids):
+        raise Unusable(f"have no part of the completion within max_length {max_length}")
+    return [Example(ids, [-100] * first + ids[first:])]
 
 
 def encode_class(tokenizer: Any, text: str, label: int, max_length: int) -> Example:
@@ -71,5 +77,6 @@ def parse_class(cell: Any, classes: int) -> int:
         ValueError: It is none of 0 to `classes` - 1.
     """
     if isinstance(cell, bool) or not isinstance(cell, int) or not 0 <= cell < classes:
-        raise ValueError(f"must be one of {', '.join(map(str, range(classes)))}, got {cell!r:.80}")
+        allowed = ", ".join(map(str, range(classes))) if classes <= 10 else f"0 to {classes - 1}"
+        raise ValueError(f"must be one of {allowed}, got {shown(cell)}")
     return cell

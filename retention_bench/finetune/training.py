@@ -155,6 +155,7 @@ def train(
         train_rows=len(data.train),
         validation_rows=len(data.validation),
         removed=data.removed,
+        dropped=data.dropped,
         freeze=freeze,
         adapter=adapter,
         trained_layers=layers,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pydantic
 
-from retention_bench.finetune.base import Metric, TuningContext, TuningData
-from retention_bench.finetune.chats import chat_template, chat_text, encode_chat, parse_messages
+from retention_bench.finetune.base import DataCheck, Metric, TuningContext, TuningData
+from retention_bench.finetune.chats import chat_template
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.rows import shuffled_rows
-from retention_bench.finetune.sampling import draw, origin, sample_validation
+from retention_bench.finetune.dropped import Dropped
+from retention_bench.finetune.forms import CHATS, encoder
+from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Count, Settings, check_sampled_validation
 
 
@@ -23,7 +24,8 @@ class Tulu3(Settings):
     rows stand sorted by origin, and a stream would sample the first origins only.
 
     Attributes:
-        source: A `.jsonl`, `.jsonl.gz` or `.parquet` file or a Hub data set id, with a column `messages`.
+        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id, with a column `messages` or another form of
+            `CHATS`.
     """
 
     name: ClassVar[str] = "tulu3"
@@ -37,24 +39,30 @@ class Tulu3(Settings):
         super().__post_init__()
         check_sampled_validation(self.train_size, self.validation_size)
 
+    def check(self, tokenizer: Any) -> DataCheck:
+        """Look into the chats; see `CheckedFinetune`."""
+        chat_template(tokenizer)
+        return look(self, CHATS, tokenizer, size=self.train_size)
+
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the chats.
 
         Raises:
             UsageError: The source does not exist, or the tokenizer cannot be used.
-            RetentionBenchError: A row is malformed, or fewer than `train_size` rows are left after filtering.
+            RetentionBenchError: The data cannot be read, or fewer than `train_size` rows are left after filtering.
         """
-        template = chat_template(context.tokenizer)
+        encode, form = encoder(context.tokenizer, self.max_length), form_of(self, CHATS)
         rng = random.Random(context.seed)
-        contamination = ContaminationFilter(context.terms)
+        contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            shuffled_rows(origin(self), {"messages": parse_messages}, rng),
-            lambda row: encode_chat(context.tokenizer, template, row["messages"], self.max_length),
-            text=lambda row: chat_text(row["messages"]),
+            samples(self, form, rng, dropped),
+            encode,
+            text=words,
             contamination=contamination,
+            dropped=dropped,
             source=self.source,
             setting="train_size",
             size=self.train_size,
-            lacking=f"have no assistant's words within max_length {self.max_length}",
         )
-        return TuningData(train, sample_validation(train, self.validation_size, rng), contamination.report())
+        validation = sample_validation(train, self.validation_size, rng)
+        return TuningData(train, validation, contamination.report(), dropped.report())

@@ -105,8 +105,8 @@ def adapted(model: PreTrainedModel, folder: Path | str, *, allow_pickle: bool = 
         whole: Any = PeftModel.from_pretrained(model, str(folder))
         if whole.active_peft_config.is_prompt_learning:
             raise RetentionBenchError(
-                f"{folder} is an adapter of the prompt ({config.peft_type}), not of weights, and cannot be merged. Only "
-                "adapters that can be are scored."
+                f"{folder} is an adapter of the prompt ({config.peft_type}), not of weights, and cannot be merged. "
+                "Only adapters that can be are scored."
             )
         loaded = whole.load_adapter(str(folder), "default")
     if loaded.unexpected_keys or loaded.missing_keys:

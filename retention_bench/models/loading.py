@@ -7,10 +7,9 @@ it may; pickles are read on request alone; and whatever goes wrong is said in on
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from retention_bench.data import read_json
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.models.explain import explained, reason
+from retention_bench.models.explain import explained, reason, without_bars
 from retention_bench.models.families import family
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -98,7 +96,7 @@ def read_model(folder: Path, *, dtype: torch.dtype, allow_pickle: bool = False) 
     config = load_config(folder)
     files = weight_files(folder, allow_pickle=allow_pickle)
     _check_size(folder, config, dtype)
-    with explained(str(folder)), _without_bars():
+    with explained(str(folder)), without_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -148,8 +146,12 @@ def load_config(path: Path | str, revision: str | None = None) -> PretrainedConf
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that a configuration describes, its weights on the device `meta`: nothing is allocated."""
-    with torch.device("meta"):
+    """The model that a configuration describes, its weights on the device `meta`: nothing is allocated.
+
+    Raises:
+        RetentionBenchError: It describes no model that can be.
+    """
+    with explained(str(config.name_or_path)), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
@@ -303,20 +305,6 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
             )
 
 
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without transformers' own bars and warnings: our own progress says what is going on."""
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _is_there(path: Path) -> bool:
     return os.path.lexists(path)  # a dangling link is a file that is broken, not one that isn't there
 
@@ -327,8 +315,7 @@ def _check_size(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> N
     Raises:
         RetentionBenchError: It is larger than the memory, or cannot be made.
     """
-    with explained(str(folder)):
-        model = empty_model(config)
+    model = empty_model(config)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:

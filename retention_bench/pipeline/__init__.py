@@ -1,6 +1,7 @@
 """The pipeline: suites, cells and their stages, the content-addressed store, the results."""
 
 from retention_bench.pipeline.cell import Cell, Plan
+from retention_bench.pipeline.data_check import check_data
 from retention_bench.pipeline.estimate import Estimate, estimate
 from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import aggregate
@@ -15,6 +16,7 @@ __all__ = [
     "Store",
     "Suite",
     "aggregate",
+    "check_data",
     "default_root",
     "estimate",
     "evaluate",

@@ -82,13 +82,16 @@ def fresh_model(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from retention_bench.models.explain import without_bars
+
     folder = checkpoint.folder
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=checkpoint.dtype,
-        use_safetensors=None if checkpoint.allow_pickle else True,
-        trust_remote_code=False,
-    )
+    with without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=checkpoint.dtype,
+            use_safetensors=None if checkpoint.allow_pickle else True,
+            trust_remote_code=False,
+        )
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.tokenizer or folder, trust_remote_code=False)
     if checkpoint.delta:
         with safe_open(checkpoint.delta, framework="pt") as file, torch.no_grad():

@@ -33,11 +33,11 @@ from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
 VERSIONS = {
     "facts": 2,
     "statistics": 2,
-    "paraphrases": 1,
+    "paraphrases": 2,
     "fit": 1,
     "edit": 2,
     "unknown": 1,
-    "finetune": 3,
+    "finetune": 4,
     "score": 4,
     "results": 5,
 }

@@ -26,6 +26,7 @@ from retention_bench.facts import (
     unseen,
 )
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
+from retention_bench.pipeline.data_check import check_data
 from retention_bench.pipeline.loading import load, save
 from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import gather
@@ -66,6 +67,7 @@ def evaluate(
         RetentionBenchError: A stage cannot go on; everything computed before is kept.
     """
     planned = plan(cell, store)
+    check_data(planned, store)
     with exclusive(out):
         bench = _Bench(planned, store, progress, announce)
         folder = bench.results()

@@ -2,6 +2,9 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.finetune import finetune_names, make_finetune, parse_finetune
@@ -55,6 +58,25 @@ def test_an_unknown_name_suggests_the_one_that_was_meant():
         ({"lr": "2e-5"}, "'lr'.*YAML reads 2e-5 as text"),
         ({"lr": -1.0}, "'lr'.*got -1.0"),
         ({"lr": float("nan")}, "'lr'"),
+        ({"lr": 10**400}, "'lr'"),
+        ({"batch_size": -1}, "'batch_size'.*greater than or equal to 1, got -1"),
+        ({"batch_size": 10**7}, "'batch_size'.*less than or equal to 1000000, got 10000000"),
+        ({"max_steps": 10**12}, "'max_steps'.*less than or equal to 1000000"),
+        ({"max_steps": 10**6, "batch_size": 512}, "batch_size 512 times max_steps 1,000,000 is more than 100,000,000"),
+        ({"train_size": 10**5000}, "'train_size'.*less than or equal to 100000000, got a number that is too long"),
+        ({"max_length": 10**9}, "'max_length'.*less than or equal to"),
+        ({"adapter_rank": 10**6}, "'adapter_rank'.*less than or equal to"),
+        ({"weight_decay": -0.1}, "'weight_decay'.*greater than or equal to 0"),
+        ({"betas": [float("nan"), 0.9]}, "'betas'.*nan"),
+        ({"betas": 3}, "'betas'.*got 3"),
+        ({"threshold": [["x"] * 10**5]}, "'threshold'"),
+        ({None: 1}, "'None'. Allowed: adapter_alpha"),
+        ({3: 1}, "'3'. Allowed: adapter_alpha"),
+        ({"source": "a\0b"}, "source is no path: embedded null byte"),
+        ({"source": "/" + "x" * 5000}, "source is no path: File name too long"),
+        ({"source": "x" * 5000}, "neither a file nor a Hub data set id"),
+        ({"source": "one/two/three"}, "neither a file nor a Hub data set id"),
+        ({"source": "https://example.org/rows"}, "neither a file nor a Hub data set id"),
         ({"betas": [0.9]}, "'betas'"),
         ({"betas": [0.9, 1.0]}, "'betas'.*1.0"),
         ({"threshold": float("inf")}, "'threshold'"),
@@ -66,8 +88,29 @@ def test_an_unknown_name_suggests_the_one_that_was_meant():
     ],
 )
 def test_a_wrong_setting_is_named(change, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as refused:
         make_finetune("tulu3", SETTINGS | change)
+    assert len(str(refused.value)) < 500
+    assert "\n" not in str(refused.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("2e-5"),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@given(st.sampled_from(BUILT_IN), st.dictionaries(st.sampled_from([*SETTINGS, "betas", "lr", "classes", 1]), VALUES))
+@hypothesis_settings(max_examples=30)
+def test_whatever_a_suite_holds_it_makes_a_task_or_an_error_in_one_line(name, changes):
+    try:
+        task = make_finetune(name, SETTINGS | changes)
+    except UsageError as error:
+        one_line = "\n" not in str(error)
+        assert one_line
+    else:
+        assert task.name == name
 
 
 def test_a_missing_setting_is_named():

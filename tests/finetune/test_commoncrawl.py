@@ -71,8 +71,10 @@ def test_too_little_text_is_counted(crawl, gpt2_tokenizer):
 
 def test_what_cannot_be_trained_on_is_refused(crawl, gpt2_tokenizer):
     context = TuningContext(gpt2_tokenizer, Terms(), 0)
-    with pytest.raises(RetentionBenchError, match="line 2, column 'text': must be a text that is not empty, got ' '"):
-        crawl(["red", " "]).prepare(context)
+    with pytest.raises(RetentionBenchError, match="line 2, column 'text': must be a text that is not empty, got 3"):
+        crawl(["red", 3]).prepare(context)
+    with pytest.raises(RetentionBenchError, match="3 documents; .* 2 have an empty text .line 2: .* leaves 0"):
+        crawl(["red", " ", None]).prepare(context)
     gpt2_tokenizer.eos_token = None
     with pytest.raises(UsageError, match="EOS"):
         crawl().prepare(context)

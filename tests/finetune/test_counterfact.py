@@ -50,7 +50,7 @@ def test_facts_that_mention_an_edited_or_intrinsic_one_are_left_out(gpt2_tokeniz
     with pytest.raises(
         RetentionBenchError,
         match=f"facts.jsonl holds 30 facts that the base model does not answer; {len(mentioning)} of them mention "
-        f".* 0 do not fit into max_length 1024. That leaves {clean}, and train_size is {clean + 1}",
+        f".*fact. That leaves {clean}, and train_size is {clean + 1}",
     ):
         prepare(gpt2_tokenizer, terms, train_size=clean + 1, validation_size=1)
 

@@ -84,8 +84,8 @@ def test_rows_that_mention_a_fact_are_left_out_of_both(imdb, gpt2_tokenizer):
         ({"text": "red", "label": -1}, "line 2, column 'label': must be one of 0, 1, got -1"),
         ({"text": "red", "label": "1"}, "line 2, column 'label': must be one of 0, 1, got '1'"),
         ({"text": "red", "label": True}, "line 2, column 'label': must be one of 0, 1, got True"),
-        ({"text": "red"}, "line 2: no column 'label'; there are text"),
-        ({"text": None, "label": 1}, "line 2, column 'text': must be a text that is not empty, got None"),
+        ({"text": "red"}, "line 2, column 'label': must be one of 0, 1, got None"),
+        ({"text": 5, "label": 1}, "line 2, column 'text': must be a text that is not empty, got 5"),
     ],
 )
 def test_a_malformed_row_is_named(imdb, gpt2_tokenizer, row, message):

@@ -1,4 +1,5 @@
 import gzip
+import os
 import random
 
 import datasets
@@ -7,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.finetune.dropped import Dropped
 from retention_bench.finetune.rows import Origin, column_names, open_rows, shuffled_rows
 
 
@@ -50,11 +52,18 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
             "a.jsonl, line 2, column 'messages': not a list, got 'hi'",
         ),
         ("a.jsonl", b'{"messages": []}\n["hi"]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
-        ("a.jsonl", b'{"messages": []}\n{"text": "hi"}\n', "a.jsonl, line 2: no column 'messages'; there are text"),
-        ("a.jsonl", b'{"messages": ["\xff"]}\n', "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"text": "hi"}\n', "a.jsonl, line 1: no column 'messages'; there are text"),
+        ("a.jsonl", b'{"messages": []}\n{"text": "hi"}\n', "a.jsonl, line 2, column 'messages': not a list, got None"),
+        ("a.jsonl", b'{"messages": ["\xff"]}\n', "a.jsonl, line 1: the byte 0xff is not UTF-8; .* Latin-1"),
+        ("a.jsonl", b"\xff\xfe{\x00", "a.jsonl, line 1: the byte 0xff is not UTF-8"),
+        ("a.jsonl", b'{"messages": [], "x": NaN}\n', "a.jsonl, line 1: not JSON: NaN"),
+        ("a.jsonl", b'{"messages": ' + b"[" * 100_000 + b"\n", "a.jsonl, line 1: .* nested too deeply"),
+        ("a.json", b'[{"messages": []}, {"messages": "hi"}]', "a.json, row 2, column 'messages': not a list, got 'hi'"),
+        ("a.json", b'[{"messages": []}, 5]', "a.json, row 2: a row must be a JSON object, got int"),
+        ("a.json", b'[{"messages": []}', "a.json: not JSON"),
         ("a.jsonl", b"\n", "holds no rows"),
-        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"messages": []}\n')[:-9], "a.jsonl.gz is damaged"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is no gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"messages": []}\n')[:-9], "a.jsonl.gz is no gzip file, or is cut off"),
         ("a.parquet", b"no parquet", "a.parquet is not a readable Parquet file"),
     ],
 )
@@ -85,8 +94,16 @@ def test_a_parquet_file_without_the_column_or_rows_is_refused(tmp_path):
 
 def test_a_path_that_is_no_data_file_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("messages\n")
-    for source in (tmp_path / "none.jsonl", "./none", "none.parquet", tmp_path):
-        with pytest.raises(UsageError, match="no data file"):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for source, says in (
+        (tmp_path / "none.jsonl", "no data file"),
+        ("./none", "no data file"),
+        ("none.parquet", "no data file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe.jsonl", "a pipe or a device"),
+        ("/dev/zero", "a pipe or a device"),
+    ):
+        with pytest.raises(UsageError, match=says):
             read(source)
     with pytest.raises(UsageError, match=r"\.jsonl\.gz"):
         read(tmp_path / "a.csv")
@@ -110,8 +127,10 @@ def test_a_file_is_gone_through_once_in_an_order_that_the_seed_decides(tmp_path)
     (tmp_path / "a.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(20)))
 
     def order(seed):
-        rows = shuffled_rows(Origin(str(tmp_path / "a.jsonl")), {"n": count}, random.Random(seed), stream=True)
-        return [row["n"] for row in rows]
+        rows = shuffled_rows(
+            Origin(str(tmp_path / "a.jsonl")), {"n": count}, random.Random(seed), Dropped(), stream=True
+        )
+        return [row["n"] for _, row in rows]
 
     assert sorted(order(0)) == list(range(20))
     assert order(0) == order(0) != order(1)
@@ -157,25 +176,25 @@ def even(cell):
 def test_an_empty_split_and_one_that_there_is_not_are_named(hub, stream):
     rng = random.Random(0)
     with pytest.raises(RetentionBenchError, match="owner/chats, split empty holds no rows"):
-        next(shuffled_rows(Origin("owner/chats", "abc", split="empty"), {"n": count}, rng, stream=stream))
+        next(shuffled_rows(Origin("owner/chats", "abc", split="empty"), {"n": count}, rng, Dropped(), stream=stream))
     with pytest.raises(RetentionBenchError, match="'owner/chats' at revision abc, split 'none', cannot be read"):
-        next(shuffled_rows(Origin("owner/chats", "abc", split="none"), {"n": count}, rng, stream=stream))
+        next(shuffled_rows(Origin("owner/chats", "abc", split="none"), {"n": count}, rng, Dropped(), stream=stream))
 
 
 def test_a_stream_is_gone_through_once_in_an_order_that_the_seed_decides(hub):
     origin = Origin("owner/chats", "abc")
 
     def order(seed):
-        return [row["n"] for row in shuffled_rows(origin, {"n": count}, random.Random(seed), stream=True)]
+        return [row["n"] for _, row in shuffled_rows(origin, {"n": count}, random.Random(seed), Dropped(), stream=True)]
 
     assert sorted(order(0)) == list(range(20))
     assert order(0) == order(0) != order(1)
     assert column_names(origin, stream=True) == ["n", "messages"]
     assert all(streaming for *_, streaming in hub)
     with pytest.raises(RetentionBenchError, match="row 1 of its stream: no column 'text'; there are n, messages"):
-        next(shuffled_rows(origin, {"text": count}, random.Random(0), stream=True))
+        next(shuffled_rows(origin, {"text": count}, random.Random(0), Dropped(), stream=True))
     with pytest.raises(RetentionBenchError, match="row [0-9]+ of its stream, column 'n': [0-9]+ is odd"):
-        list(shuffled_rows(origin, {"n": even}, random.Random(0), stream=True))
+        list(shuffled_rows(origin, {"n": even}, random.Random(0), Dropped(), stream=True))
 
 
 def test_a_stream_that_breaks_off_is_no_short_data_set(monkeypatch):
@@ -187,13 +206,13 @@ def test_a_stream_that_breaks_off_is_no_short_data_set(monkeypatch):
         datasets, "load_dataset", lambda *args, **kwargs: datasets.IterableDataset.from_generator(broken)
     )
     with pytest.raises(RetentionBenchError, match="'owner/chats' at revision abc.* connection reset"):
-        list(shuffled_rows(Origin("owner/chats", "abc"), {"n": count}, random.Random(0), stream=True))
+        list(shuffled_rows(Origin("owner/chats", "abc"), {"n": count}, random.Random(0), Dropped(), stream=True))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_hub_data_set_needs_a_revision(stream):
     with pytest.raises(UsageError, match="'owner/chats' needs a `revision`.* owner/chats@REVISION"):
-        next(shuffled_rows(Origin("owner/chats"), {"n": count}, random.Random(0), stream=stream))
+        next(shuffled_rows(Origin("owner/chats"), {"n": count}, random.Random(0), Dropped(), stream=stream))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -201,4 +220,4 @@ def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch, stream):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(RetentionBenchError, match=r"'owner/none' at revision abc, .* cannot be read .* local file"):
-        next(shuffled_rows(Origin("owner/none", "abc"), {"n": count}, random.Random(0), stream=stream))
+        next(shuffled_rows(Origin("owner/none", "abc"), {"n": count}, random.Random(0), Dropped(), stream=stream))
