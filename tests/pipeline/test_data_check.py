@@ -147,7 +147,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(suite, model, tmp_path):
     (model / "tokenizer.json").write_text("{")
     path = write(tmp_path / "rows.jsonl", [SHAREGPT])
     store = Store(tmp_path / "store")
-    with pytest.raises(RetentionBenchError, match="tokenizer of .*model could not be loaded") as refused:
+    with pytest.raises(RetentionBenchError, match="tokenizer in .*model could not be loaded") as refused:
         check_data(plan(cell(suite, f"path:{path}"), store), store)
     assert "\n" not in str(refused.value)
 
