@@ -119,7 +119,7 @@ def score_checkpoints(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"The checkpoint {twice!r} is given twice. Give each once.")
-    with exclusive(out):
+    with exclusive(out, "score"):
         file = ScoreFile(out / "scores.jsonl")
         for name, reason in unreadable.items():
             file.add({"checkpoint": name, "error": reason})

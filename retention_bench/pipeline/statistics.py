@@ -97,7 +97,7 @@ def answer(
     else:
         model, corpus = _model(request), _corpus(request)
         stage = statistics_stage(model, request.device, corpus, _layers(request.layers), _shard(request.shard))
-        held = store.find(stage.name, stage.inputs) is not None
+        held = store.holds(stage.name, stage.inputs)
         if request.dry_run:
             place = store.root / stage.name / store.key(stage.name, stage.inputs) / FILE
             return {"file": str(place), "in_store": held}
@@ -163,7 +163,7 @@ def measure(
             progress=progress,
         ).save(folder / FILE)
 
-    return store.get(stage.name, stage.inputs, compute) / FILE
+    return store.get(stage.name, stage.inputs, compute, stage.reads) / FILE
 
 
 def merge(store: Store, files: Sequence[Path]) -> Path:

@@ -150,7 +150,6 @@ def test_a_change_of_content_or_of_the_question_is_scored(zoo, facts, tmp_path):
     [reference] = read_references([str(tmp_path / "model")])[0]
     first = score_checkpoints([reference], facts, tmp_path / "out", OPTIONS)
     shutil.copy(zoo / "gpt2-tuned" / "model.safetensors", tmp_path / "model" / "model.safetensors")
-    batch.model_fingerprint.cache_clear()  # as in another process
     second = score_checkpoints([reference], facts, tmp_path / "out", OPTIONS)
     assert [row["key"] for row in first] != [row["key"] for row in second]
     assert first[0]["samples"] != second[0]["samples"]
@@ -250,7 +249,6 @@ def test_a_checkpoint_that_cannot_be_scored_is_recorded_and_the_others_go_on(zoo
     assert "no model folder" in errors["./nothing"]
     # repaired, it is scored, and no failure of it is left
     shutil.copy(zoo / "gpt2" / "model.safetensors", tmp_path / "cut_off" / "model.safetensors")
-    batch.model_fingerprint.cache_clear()
     repaired = read_references([str(tmp_path / "cut_off")])[0]
     assert [row["task"] for row in score_checkpoints(repaired, facts, tmp_path / "out", OPTIONS)] == TASKS
 

@@ -343,7 +343,7 @@ def test_checkpoints_are_whole_models_with_their_facts(finished):
 def test_an_output_folder_in_use_is_refused_before_anything_runs(small_suite, tmp_path):
     from retention_bench.pipeline.store import exclusive
 
-    with exclusive(tmp_path / "out"), pytest.raises(RetentionBenchError, match="in use by another run"):
+    with exclusive(tmp_path / "out", "evaluate"), pytest.raises(RetentionBenchError, match="in use by another run"):
         evaluate(cell(small_suite), store=Store(tmp_path / "store"), out=tmp_path / "out")
     assert not (tmp_path / "store").exists()
 

@@ -126,12 +126,12 @@ def test_a_full_disk_is_said_plainly_and_keeps_what_was_done(tmp_path, error):
 
 def test_an_output_folder_has_one_run_at_a_time(tmp_path):
     with (
-        exclusive(tmp_path / "out"),
+        exclusive(tmp_path / "out", "evaluate"),
         pytest.raises(RetentionBenchError, match="in use by another run.*--out"),
-        exclusive(tmp_path / "out"),
+        exclusive(tmp_path / "out", "evaluate"),
     ):
         raise AssertionError("two runs had the folder")
-    with exclusive(tmp_path / "out"):
+    with exclusive(tmp_path / "out", "evaluate"):
         pass
 
 
