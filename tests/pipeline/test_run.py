@@ -300,12 +300,16 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     asked = dataclasses.replace(cell(one_model, editor="ft"), paraphrases=4)
     titles = []
     results = evaluate(
-        asked, store=store, out=tmp_path, announce=lambda title, cached: titles.append(title), save_checkpoints=True
+        asked,
+        store=store,
+        out=tmp_path / "out",
+        announce=lambda title, cached: titles.append(title),
+        save_checkpoints=True,
     )
     assert titles[:3] == [
         "known-fact filter and split", "paraphrases for the edits, 4 a fact (own)", "score the base model"
     ]  # fmt: skip
-    facts = FactSet.read(tmp_path / "facts.jsonl")
+    facts = FactSet.read(tmp_path / "out" / "facts.jsonl")
     assert facts == FactSet.read(out / "facts.jsonl")  # whole, whatever is asked
     assert [[p.replace("{}", r.subject) for p in r.paraphrases] for r in seen] == [
         list(f.paraphrases) for f in facts.edited
@@ -314,7 +318,7 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     assert results["paraphrase_questions"] == {"asked": 0, "used_by_edits": 24}
     assert all("paraphrase" not in kinds for kinds in results["stages"].values())
     for name in ("base", "post_edit-0", "post_finetune-0", "control_finetune"):
-        left = FactSet.read(tmp_path / "checkpoints" / name / "facts.jsonl")
+        left = FactSet.read(tmp_path / "out" / "checkpoints" / name / "facts.jsonl")
         assert not any(fact.paraphrases for fact in left.edited)
     console.print_results(results, tmp_path, real="gpt2-xl")
     said = capsys.readouterr().out
