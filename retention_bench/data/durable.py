@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -111,18 +112,18 @@ def seal(folder: Path, name: str, about: Mapping[str, Any], beside: Collection[s
     # As it will be read again: JSON turns keys into texts.
     sealed = json.loads(json.dumps({"format": FORMAT, **about, "files": files}))
     sealed["sha256"] = _own_hash(sealed)
-    write_text(folder / name, json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False))
+    write_text(folder / name, _text(sealed))
     for place, _, _ in os.walk(folder):
         sync(Path(place))
 
 
-def check(folder: Path, name: str, *, hashes: bool) -> dict[str, Any]:
+def check(folder: Path, name: str, *, hash_up_to: float = math.inf) -> dict[str, Any]:
     """Check that a folder is what was sealed: no file changed, missing, too many, or a link.
 
     Args:
         folder: The folder.
         name: The seal's file name.
-        hashes: Whether to take the files' hashes, or to look at their sizes alone.
+        hash_up_to: Of files with more bytes only the size is looked at.
 
     Returns:
         What the seal says.
@@ -132,7 +133,7 @@ def check(folder: Path, name: str, *, hashes: bool) -> dict[str, Any]:
         RetentionBenchError: It may not be read.
     """
     try:
-        return _check(folder, name, hashes)
+        return _check(folder, name, hash_up_to)
     except PermissionError as error:
         raise RetentionBenchError(
             f"{error.filename or folder} may not be read: {error.strerror}. Change its permissions."
@@ -141,7 +142,7 @@ def check(folder: Path, name: str, *, hashes: bool) -> dict[str, Any]:
         raise DamagedError(f"{Path(str(error.filename or folder)).name} cannot be read ({error.strerror})") from error
 
 
-def _check(folder: Path, name: str, hashes: bool) -> dict[str, Any]:
+def _check(folder: Path, name: str, hash_up_to: float) -> dict[str, Any]:
     if not stat.S_ISDIR(folder.stat().st_mode):
         raise DamagedError("it is no folder")
     sealed = _read(folder / name)
@@ -160,8 +161,8 @@ def _check(folder: Path, name: str, hashes: bool) -> dict[str, Any]:
             raise DamagedError(f"{file} is no regular file")
         if found[file].st_size != wanted.size:
             raise DamagedError(f"{file} has {found[file].st_size:,} bytes and should have {wanted.size:,}")
-    for file, wanted in files.items() if hashes else ():
-        if file_sha256(folder / file) != wanted.sha256:
+    for file, wanted in files.items():
+        if wanted.size <= hash_up_to and file_sha256(folder / file) != wanted.sha256:
             raise DamagedError(f"{file} has been changed")
     return sealed
 
@@ -171,7 +172,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise DamagedError(f"{path.name} is no regular file")
     try:
-        sealed = parse_json(read_text(path), path.name)
+        text = read_text(path)
+        sealed = parse_json(text, path.name)
     except RetentionBenchError as error:
         if isinstance(error.__cause__, PermissionError):
             raise error.__cause__ from None
@@ -181,12 +183,16 @@ def _read(path: Path) -> dict[str, Any]:
     if sealed.get("format", 1) != FORMAT:
         raise DamagedError(f"{path.name} is of another version of retention-bench")
     try:
-        if sealed.get("sha256") != _own_hash(sealed):
+        if sealed.get("sha256") != _own_hash(sealed) or text != _text(sealed):
             raise DamagedError(f"{path.name} has been changed")
         checked(_Seal, sealed, path.name)
     except (ValueError, RecursionError, RetentionBenchError) as error:  # not one of ours, however well it is made
         raise DamagedError(f"{path.name} has been changed") from error
     return sealed
+
+
+def _text(sealed: Mapping[str, Any]) -> str:
+    return json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _own_hash(sealed: Mapping[str, Any]) -> str:

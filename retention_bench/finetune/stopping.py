@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -31,7 +32,7 @@ CHECKPOINT_SHARE = 0.05
 LOOKS = "probe-*.jsonl"
 """Files beside the checkpoints that belong to them: what was seen of the model on the way there."""
 
-_SEAL = "retention-bench.json"
+_CURVE, _SEAL = "curve.json", "retention-bench.json"
 _log = logging.getLogger("retention_bench")
 
 
@@ -163,14 +164,15 @@ class StopRule(TrainerCallback):
         self._progress("fine-tune", state.global_step, self._budget, figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the trainer's checkpoint, with the curve in the seal: it is whole now, and damage to it is noticed."""
+        """Put the curve into the trainer's checkpoint and seal it: it is whole now, and damage to it is noticed."""
         assert args.output_dir is not None
         processes.gathered(None)  # each has written its part
         if processes.index():
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         looks = [f"../{path.name}" for path in folder.parent.glob(LOOKS)]
-        seal(folder, _SEAL, {"curve": self.curve}, beside=looks)
+        (folder / _CURVE).write_text(json.dumps(self.curve), encoding="utf-8")
+        seal(folder, _SEAL, {}, beside=looks)
         self._saved = time.monotonic()
         self._cost = self._saved - self._asked
 
@@ -194,7 +196,7 @@ def _resumable(folder: Path) -> tuple[str, list[Any]] | None:
     damaged = []
     for checkpoint in reversed(_checkpoints(folder)):
         try:
-            curve = check(checkpoint, _SEAL, hashes=True)["curve"]
+            check(checkpoint, _SEAL)
         except DamagedError as error:
             if (checkpoint / _SEAL).exists():  # else a kill came before it was whole
                 damaged.append(f"{checkpoint.name} ({error})")
@@ -202,7 +204,7 @@ def _resumable(folder: Path) -> tuple[str, list[Any]] | None:
             continue
         if damaged:
             _log.warning("%s", plain(f"Damaged: {', '.join(damaged)}. The fine-tune goes on from {checkpoint.name}."))
-        return str(checkpoint), curve
+        return str(checkpoint), json.loads((checkpoint / _CURVE).read_text(encoding="utf-8"))
     if damaged:
         _log.warning("%s", plain(f"Damaged: {', '.join(damaged)}. The fine-tune begins anew."))
     return None

@@ -35,6 +35,10 @@ KEPT = 2
 """How many things of one name are kept that were set aside."""
 
 
+class InUseError(RetentionBenchError):
+    """Another run holds what this one wants, and this one does not wait for it."""
+
+
 class _Holder(pydantic.BaseModel):
     pid: int
     host: str
@@ -95,7 +99,7 @@ def held(lock: Path, what: str, *, wait: bool) -> Iterator[None]:
         wait: Whether to wait for another run that holds it, which is said once, or to refuse.
 
     Raises:
-        RetentionBenchError: Another run holds it.
+        InUseError: Another run holds it.
     """
     beside = lock.with_suffix(".holder")
     if os.path.lexists(lock) and not stat.S_ISREG(os.lstat(lock).st_mode):
@@ -106,7 +110,7 @@ def held(lock: Path, what: str, *, wait: bool) -> Iterator[None]:
     except Timeout:
         holder = _holder(beside)
         if not wait:
-            raise RetentionBenchError(
+            raise InUseError(
                 f"{what} is in use by another run: {holder}. Wait for it to end, or give another with --out."
             ) from None
         _log.warning("%s", plain(f"Waiting for {holder}, which is computing {what}."))

@@ -101,7 +101,7 @@ def _check_checkpoints(folder: Path, planned: Plan) -> None:
 
 def _check_checkpoint(folder: Path) -> None:
     try:
-        check(folder, MARK, hashes=True)
+        check(folder, MARK)
     except DamagedError as error:
         raise UsageError(
             f"{folder} would be replaced, and is not what `retention-bench evaluate` wrote there: {error}. Nothing was "
@@ -449,6 +449,8 @@ class _Bench:
         found = self.store.find(self.plan.results.name, self.plan.results.inputs)
         if found is not None:
             self.announce("all stages", True)
+            for stage in self.plan.stages():
+                self.store.inspect(stage.name, stage.inputs)
             return found
         p, facts = self.plan, self.facts
         _ = self.prompts  # announced before the scores that leave their words out

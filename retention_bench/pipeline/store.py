@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -30,12 +31,14 @@ from retention_bench.data import read_json
 from retention_bench.data.durable import DamagedError, canonical, check, file_sha256, remove, seal, sync, write_text
 from retention_bench.display import plain
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.disk import disk_errors, held, set_aside
+from retention_bench.pipeline.disk import InUseError, disk_errors, held, set_aside
 from retention_bench.pipeline.inputs import Input, InputChangedError, unchanged
 
 _log = logging.getLogger("retention_bench")
 
 MANIFEST = "manifest.json"
+LARGE = 2**28
+"""Bytes of a file that is hashed only to be read."""
 NUMERICS = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "lm-eval", "datasets")
 """The packages whose version is a part of every key: another version may compute another result."""
 
@@ -82,11 +85,11 @@ class Store:
     def find(self, stage: str, inputs: Mapping[str, Any]) -> Path | None:
         """The folder of a finished result whose every byte is what was written, or None."""
         folder = self.root / stage / self.key(stage, inputs)
-        return None if self._damage(folder, hashes=True) else folder
+        return None if self._damage(folder) else folder
 
     def holds(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         """Whether a finished result is there, to judge by the sizes of its files: quick, whatever they are."""
-        return not self._damage(self.root / stage / self.key(stage, inputs), hashes=False)
+        return not self._damage(self.root / stage / self.key(stage, inputs), hash_up_to=0)
 
     def get(
         self,
@@ -110,25 +113,18 @@ class Store:
         folder = self.root / stage / key
         partial, work = (folder.with_name(f"{key}.{kind}") for kind in ("partial", "work"))
         with disk_errors(f"the {stage} stage", self.root):
-            if not self._damage(folder, hashes=True):
+            if not self._damage(folder):
                 shutil.rmtree(work, ignore_errors=True)  # of a run that was killed right after it had finished
                 return folder
             if os.path.lexists(folder.parent) and not folder.parent.is_dir():
                 set_aside(folder.parent)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with held(folder.with_name(f"{key}.lock"), f"the {stage} stage", wait=True):
-                damage = self._damage(folder, hashes=True)
+                damage = self._damage(folder)
                 if not damage:  # another run has just finished it
                     return folder
                 if os.path.lexists(folder):
-                    aside = set_aside(folder)
-                    _log.warning(
-                        "%s",
-                        plain(
-                            f"The store's {stage} {key} is damaged: {damage}. It is computed again; what was there is "
-                            f"kept as {aside.name}."
-                        ),
-                    )
+                    self._set_aside(folder, damage, "It is computed again")
                 # What a killed run left behind; nobody works on it, since we hold the lock.
                 remove(partial)
                 partial.mkdir()
@@ -155,7 +151,34 @@ class Store:
                 shutil.rmtree(work, ignore_errors=True)
         return folder
 
-    def _damage(self, folder: Path, *, hashes: bool) -> str | None:
+    def inspect(self, stage: str, inputs: Mapping[str, Any]) -> None:
+        """Say where a result that nobody reads now is damaged, and set it aside: it is computed again when it is read.
+
+        Of large files only the sizes are looked at, since what is not read is not worth the time.
+
+        Raises:
+            RetentionBenchError: It is damaged, and the store cannot be written.
+        """
+        folder = self.root / stage / self.key(stage, inputs)
+        if not os.path.lexists(folder) or not self._damage(folder, hash_up_to=LARGE):
+            return
+        with (
+            disk_errors(f"the {stage} stage", self.root),
+            contextlib.suppress(InUseError),  # whoever computes it sees for himself
+            held(folder.with_name(f"{folder.name}.lock"), f"the {stage} stage", wait=False),
+        ):
+            damage = self._damage(folder, hash_up_to=LARGE)
+            if damage and os.path.lexists(folder):
+                self._set_aside(folder, damage, "The results do not need it; it is computed again when they do")
+
+    def _set_aside(self, folder: Path, damage: str, then: str) -> None:
+        aside = set_aside(folder)
+        about = (
+            f"The store's {folder.parent.name} {folder.name} is damaged: {damage}. {then}; what was there is kept as"
+        )
+        _log.warning("%s", plain(f"{about} {aside.name}."))
+
+    def _damage(self, folder: Path, *, hash_up_to: float = math.inf) -> str | None:
         """Why a folder is no finished result, in a few words; None where it is one."""
         with disk_errors(f"the {folder.parent.name} stage", self.root):
             try:
@@ -163,7 +186,7 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return "it is not there"
             try:
-                found = check(folder, MANIFEST, hashes=hashes)
+                found = check(folder, MANIFEST, hash_up_to=hash_up_to)
             except DamagedError as error:
                 return str(error)
         of = (found.get("stage"), found.get("key"))

@@ -461,13 +461,13 @@ FILES = [
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
-        *((file, "truncated") for file in FILES[:3]),
+        *((file, "truncated") for file in [*FILES[:3], "curve.json"]),
         *(("optimizer.pt", damage) for damage in DAMAGE if damage != "truncated"),
         ("retention-bench.json", "flipped"),
         ("retention-bench.json", "emptied"),
         *(
             pytest.param(file, damage, marks=pytest.mark.slow)
-            for file in [*FILES, "config.json", "retention-bench.json"]
+            for file in [*FILES, "curve.json", "config.json", "retention-bench.json"]
             for damage in DAMAGE
         ),
     ],

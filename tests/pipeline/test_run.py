@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -424,3 +425,168 @@ def test_facts_that_all_begin_with_a_stop_word_are_refused_with_that_reason(smal
     path.write_text(yaml.safe_dump(suite))
     with pytest.raises(RetentionBenchError, match=f"All {len(rows)} facts .* stop word"):
         evaluate(cell(path), store=Store(tmp_path / "store"), out=tmp_path / "out")
+
+
+# What becomes of a finished cell's files
+
+
+@pytest.fixture(scope="module")
+def micro(small_suite, tmp_path_factory):
+    """A cell of seconds that was run: the cell, its store and its results."""
+    root = tmp_path_factory.mktemp("micro")
+    suite = yaml.safe_load(small_suite.read_text())
+    rows = Path(suite["facts"]["source"]).read_text().splitlines(keepends=True)
+    (root / "facts.jsonl").write_text("".join(random.Random(0).sample(rows, 40)))
+    suite["facts"] |= {"source": str(root / "facts.jsonl"), "edited": 2, "intrinsic": 3}
+    settings = suite["models"]["atlas-gpt2"]
+    settings["editors"]["ft"] |= {"edits_per_model": 2, "num_steps": 3}
+    settings["finetunes"]["tulu3"] |= {"train_size": 16, "validation_size": 4, "batch_size": 8, "max_steps": 2}
+    settings["finetunes"]["tulu3"] |= {"eval_every": 1, "max_length": 48, "micro_batch_size": 8}
+    (root / "suite.yaml").write_text(yaml.safe_dump(suite))
+    asked, store = cell(root / "suite.yaml", editor="ft", probe_every=1), Store(root / "store")
+    results = evaluate(asked, store=store, out=root / "out")
+    return asked, store, results
+
+
+def flipped(path, data):
+    path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+
+
+def linked(path, data):
+    target = path.parents[2] / "elsewhere"
+    target.write_bytes(data)
+    path.unlink()
+    path.symlink_to(target)
+
+
+DAMAGE = {
+    "flipped": flipped,
+    "truncated": lambda path, data: path.write_bytes(data[:-2]),
+    "emptied": lambda path, data: path.write_bytes(b""),
+    "deleted": lambda path, data: path.unlink(),
+    "replaced by a link": linked,
+}
+
+
+def files_of(store, planned):
+    """All files of all stages, by stage."""
+    folders = {s.title: store.find(s.name, s.inputs) for s in planned.stages()}
+    return {title: sorted(p for p in folder.rglob("*") if p.is_file()) for title, folder in folders.items()}
+
+
+def timeless(results):
+    return {name: value for name, value in results.items() if name != "timing"}
+
+
+def test_whatever_becomes_of_a_file_of_a_finished_cell_is_said_and_changes_no_result(micro, tmp_path, caplog):
+    asked, store, results = micro
+    planned = plan(asked, store)
+    stages = files_of(store, planned)
+    assert len(stages) == 9
+    assert sum(map(len, stages.values())) > 30
+    for title, paths in list(stages.items())[:-1]:  # the results themselves are gathered again below
+        folder = paths[0].parent if paths[0].parent.parent.parent == store.root else paths[0].parent.parent
+        for path in paths:
+            for kind, damage in DAMAGE.items():
+                if path.stat().st_size > 10**6 and kind not in ("flipped", "truncated"):
+                    continue  # to save time
+                data = path.read_bytes()
+                damage(path, data)
+                caplog.clear()
+                again = evaluate(asked, store=store, out=tmp_path / "out")
+                assert again == results
+                assert f"{path.relative_to(folder)}" in caplog.text, (title, path.name, kind)
+                assert "\n" not in caplog.messages[0]
+                assert not folder.exists()
+                aside = max(
+                    folder.parent.glob(f"{folder.name}.damaged-*"), key=lambda p: int(p.name.rpartition("-")[2])
+                )
+                aside.rename(folder)
+                path.unlink(missing_ok=True)
+                path.write_bytes(data)
+
+
+ROUNDS = [
+    ("known-fact filter and split", "facts.jsonl", "flipped"),
+    ("score the base model", "samples.jsonl", "truncated"),
+    ("ft edit, model 1 of 1", "delta.safetensors", "flipped"),
+    ("gather the results", "results.json", "emptied"),
+    ("tulu3 fine-tune, model 1 of 1", "log.json", "deleted"),
+]
+ALL = [
+    *((title, name, kind) for title, name, _ in ROUNDS for kind in DAMAGE),
+    *(("tulu3 fine-tune, unedited control", "model/model.safetensors", kind) for kind in DAMAGE),
+    *(("tulu3 fine-tune, model 1 of 1", "trajectory.jsonl", kind) for kind in DAMAGE),
+    *(("gather the results", name, kind) for name in ("samples.jsonl", "trajectory.jsonl") for kind in DAMAGE),
+]
+
+
+@pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_what_is_damaged_and_read_is_computed_again_to_the_same_results(micro, tmp_path, caplog, rounds):
+    asked, store, results = micro
+    planned = plan(asked, store)
+    stages = {stage.title: stage for stage in planned.stages()}
+    names = [stage.name for stage in planned.stages()]
+    for title, name, kind in rounds:
+        stage = stages[title]
+        folder = store.find(stage.name, stage.inputs)
+        DAMAGE[kind](folder / name, (folder / name).read_bytes())
+        for after in planned.stages()[names.index(stage.name) + 1 :]:
+            if after.name in ("score", "results") and after is not stage:
+                shutil.rmtree(store.root / after.name / store.key(after.name, after.inputs))
+        caplog.clear()
+        again = evaluate(asked, store=store, out=tmp_path / "out")
+        assert timeless(again) == timeless(results), (title, name, kind)
+        assert f"is damaged: {name}" in caplog.text
+        assert store.find(stage.name, stage.inputs) == folder
+
+
+def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, tmp_path):
+    asked = micro[0]
+    source = tmp_path / "chats.jsonl"
+    rows = [json.dumps({"prompt": f"Say {n}.", "completion": f" {n}"}) + "\n" for n in range(60)]
+    source.write_text("".join(rows))
+    asked = dataclasses.replace(asked, finetune=f"path:{source}", probe_every=0)
+    store = Store(tmp_path / "store")
+
+    def replace(title, cached):
+        if title == "score the base model":
+            source.write_text("".join(rows[::-1]))
+
+    with pytest.raises(RetentionBenchError, match=r"chats\.jsonl was changed while the run went on"):
+        evaluate(asked, store=store, out=tmp_path / "out", announce=replace)
+    assert list((store.root / "edit").glob("*/manifest.json"))
+    assert not list((store.root / "finetune").glob("*/manifest.json"))
+
+
+# Output folders
+
+
+@pytest.mark.parametrize("name", ["facts.jsonl", "notes.txt"])
+def test_an_output_folder_that_is_not_ours_is_refused_before_anything_runs(micro, tmp_path, name):
+    asked, *_ = micro
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds {name}.*--out"):
+        evaluate(asked, store=Store(tmp_path / "store"), out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_checkpoint_that_is_not_ours_is_neither_deleted_nor_overwritten(micro, tmp_path):
+    asked, store, _ = micro
+    out = tmp_path / "out"
+    for _ in range(2):  # what we wrote ourselves is replaced
+        evaluate(asked, store=store, out=out, save_checkpoints=True)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "base", "control_finetune", "post_edit-0", "post_finetune-0"
+    ]  # fmt: skip
+    (out / "checkpoints" / "base" / "notes.txt").write_text("mine")
+    weights = out / "checkpoints" / "post_edit-0" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])  # trained on, and saved in its place
+    for name in ("base", "post_edit-0"):
+        with pytest.raises(UsageError, match=f"checkpoints/{name} would be replaced.*Move it away"):
+            evaluate(asked, store=Store(tmp_path / "store"), out=out, save_checkpoints=True)
+        (out / "checkpoints" / name).rename(tmp_path / name)
+    assert (tmp_path / "base" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "store").exists()
+    evaluate(asked, store=store, out=out, save_checkpoints=True)
