@@ -106,8 +106,9 @@ def seal(folder: Path, name: str, about: Mapping[str, Any], beside: Collection[s
                 f"{folder / file} is no regular file, and nothing else can be kept. Write a file."
             )
     files = {}
-    for file in sorted([*found, *beside]):
+    for file in (*found, *beside):
         sync(folder / file)
+    for file in sorted([*found, *beside]):
         files[file] = {"size": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
     # As it will be read again: JSON turns keys into texts.
     sealed = json.loads(json.dumps({"format": FORMAT, **about, "files": files}))

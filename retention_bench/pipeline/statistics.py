@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retention_bench.errors import UsageError
+from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.cell import Stage
+from retention_bench.pipeline.disk import disk_errors
 from retention_bench.pipeline.inputs import model_inputs
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.planning import VERSIONS, statistics_stage
@@ -86,6 +89,8 @@ def answer(
         raise UsageError(f"--dry-run and --{ways[0].replace('_', '-')} were given together. It is for measuring.")
     if request.inspect:
         return inspect(request.inspect)
+    if request.out:
+        _check_out(request.out)
     if request.merge:
         file = merge(store, request.merge)
     elif request.from_npz:
@@ -105,10 +110,11 @@ def answer(
         memory = int(request.memory * 2**30) if request.memory else None
         file = measure(store, stage, lambda: _load(model, request.device), corpus, memory=memory, progress=progress)
     if request.out:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = request.out.with_name(f".{request.out.name}")
-        shutil.copyfile(file, partial)
-        partial.replace(request.out)
+        with disk_errors("the file for --out", request.out.parent):
+            request.out.parent.mkdir(parents=True, exist_ok=True)
+            partial = request.out.with_name(f".{request.out.name}.{os.getpid()}")
+            shutil.copyfile(file, partial)
+            partial.replace(request.out)
     return {"file": str(file), "in_store": True}
 
 
@@ -271,6 +277,34 @@ def inspect(path: Path) -> dict[str, Any]:
         **measured,
         "layers": layers,
     }
+
+
+def _check_out(path: Path) -> None:
+    """Refuse to write over a file that holds no key statistics.
+
+    Raises:
+        UsageError: There is something else, or there can be no such file.
+    """
+    from retention_bench.editors import KeyStatistics
+
+    remedy = "Give the name of a new file with --out."
+    try:
+        regular = stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"There can be no file {str(path)!r}: {getattr(error, 'strerror', error)}. {remedy}"
+        ) from error
+    try:
+        if regular:
+            KeyStatistics.load(path)
+            return
+    except RetentionBenchError as error:
+        raise UsageError(
+            f"{path} is there already and holds no key statistics. Nothing was touched. {remedy}"
+        ) from error
+    raise UsageError(f"{path} is there already and is no regular file. Nothing was touched. {remedy}")
 
 
 def _load(model: ModelConfig, device: str) -> tuple[Any, Any]:

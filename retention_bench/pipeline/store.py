@@ -176,7 +176,7 @@ class Store:
         about = (
             f"The store's {folder.parent.name} {folder.name} is damaged: {damage}. {then}; what was there is kept as"
         )
-        _log.warning("%s", plain(f"{about} {aside.name}."))
+        _log.warning("%s", plain(f"{about} {aside}."))
 
     def _damage(self, folder: Path, *, hash_up_to: float = math.inf) -> str | None:
         """Why a folder is no finished result, in a few words; None where it is one."""
