@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,15 @@ class Input:
         try:
             if "files" in self.fingerprint:
                 files = _model_files(place)
-                now = {path.name: file_sha256(path) for path in files}
+                now = {path.name: _hash(path) for path in files}
                 planned = self.fingerprint["files"]
             else:
-                files, now, planned = [place], {"": file_sha256(place)}, {"": self.fingerprint["sha256"]}
+                files, now, planned = [place], {"": _hash(place)}, {"": self.fingerprint["sha256"]}
             changed = sorted(name for name in now.keys() | planned.keys() if now.get(name) != planned.get(name))
             found = [path.stat() for path in files]
-        except OSError as error:
+        except (OSError, RetentionBenchError) as error:
             raise InputChangedError(
-                f"{error.filename or place} cannot be read any more ({error.strerror}). Put it back, and run the same "
-                "command again."
+                f"{place} was changed while the run went on: {error} Then run the same command again."
             ) from error
         if changed:
             raise _changed(place / changed[0] if changed[0] else place)
@@ -124,13 +124,17 @@ def model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
 
 def _hash(path: Path) -> str:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RetentionBenchError(f"{path} is no regular file. Put a file in its place.")
         return file_sha256(path)
     except OSError as error:
-        raise RetentionBenchError(f"{path} cannot be read: {error.strerror}. Change its permissions.") from error
+        raise RetentionBenchError(
+            f"{path} cannot be read ({error.strerror}). Put the file there, or change its permissions."
+        ) from error
 
 
 def _model_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
+    return sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and not p.is_dir())
 
 
 def config_file(path: str, revision: str | None) -> Path:

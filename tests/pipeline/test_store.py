@@ -423,6 +423,7 @@ CHANGES = {
     "data and back": ("rows.jsonl", lambda path: (path.write_text("two"), path.write_text("one"))),
     "other weights": ("model/model.safetensors", lambda path: path.write_bytes(b"strange")),
     "one file more": ("model/model.safetensors.index.json", lambda path: path.write_text("{}")),
+    "a pipe": ("model/config.json", lambda path: (path.unlink(), os.mkfifo(path))),
     "one file less": ("model/config.json", lambda path: path.unlink()),
 }
 
@@ -445,8 +446,9 @@ def test_a_stage_whose_inputs_changed_is_not_kept(tmp_path, given_files, change,
         (folder / "out.txt").write_text("of the wrong data")
 
     named = file.rpartition("/")[2]
-    with pytest.raises(RetentionBenchError, match=f"{re.escape(named)} (was changed while|cannot be read any more)"):
+    with pytest.raises(RetentionBenchError, match="was changed while the run went on") as caught:
         store.get("finetune", {}, compute, given_files)
+    assert named in str(caught.value)
     assert store.find("finetune", {}) is None
     assert not [p for p in (tmp_path / "store").rglob("*") if p.name in ("out.txt", "checkpoint")]
 
