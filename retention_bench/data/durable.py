@@ -6,6 +6,7 @@ cost next to nothing to check; a file's hash is taken once in a process, and aga
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -68,6 +69,9 @@ def sync(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that has no such thing for folders
+            raise
     finally:
         os.close(number)
 
@@ -75,9 +79,13 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text to a temporary name, bring it to the disk, then rename it."""
     partial = path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -132,20 +132,20 @@ class Store:
                 try:
                     with unchanged(reads):
                         compute(partial)
+                    about = {
+                        "stage": stage,
+                        "key": key,
+                        "inputs": inputs,
+                        "versions": versions(),
+                        "seconds": round(time.monotonic() - began, 3),
+                        "peak_memory_mib": peak_memory_mib(),
+                    }
+                    seal(partial, MANIFEST, about)
                 except BaseException as error:
                     remove(partial)
                     if isinstance(error, InputChangedError):
                         remove(work)  # it may have begun with what the file was meanwhile
                     raise
-                about = {
-                    "stage": stage,
-                    "key": key,
-                    "inputs": inputs,
-                    "versions": versions(),
-                    "seconds": round(time.monotonic() - began, 3),
-                    "peak_memory_mib": peak_memory_mib(),
-                }
-                seal(partial, MANIFEST, about)
                 partial.rename(folder)
                 sync(folder.parent)
                 shutil.rmtree(work, ignore_errors=True)

@@ -502,6 +502,16 @@ def test_a_full_disk_is_said_plainly_and_keeps_what_was_done(tmp_path, error):
     assert (done / "out.txt").read_text() == "kept"
 
 
+def test_a_disk_that_is_full_while_a_stage_is_sealed_leaves_nothing(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RetentionBenchError, match="The disk is full"):
+        Store(tmp_path).get("edit", {}, write("x"))
+    assert [p.suffix for p in (tmp_path / "edit").iterdir()] == [".lock"]
+
+
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
     def fail(folder):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (28x122)")
