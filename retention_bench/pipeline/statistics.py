@@ -18,7 +18,7 @@ from typing import Any
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.cell import Stage
 from retention_bench.pipeline.disk import disk_errors
-from retention_bench.pipeline.inputs import model_inputs
+from retention_bench.pipeline.inputs import Input, model_inputs
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.planning import VERSIONS, statistics_stage
 from retention_bench.pipeline.rows import Texts
@@ -233,6 +233,8 @@ def import_npz(
             raise UsageError(f"There is no file {path}. Give the .npz file of a layer as LAYER=FILE.")
     hashes = {str(layer): file_sha256(path) for layer, path in sorted(files.items())}
     inputs = {"version": VERSIONS["statistics"], **model_inputs(model, device), "npz": hashes}
+    reads = [Input(str(path), {"sha256": hashes[str(layer)]}) for layer, path in files.items()]
+    reads.append(Input(model.path, inputs["model"]))
 
     def compute(folder: Path) -> None:
         from retention_bench.editors import KeyStatistics
@@ -242,7 +244,7 @@ def import_npz(
         source = ", ".join(path.name for path in files.values())
         KeyStatistics.from_npz(files, model=loaded, tokenizer=tokenizer, source=source, **given).save(folder / FILE)
 
-    return store.get("statistics", inputs, compute) / FILE
+    return store.get("statistics", inputs, compute, reads) / FILE
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -78,9 +78,19 @@ class Store:
         self.root = root
 
     def key(self, stage: str, inputs: Mapping[str, Any]) -> str:
-        """The key of a stage's result: 32 hex digits of the hash of stage, inputs and versions."""
+        """The key of a stage's result: 32 hex digits of the hash of stage, inputs and versions.
+
+        Raises:
+            UsageError: A name among the inputs is not UTF-8, so it could not be written either.
+        """
         text = canonical({"stage": stage, "inputs": inputs, "versions": versions()})
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        try:
+            return hashlib.sha256(text.encode()).hexdigest()[:32]
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.end + 20]
+            raise UsageError(
+                f"A name is not UTF-8: {plain(around)!r}. Rename the file or the folder, or correct the suite."
+            ) from error
 
     def find(self, stage: str, inputs: Mapping[str, Any]) -> Path | None:
         """The folder of a finished result whose every byte is what was written, or None."""

@@ -138,6 +138,11 @@ def test_a_store_that_is_a_file_is_refused(tmp_path):
         Store(tmp_path / "file").get("edit", {}, write("x"))
 
 
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match=r"not UTF-8: .*data.*udcff.*Rename"):
+        Store(tmp_path).key("results", {"finetune": os.fsdecode(b"path:data\xff.jsonl")})
+
+
 def test_inputs_that_are_no_json_are_a_bug(tmp_path):
     with pytest.raises((TypeError, ValueError)):
         Store(tmp_path).key("edit", {"x": float("nan")})
