@@ -171,7 +171,7 @@ def evaluate(
                 "stage": s.name,
                 "title": s.title,
                 "key": store.key(s.name, s.inputs),
-                "in_store": store.find(s.name, s.inputs) is not None,
+                "in_store": store.holds(s.name, s.inputs),
             }
             for s in planned.stages()
         ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import shutil
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from retention_bench.data.durable import DamagedError, check, remove, seal
+from retention_bench.display import plain
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune import processes
 from retention_bench.finetune.base import Metric
@@ -26,7 +29,11 @@ DIVERGED = 3.0
 CHECKPOINT_SHARE = 0.05
 """Writing checkpoints takes this share of a run's time at most: one that took long is not soon followed by another."""
 
-_CURVE = "curve.json"
+LOOKS = "probe-*.jsonl"
+"""Files beside the checkpoints that belong to them: what was seen of the model on the way there."""
+
+_CURVE, _SEAL = "curve.json", "retention-bench.json"
+_log = logging.getLogger("retention_bench")
 
 
 class Point(NamedTuple):
@@ -128,6 +135,10 @@ class StopRule(TrainerCallback):
         affordable = (self._asked - self._saved) * CHECKPOINT_SHARE >= self._cost
         # All processes write at the same steps: the clock of the first decides.
         control.should_save = due and not over and step < self._budget and processes.gathered(affordable)[0]
+        if control.should_save and processes.index() == 0:
+            assert args.output_dir is not None
+            for older in _checkpoints(Path(args.output_dir))[:-1]:  # so that there are never more than two
+                remove(older)
         return control
 
     def on_log(
@@ -153,18 +164,15 @@ class StopRule(TrainerCallback):
         self._progress("fine-tune", state.global_step, self._budget, figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the curve into the trainer's checkpoint, which makes it whole, and remove those before it."""
+        """Put the curve into the trainer's checkpoint and seal it: it is whole now, and damage to it is noticed."""
         assert args.output_dir is not None
         processes.gathered(None)  # each has written its part
         if processes.index():
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        partial = folder / f".{_CURVE}"
-        partial.write_text(json.dumps(self.curve), encoding="utf-8")
-        partial.rename(folder / _CURVE)
-        for other in folder.parent.glob("checkpoint-*"):
-            if other != folder:
-                shutil.rmtree(other)
+        looks = [f"../{path.name}" for path in folder.parent.glob(LOOKS)]
+        (folder / _CURVE).write_text(json.dumps(self.curve), encoding="utf-8")
+        seal(folder, _SEAL, {}, beside=looks)
         self._saved = time.monotonic()
         self._cost = self._saved - self._asked
 
@@ -172,18 +180,37 @@ class StopRule(TrainerCallback):
         """Find the checkpoint to go on from, and take up its curve.
 
         Args:
-            folder: The trainer's output folder. A checkpoint that a kill left half written is removed.
+            folder: The trainer's output folder. What a kill left half written in it, and what is damaged, is removed.
 
         Returns:
-            The checkpoint, or None where there is none.
+            The last checkpoint whose every byte is what was written, or None where there is none.
         """
-        found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        whole = next((checkpoint for checkpoint in reversed(found) if (checkpoint / _CURVE).is_file()), None)
-        processes.gathered(None)  # all have looked
-        if not processes.index():
-            for checkpoint in found:
-                if not (checkpoint / _CURVE).is_file():
-                    shutil.rmtree(checkpoint)
-        points = json.loads((whole / _CURVE).read_text(encoding="utf-8")) if whole else []
+        found = _resumable(folder) if processes.index() == 0 else None
+        whole, points = processes.gathered(found)[0] or (None, [])
         self.curve = [Point(*point) for point in points]
-        return whole
+        return Path(whole) if whole else None
+
+
+def _resumable(folder: Path) -> tuple[str, list[Any]] | None:
+    """The last checkpoint that is whole, and its curve; those after it are removed."""
+    damaged = []
+    for checkpoint in reversed(_checkpoints(folder)):
+        try:
+            check(checkpoint, _SEAL)
+        except DamagedError as error:
+            if (checkpoint / _SEAL).exists():  # else a kill came before it was whole
+                damaged.append(f"{checkpoint.name} ({error})")
+            remove(checkpoint)
+            continue
+        if damaged:
+            _log.warning("%s", plain(f"Damaged: {', '.join(damaged)}. The fine-tune goes on from {checkpoint.name}."))
+        return str(checkpoint), json.loads((checkpoint / _CURVE).read_text(encoding="utf-8"))
+    if damaged:
+        _log.warning("%s", plain(f"Damaged: {', '.join(damaged)}. The fine-tune begins anew."))
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The trainer's checkpoints by their steps."""
+    found = {path: re.fullmatch(r"checkpoint-(\d{1,18})", path.name) for path in folder.glob("checkpoint-*")}
+    return sorted((path for path in found if found[path]), key=lambda path: int(path.name.rpartition("-")[2]))

@@ -126,7 +126,7 @@ def score_checkpoints(
         if len(set(given)) < len(given):
             twice = next(name for name in given if given.count(name) > 1)
             raise UsageError(f"The {what} {twice!r} is given twice. Give each once.")
-    with exclusive(out):
+    with exclusive(out, "score"):
         file = ScoreFile(out / "scores.jsonl")
         failed = {name: [file.add({"checkpoint": name, "error": reason})] for name, reason in unreadable.items()}
         found = _Batch(facts, file, options, announce, progress, process).run(references)

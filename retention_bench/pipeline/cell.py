@@ -8,6 +8,7 @@ from typing import Any
 
 from retention_bench.editors import Editor
 from retention_bench.finetune import Finetune
+from retention_bench.pipeline.inputs import Input
 from retention_bench.pipeline.launching import Launcher
 from retention_bench.pipeline.suite import ModelConfig, Suite
 
@@ -53,11 +54,13 @@ class Stage:
         name: Which stage it is.
         title: The same for people.
         inputs: Everything its result depends on.
+        reads: What it reads from outside the store, itself and not through another stage.
     """
 
     name: str
     title: str
     inputs: Mapping[str, Any]
+    reads: tuple[Input, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def estimate(plan: Plan, store: Store) -> Estimate:
         UsageError: The model lacks a layer that `--freeze` names.
     """
     stages = [*(e.finetune for e in plan.experiments), plan.control]
-    missing = sum(store.find(stage.name, stage.inputs) is None for stage in stages)
+    missing = sum(not store.holds(stage.name, stage.inputs) for stage in stages)
     parameters, trainable = _count(plan)
     adapters = trainable if plan.cell.adapter != "none" else 0
     memory = _FLOAT * (parameters + adapters) + _ADAM * trainable
@@ -63,7 +63,7 @@ def estimate(plan: Plan, store: Store) -> Estimate:
         memory = max(memory // plan.launcher.processes, _FLOAT * (parameters + adapters))
     elif plan.launcher:
         memory += _FLOAT * trainable  # the buckets in which DDP brings gradients together
-    # Two checkpoints lie beside each other for the moment in which the older is removed.
+    # Two checkpoints lie beside each other: the last, and the one before it, in case the last is damaged.
     checkpoint = _FLOAT * (parameters + adapters) + 2 * _FLOAT * trainable
     return Estimate(
         parameters=parameters,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ import yaml
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.tuning import Job
 from retention_bench.progress import Progress
+
+_log = logging.getLogger("retention_bench")
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
@@ -177,6 +180,8 @@ def _finished(job: Job, folder: Path, start: Launcher, progress: Progress) -> bo
                 elif "progress" in message:
                     stage, done, total, figures = message["progress"]
                     progress(stage, done, total, figures)
+                elif "notice" in message:
+                    _log.warning("%s", message["notice"])
                 else:
                     said.append(message)
         finally:
@@ -203,5 +208,5 @@ def _message(line: str) -> dict[str, Any] | None:
         message = json.loads(line)
     except ValueError:
         return None
-    known = ("progress", "error", "out_of_memory", "bug")
+    known = ("progress", "notice", "error", "out_of_memory", "bug")
     return message if isinstance(message, dict) and any(key in message for key in known) else None

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retention_bench.data import read_json
 from retention_bench.editors import FittedEditor, editor_names, make_editor
 from retention_bench.errors import UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
@@ -24,7 +25,7 @@ from retention_bench.finetune import (
     parse_freeze,
 )
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
-from retention_bench.pipeline.inputs import config_file, model_fingerprint, model_inputs, source_fingerprint
+from retention_bench.pipeline.inputs import Input, config_file, model_fingerprint, model_inputs, source_fingerprint
 from retention_bench.pipeline.launching import check_one_gpu, launcher
 from retention_bench.pipeline.store import Store
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
@@ -34,7 +35,7 @@ VERSIONS = {
     "facts": 2,
     "statistics": 2,
     "paraphrases": 2,
-    "fit": 1,
+    "fit": 2,
     "edit": 2,
     "unknown": 1,
     "finetune": 4,
@@ -86,14 +87,19 @@ def plan(cell: Cell, store: Store) -> Plan:
             f"num_processes, in a file for --accelerate-config, to a divisor of {finetune.batch_size}."
         )
     base = model_inputs(model, cell.device)
+    rows = suite.locate(suite.facts.source)
+    pool = Input(rows, source_fingerprint(rows, suite.facts.revision))
+    weights = Input(model.path, base["model"])
+    trained_on = Input(finetune.source, data)
 
-    def stage(name: str, title: str, **inputs: Any) -> Stage:
-        return Stage(name, title, {"version": VERSIONS[name], **base, **inputs})
+    def stage(name: str, title: str, reads: Sequence[Input] = (), **inputs: Any) -> Stage:
+        return Stage(name, title, {"version": VERSIONS[name], **base, **inputs}, tuple(reads))
 
     facts = stage(
         "facts",
         "known-fact filter and split",
-        pool=source_fingerprint(suite.locate(suite.facts.source), suite.facts.revision),
+        [weights, pool],
+        pool=pool.fingerprint,
         **suite.facts.model_dump(include={"margin", "edited", "intrinsic", "config"}),
         seed=cell.seed,
     )
@@ -108,6 +114,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         fit = stage(
             "fit",
             f"{cell.editor} training",
+            [weights, pool],
             facts=facts_key,
             editor=registered,
             settings=_plain(editor),
@@ -116,14 +123,16 @@ def plan(cell: Cell, store: Store) -> Plan:
     paraphrases, source, writer = None, None, None
     if cell.paraphrases:
         check_source(cell.paraphrase_source)
-        source, written = cell.paraphrase_source, {}
+        source, written, reads = cell.paraphrase_source, {}, []
         if source.startswith(MODEL):
             writer_name, writer = suite.model(source.removeprefix(MODEL))
             source = f"{MODEL}{writer_name}"
             written = {"writer": model_fingerprint(writer.path, writer.revision)}
+            reads = [Input(writer.path, written["writer"])]
         paraphrases = stage(
             "paraphrases",
             f"paraphrases for the edits, {cell.paraphrases} a fact ({source})",
+            reads,
             facts=facts_key,
             count=cell.paraphrases,
             source="model" if writer else source,
@@ -136,16 +145,25 @@ def plan(cell: Cell, store: Store) -> Plan:
 
     def score(title: str, checkpoint: Stage | None, group: slice) -> Stage:
         scored = store.key(checkpoint.name, checkpoint.inputs) if checkpoint else None
-        return stage("score", title, checkpoint=scored, facts=facts_key, group=[group.start, group.stop], **augmented)
+        reads = [weights] if checkpoint is None or checkpoint.name == "edit" else []
+        return stage(
+            "score", title, reads, checkpoint=scored, facts=facts_key, group=[group.start, group.stop], **augmented
+        )
 
     unknown = None
     if finetune.asks_base:
-        unknown = stage("unknown", "what the base model does not know", pool=data, config=finetune.config)
+        unknown = stage(
+            "unknown", "what the base model does not know", [weights, trained_on], pool=data, config=finetune.config
+        )
 
     def tuned(title: str, edit: Stage | None, frozen_by: Sequence[Stage] = ()) -> Stage:
+        reads = [weights, trained_on, *([pool] if cell.probe_every else [])]
+        if start:
+            reads.append(Input(str(start.path), source_fingerprint(str(start.path), None)))
         return stage(
             "finetune",
             title,
+            reads,
             edit=store.key("edit", edit.inputs) if edit else None,
             facts=facts_key,
             keywords=suite.facts.keywords,
@@ -171,6 +189,7 @@ def plan(cell: Cell, store: Store) -> Plan:
         edit = stage(
             "edit",
             f"{cell.editor} edit, {label}",
+            [weights],
             facts=facts_key,
             group=[group.start, group.stop],
             statistics=store.key("statistics", statistics.inputs) if statistics else None,
@@ -254,9 +273,8 @@ def statistics_stage(
         RetentionBenchError: The model's files are missing.
     """
     from retention_bench.models import family
-    from retention_bench.models.loading import read_settings
 
-    config = read_settings(config_file(model.path, model.revision).parent)
+    config = _config(model)
     names = family(str(config.get("model_type")))
     layers = sorted(set(layers))
     inputs = {
@@ -267,9 +285,10 @@ def statistics_stage(
         "layers": layers,
         "modules": [f"{names.blocks}.{layer}.{names.projection}" for layer in layers],
     }
+    reads = (Input(model.path, inputs["model"]), Input(corpus.source, inputs["corpus"]))
     if shard is None:
-        return Stage("statistics", "key statistics", inputs)
-    return Stage("statistics", f"key statistics, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)})
+        return Stage("statistics", "key statistics", inputs, reads)
+    return Stage("statistics", f"key statistics, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)}, reads)
 
 
 def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
@@ -280,12 +299,14 @@ def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
     """
     if model.dtype != "float32":
         raise UsageError(f"A fine-tune needs float32 weights, the suite has {model.dtype}. Set `dtype: float32`.")
-    from retention_bench.models.loading import read_settings
-
-    config = read_settings(config_file(model.path, model.revision).parent)
+    config = _config(model)
     count = config.get("num_hidden_layers", config.get("n_layer"))
-    if count is not None and not freeze.needs_edit:
+    if isinstance(count, int) and not freeze.needs_edit:
         freeze.layers(count)
+
+
+def _config(model: ModelConfig) -> dict[str, Any]:
+    return read_json(config_file(model.path, model.revision), dict[str, Any], "model's configuration")
 
 
 def _settings(

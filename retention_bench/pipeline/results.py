@@ -14,9 +14,10 @@ from typing import Any
 
 import retention_bench
 from retention_bench.analysis import Rate, clustered, detectable, detectable_paired, gap, rate, retention
+from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet
 from retention_bench.pipeline.cell import Plan
-from retention_bench.pipeline.store import Store, manifest, read_jsonl, versions, write_text
+from retention_bench.pipeline.store import Store, manifest, read_jsonl, versions
 
 SCHEMA_VERSION = 1
 STAGES = ("base", "post_edit", "post_finetune", "control_finetune")

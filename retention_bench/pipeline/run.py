@@ -7,12 +7,14 @@ import dataclasses
 import functools
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retention_bench.errors import RetentionBenchError
+from retention_bench.data.durable import DamagedError, check, remove, seal, write_text
+from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import (
     MODEL,
     FactSet,
@@ -31,12 +33,15 @@ from retention_bench.pipeline.loading import load, save
 from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import gather
 from retention_bench.pipeline.statistics import measure
-from retention_bench.pipeline.store import Store, exclusive, write_text
+from retention_bench.pipeline.store import MARK, Store, check_output, exclusive
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from retention_bench.editors import KeyStatistics
     from retention_bench.models import WeightDelta
+
+FILES = ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "results.json")
+"""What a run writes into its output folder."""
 
 
 def evaluate(
@@ -63,24 +68,47 @@ def evaluate(
         The results, as written to `results.json`.
 
     Raises:
-        UsageError: The cell names something that does not exist.
+        UsageError: The cell names something that does not exist, or `out` is not ours.
         RetentionBenchError: A stage cannot go on; everything computed before is kept.
     """
+    check_output(out, "evaluate", FILES)
     planned = plan(cell, store)
     check_data(planned, store)
-    with exclusive(out):
+    with exclusive(out, "evaluate", FILES) as output:
+        if save_checkpoints:
+            _check_checkpoints(out / "checkpoints", planned)
         bench = _Bench(planned, store, progress, announce)
         folder = bench.results()
-        for name in ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "results.json"):
-            if not (folder / name).is_file():
-                (out / name).unlink(missing_ok=True)  # another run's, into the same folder
-                continue
-            partial = out / f".{name}"
-            shutil.copyfile(folder / name, partial)
-            partial.replace(out / name)
+        # What is not there this time may be another run's, into the same folder.
+        output.put({name: folder / name if (folder / name).is_file() else None for name in FILES})
         if save_checkpoints:
             bench.save_checkpoints(out / "checkpoints")
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def _check_checkpoints(folder: Path, planned: Plan) -> None:
+    """Refuse to write checkpoints where something lies that we did not write.
+
+    Raises:
+        UsageError: One of them would replace something else.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder, and checkpoints are to be written there. Move it away.")
+    indices = [e.index for e in planned.experiments]
+    edited = [f"{stage}-{index}" for index in indices for stage in ("post_edit", "post_finetune")]
+    for name in ("base", *edited, "control_finetune"):
+        if os.path.lexists(folder / name):
+            _check_checkpoint(folder / name)
+
+
+def _check_checkpoint(folder: Path) -> None:
+    try:
+        check(folder, MARK)
+    except DamagedError as error:
+        raise UsageError(
+            f"{folder} would be replaced, and is not what `retention-bench evaluate` wrote there: {error}. Nothing was "
+            "touched. Move it away, or give another folder with --out."
+        ) from error
 
 
 class _Bench:
@@ -96,13 +124,7 @@ class _Bench:
     def _get(self, stage: Stage, compute: Callable[[Path], None]) -> Path:
         found = self.store.find(stage.name, stage.inputs)
         self.announce(stage.title, found is not None)
-        return found or self.store.get(stage.name, stage.inputs, compute)
-
-    def _found(self, stage: Stage) -> Path:
-        """The folder of a stage that has been run."""
-        folder = self.store.find(stage.name, stage.inputs)
-        assert folder is not None
-        return folder
+        return found or self.store.get(stage.name, stage.inputs, compute, stage.reads)
 
     def _load(self, path: str, revision: str | None) -> tuple[Any, Any]:
         # Training keeps the dtype; the recipes' mixed precision is the fine-tune's own affair.
@@ -135,6 +157,11 @@ class _Bench:
     @functools.cached_property
     def facts(self) -> FactSet:
         """The cell's facts: the edited ones first, then the intrinsic ones."""
+        return FactSet.read(self._facts / "facts.jsonl")
+
+    @functools.cached_property
+    def _facts(self) -> Path:
+        """The folder of the facts and of what the filter counted."""
 
         def compute(folder: Path) -> None:
             suite = self.plan.cell.suite
@@ -175,7 +202,7 @@ class _Bench:
             }
             write_text(folder / "known.json", json.dumps(counts, indent=2))
 
-        return FactSet.read(self._get(self.plan.facts, compute) / "facts.jsonl")
+        return self._get(self.plan.facts, compute)
 
     @functools.cached_property
     def _pool(self) -> Pool:
@@ -197,7 +224,7 @@ class _Bench:
 
     def known(self) -> dict[str, Any]:
         """Counts of the known-fact filter and mean probabilities (the paper's Table 4)."""
-        return json.loads((self._found(self.plan.facts) / "known.json").read_text(encoding="utf-8"))
+        return json.loads((self._facts / "known.json").read_text(encoding="utf-8"))
 
     @functools.cached_property
     def prompts(self) -> dict[str, list[str]]:
@@ -341,7 +368,8 @@ class _Bench:
             requests = [EditRequest.from_fact(f, self.prompts.get(f.id, ())) for f in self.group(experiment).edited]
             self.plan.editor.edit(model, tokenizer, requests, context).save(folder / "delta.safetensors")
 
-        return self.store.get("edit", experiment.edit.inputs, compute) / "delta.safetensors"
+        stage = experiment.edit
+        return self.store.get(stage.name, stage.inputs, compute, stage.reads) / "delta.safetensors"
 
     def tuned(self, stage: Stage, experiment: Experiment | None) -> Path:
         """The folder of a fine-tuned model: a full checkpoint in `model/` and the log."""
@@ -370,7 +398,7 @@ class _Bench:
                 device=cell.device,
                 delta=str(delta) if delta else None,
                 edits=tuple(map(str, edits)),
-                facts=str(self._found(p.facts) / "facts.jsonl"),
+                facts=str(self._facts / "facts.jsonl"),
                 keywords=cell.suite.facts.keywords,
                 unknown=str(unknown) if unknown else None,
                 finetune=parse_finetune(cell.finetune)[0],
@@ -423,6 +451,8 @@ class _Bench:
         found = self.store.find(self.plan.results.name, self.plan.results.inputs)
         if found is not None:
             self.announce("all stages", True)
+            for stage in self.plan.stages():
+                self.store.inspect(stage.name, stage.inputs)
             return found
         p, facts = self.plan, self.facts
         _ = self.prompts  # announced before the scores that leave their words out
@@ -453,13 +483,17 @@ class _Bench:
 
         def put(name: str, facts: FactSet, model: Any, tokenizer: Any) -> None:
             self.announce(f"write checkpoint {name}", False)
-            target = folder / name
-            partial = folder / f".{name}"
-            shutil.rmtree(partial, ignore_errors=True)
+            target, partial, old = folder / name, folder / f"{MARK}.{name}", folder / f"{MARK}.{name}.old"
+            remove(partial)
+            remove(old)
             save(model, tokenizer, partial)
             facts.write(partial / "facts.jsonl")
-            shutil.rmtree(target, ignore_errors=True)
+            seal(partial, MARK, {"written_by": "evaluate"})
+            if os.path.lexists(target):
+                _check_checkpoint(target)
+                target.rename(old)
             partial.rename(target)
+            remove(old)
 
         folder.mkdir(parents=True, exist_ok=True)
         put("base", self.group(None), *self.base())

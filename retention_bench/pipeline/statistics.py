@@ -8,14 +8,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retention_bench.errors import UsageError
+from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.cell import Stage
-from retention_bench.pipeline.inputs import model_inputs
+from retention_bench.pipeline.disk import disk_errors
+from retention_bench.pipeline.inputs import Input, model_inputs
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.planning import VERSIONS, statistics_stage
 from retention_bench.pipeline.rows import Texts
@@ -86,6 +89,8 @@ def answer(
         raise UsageError(f"--dry-run and --{ways[0].replace('_', '-')} were given together. It is for measuring.")
     if request.inspect:
         return inspect(request.inspect)
+    if request.out:
+        _check_out(request.out)
     if request.merge:
         file = merge(store, request.merge)
     elif request.from_npz:
@@ -97,7 +102,7 @@ def answer(
     else:
         model, corpus = _model(request), _corpus(request)
         stage = statistics_stage(model, request.device, corpus, _layers(request.layers), _shard(request.shard))
-        held = store.find(stage.name, stage.inputs) is not None
+        held = store.holds(stage.name, stage.inputs)
         if request.dry_run:
             place = store.root / stage.name / store.key(stage.name, stage.inputs) / FILE
             return {"file": str(place), "in_store": held}
@@ -105,10 +110,11 @@ def answer(
         memory = int(request.memory * 2**30) if request.memory else None
         file = measure(store, stage, lambda: _load(model, request.device), corpus, memory=memory, progress=progress)
     if request.out:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = request.out.with_name(f".{request.out.name}")
-        shutil.copyfile(file, partial)
-        partial.replace(request.out)
+        with disk_errors("the file for --out", request.out.parent):
+            request.out.parent.mkdir(parents=True, exist_ok=True)
+            partial = request.out.with_name(f".{request.out.name}.{os.getpid()}")
+            shutil.copyfile(file, partial)
+            partial.replace(request.out)
     return {"file": str(file), "in_store": True}
 
 
@@ -163,7 +169,7 @@ def measure(
             progress=progress,
         ).save(folder / FILE)
 
-    return store.get(stage.name, stage.inputs, compute) / FILE
+    return store.get(stage.name, stage.inputs, compute, stage.reads) / FILE
 
 
 def merge(store: Store, files: Sequence[Path]) -> Path:
@@ -227,6 +233,8 @@ def import_npz(
             raise UsageError(f"There is no file {path}. Give the .npz file of a layer as LAYER=FILE.")
     hashes = {str(layer): file_sha256(path) for layer, path in sorted(files.items())}
     inputs = {"version": VERSIONS["statistics"], **model_inputs(model, device), "npz": hashes}
+    reads = [Input(str(path), {"sha256": hashes[str(layer)]}) for layer, path in files.items()]
+    reads.append(Input(model.path, inputs["model"]))
 
     def compute(folder: Path) -> None:
         from retention_bench.editors import KeyStatistics
@@ -236,7 +244,7 @@ def import_npz(
         source = ", ".join(path.name for path in files.values())
         KeyStatistics.from_npz(files, model=loaded, tokenizer=tokenizer, source=source, **given).save(folder / FILE)
 
-    return store.get("statistics", inputs, compute) / FILE
+    return store.get("statistics", inputs, compute, reads) / FILE
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -271,6 +279,34 @@ def inspect(path: Path) -> dict[str, Any]:
         **measured,
         "layers": layers,
     }
+
+
+def _check_out(path: Path) -> None:
+    """Refuse to write over a file that holds no key statistics.
+
+    Raises:
+        UsageError: There is something else, or there can be no such file.
+    """
+    from retention_bench.editors import KeyStatistics
+
+    remedy = "Give the name of a new file with --out."
+    try:
+        regular = stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"There can be no file {str(path)!r}: {getattr(error, 'strerror', error)}. {remedy}"
+        ) from error
+    try:
+        if regular:
+            KeyStatistics.load(path)
+            return
+    except RetentionBenchError as error:
+        raise UsageError(
+            f"{path} is there already and holds no key statistics. Nothing was touched. {remedy}"
+        ) from error
+    raise UsageError(f"{path} is there already and is no regular file. Nothing was touched. {remedy}")
 
 
 def _load(model: ModelConfig, device: str) -> tuple[Any, Any]:

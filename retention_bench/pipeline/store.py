@@ -1,57 +1,70 @@
 """The content-addressed store: what a stage computed, under a key made from everything it was computed from.
 
-A stage writes into a folder with a temporary name; the manifest goes in last and the folder is renamed, so a reader
-sees a whole result or none. A lock that the operating system drops with its process keeps two runs from the same work.
+A stage writes into a folder with a temporary name; the manifest, which seals every file's hash, goes in last and the
+folder is renamed, so a reader sees a whole result or none. What was damaged since is set aside and computed again. A
+lock that the operating system drops with its process keeps two runs from the same work.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
+import math
 import os
 import resource
 import shutil
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+import pydantic
 
 from retention_bench import __version__
-from retention_bench.errors import RetentionBenchError
+from retention_bench.data import read_json
+from retention_bench.data.durable import DamagedError, canonical, check, file_sha256, remove, seal, sync, write_text
+from retention_bench.display import plain
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.pipeline.disk import InUseError, disk_errors, held, set_aside
+from retention_bench.pipeline.inputs import Input, InputChangedError, unchanged
 
+_log = logging.getLogger("retention_bench")
+
+MANIFEST = "manifest.json"
+LARGE = 2**28
+"""Bytes of a file that is hashed only to be read."""
 NUMERICS = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "lm-eval", "datasets")
 """The packages whose version is a part of every key: another version may compute another result."""
 
 
 def default_root() -> Path:
-    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache."""
+    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache.
+
+    Raises:
+        UsageError: Neither is there: the user has no home folder.
+    """
     named = os.environ.get("RETENTION_BENCH_STORE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else cache / "retention-bench"
+    try:
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retention-bench"
+    except RuntimeError as error:
+        raise UsageError(
+            "There is no home folder to keep results in: HOME is not set, and the system does not know this user. Set "
+            "RETENTION_BENCH_STORE to a folder for them."
+        ) from error
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of this package and of `NUMERICS`."""
     return {"retention-bench": __version__} | {name: importlib.metadata.version(name) for name in NUMERICS}
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no white space: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Store:
@@ -65,59 +78,129 @@ class Store:
         self.root = root
 
     def key(self, stage: str, inputs: Mapping[str, Any]) -> str:
-        """The key of a stage's result: 32 hex digits of the hash of stage, inputs and versions."""
+        """The key of a stage's result: 32 hex digits of the hash of stage, inputs and versions.
+
+        Raises:
+            UsageError: A name among the inputs is not UTF-8, so it could not be written either.
+        """
         text = canonical({"stage": stage, "inputs": inputs, "versions": versions()})
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        try:
+            return hashlib.sha256(text.encode()).hexdigest()[:32]
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.end + 20]
+            raise UsageError(
+                f"A name is not UTF-8: {plain(around)!r}. Rename the file or the folder, or correct the suite."
+            ) from error
 
     def find(self, stage: str, inputs: Mapping[str, Any]) -> Path | None:
-        """The folder of a finished result, or None."""
+        """The folder of a finished result whose every byte is what was written, or None."""
         folder = self.root / stage / self.key(stage, inputs)
-        return folder if (folder / "manifest.json").is_file() else None
+        return None if self._damage(folder) else folder
 
-    def get(self, stage: str, inputs: Mapping[str, Any], compute: Callable[[Path], None]) -> Path:
-        """The folder of a stage's result, computed now unless it is there already.
+    def holds(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether a finished result is there, to judge by the sizes of its files: quick, whatever they are."""
+        return not self._damage(self.root / stage / self.key(stage, inputs), hash_up_to=0)
+
+    def get(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        compute: Callable[[Path], None],
+        reads: Collection[Input] = (),
+    ) -> Path:
+        """The folder of a stage's result, computed now unless it is there already, and whole.
 
         Args:
             stage: The stage's name.
             inputs: Everything the result depends on, as JSON values.
             compute: Writes the result into the folder it is given.
+            reads: What `compute` reads from outside the store; it must be what the key was made from.
 
         Raises:
-            RetentionBenchError: The store cannot be written, or its disk is full.
+            RetentionBenchError: The store cannot be written, its disk is full, or what is read was changed.
         """
         key = self.key(stage, inputs)
         folder = self.root / stage / key
         partial, work = (folder.with_name(f"{key}.{kind}") for kind in ("partial", "work"))
-        found = self.find(stage, inputs)
-        if found is not None:
-            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed right after it had finished
-            return found
-        with _disk_errors(f"the {stage} stage", self.root):
+        with disk_errors(f"the {stage} stage", self.root):
+            if not self._damage(folder):
+                shutil.rmtree(work, ignore_errors=True)  # of a run that was killed right after it had finished
+                return folder
+            if os.path.lexists(folder.parent) and not folder.parent.is_dir():
+                set_aside(folder.parent)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f"{key}.lock")):
-                if (folder / "manifest.json").is_file():  # another run has just finished it
+            with held(folder.with_name(f"{key}.lock"), f"the {stage} stage", wait=True):
+                damage = self._damage(folder)
+                if not damage:  # another run has just finished it
                     return folder
+                if os.path.lexists(folder):
+                    self._set_aside(folder, damage, "It is computed again")
                 # What a killed run left behind; nobody works on it, since we hold the lock.
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
                 partial.mkdir()
                 began = time.monotonic()
                 try:
-                    compute(partial)
-                except BaseException:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    with unchanged(reads):
+                        compute(partial)
+                    about = {
+                        "stage": stage,
+                        "key": key,
+                        "inputs": inputs,
+                        "versions": versions(),
+                        "seconds": round(time.monotonic() - began, 3),
+                        "peak_memory_mib": peak_memory_mib(),
+                    }
+                    seal(partial, MANIFEST, about)
+                except BaseException as error:
+                    remove(partial)
+                    if isinstance(error, InputChangedError):
+                        remove(work)  # it may have begun with what the file was meanwhile
                     raise
-                manifest = {
-                    "stage": stage,
-                    "key": key,
-                    "inputs": inputs,
-                    "versions": versions(),
-                    "seconds": round(time.monotonic() - began, 3),
-                    "peak_memory_mib": peak_memory_mib(),
-                }
-                write_text(partial / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False))
                 partial.rename(folder)
+                sync(folder.parent)
                 shutil.rmtree(work, ignore_errors=True)
         return folder
+
+    def inspect(self, stage: str, inputs: Mapping[str, Any]) -> None:
+        """Say where a result that nobody reads now is damaged, and set it aside: it is computed again when it is read.
+
+        Of large files only the sizes are looked at, since what is not read is not worth the time.
+
+        Raises:
+            RetentionBenchError: It is damaged, and the store cannot be written.
+        """
+        folder = self.root / stage / self.key(stage, inputs)
+        if not os.path.lexists(folder) or not self._damage(folder, hash_up_to=LARGE):
+            return
+        with (
+            disk_errors(f"the {stage} stage", self.root),
+            contextlib.suppress(InUseError),  # whoever computes it sees for himself
+            held(folder.with_name(f"{folder.name}.lock"), f"the {stage} stage", wait=False),
+        ):
+            damage = self._damage(folder, hash_up_to=LARGE)
+            if damage and os.path.lexists(folder):
+                self._set_aside(folder, damage, "The results do not need it; it is computed again when they do")
+
+    def _set_aside(self, folder: Path, damage: str, then: str) -> None:
+        aside = set_aside(folder)
+        about = (
+            f"The store's {folder.parent.name} {folder.name} is damaged: {damage}. {then}; what was there is kept as"
+        )
+        _log.warning("%s", plain(f"{about} {aside}."))
+
+    def _damage(self, folder: Path, *, hash_up_to: float = math.inf) -> str | None:
+        """Why a folder is no finished result, in a few words; None where it is one."""
+        with disk_errors(f"the {folder.parent.name} stage", self.root):
+            try:
+                os.lstat(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return "it is not there"
+            try:
+                found = check(folder, MANIFEST, hash_up_to=hash_up_to)
+            except DamagedError as error:
+                return str(error)
+        of = (found.get("stage"), found.get("key"))
+        return None if of == (folder.parent.name, folder.name) else f"it is of another stage, {of[0]} {of[1]}"
 
     def scratch(self, stage: str, inputs: Mapping[str, Any]) -> Path:
         """A folder for what a stage has done so far, made where it is missing.
@@ -130,13 +213,15 @@ class Store:
             inputs: As for `get`.
         """
         folder = self.root / stage / f"{self.key(stage, inputs)}.work"
+        if not folder.is_dir():
+            remove(folder)  # a file, or a link to nothing
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished result."""
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    """The manifest of a finished result, from a folder that the store has given out."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def peak_memory_mib() -> int:
@@ -151,59 +236,130 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text to a temporary name, then rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+MARK = ".retention-bench"
+"""Begins the names of the files that mark an output folder as ours."""
+
+
+class _Mark(pydantic.BaseModel):
+    written_by: Literal["evaluate", "score"]
+    files: dict[str, list[str]]
+
+
+class Output:
+    """An output folder that this run holds.
+
+    A file in it is replaced or removed only where its hash stands in the folder's mark: where we wrote it.
+    """
+
+    def __init__(self, directory: Path, mark: _Mark) -> None:
+        self._directory, self._mark = directory, mark
+
+    def put(self, sources: Mapping[str, Path | None]) -> None:
+        """Copy files into the folder.
+
+        Args:
+            sources: By name in the folder; None for a file that must not be there.
+
+        Raises:
+            UsageError: The folder holds a file of that name that we did not write.
+        """
+        check_output(self._directory, self._mark.written_by, tuple(sources))
+        new = {name: [file_sha256(source)] for name, source in sources.items() if source is not None}
+        # A kill may come between any two of these: until all is done, both the old files and the new are ours.
+        both = {name: [*self._mark.files.get(name, []), *new.get(name, [])] for name in self._mark.files | new}
+        self._write(both)
+        for name, source in sources.items():
+            if source is None:
+                (self._directory / name).unlink(missing_ok=True)
+                continue
+            partial = self._directory / f"{MARK}.{name}"
+            partial.unlink(missing_ok=True)
+            shutil.copyfile(source, partial)
+            sync(partial)
+            partial.replace(self._directory / name)
+        sync(self._directory)
+        self._write({name: hashes for name, hashes in self._mark.files.items() if name not in sources} | new)
+
+    def _write(self, files: dict[str, list[str]]) -> None:
+        self._mark = _Mark(written_by=self._mark.written_by, files=files)
+        write_text(self._directory / MARK, self._mark.model_dump_json(indent=2))
+
+
+def check_output(directory: Path, kind: Literal["evaluate", "score"], names: Collection[str] = ()) -> None:
+    """Refuse an output folder that is not ours; nothing is written.
+
+    Args:
+        directory: The folder; ours are those that are not there yet, empty, or marked by a run of the same kind.
+        kind: The command that wants it.
+        names: The files that will be replaced in it.
+
+    Raises:
+        UsageError: It holds something else, or there can be no such folder.
+        RetentionBenchError: It may not be read.
+    """
+    _read_mark(directory, kind, names)
+
+
+def _read_mark(directory: Path, kind: Literal["evaluate", "score"], names: Collection[str]) -> _Mark:
+    remedy = "Give a new or an empty folder with --out."
+    try:
+        found = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        if directory.is_symlink():
+            raise UsageError(f"The output folder {directory} is a link to nothing. {remedy}") from None
+        found = []
+    except NotADirectoryError:
+        raise UsageError(f"The output folder {directory} is a file, or lies below one. {remedy}") from None
+    except PermissionError as error:
+        raise RetentionBenchError(f"The output folder {directory} may not be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"There can be no output folder {str(directory)!r}: {reason}. {remedy}") from error
+    if all(name.startswith(f"{MARK}.") for name in found):  # empty, but for what a killed run left
+        return _Mark(written_by=kind, files={})
+    if MARK not in found:
+        listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise UsageError(
+            f"The output folder {directory} holds {listed}, and `retention-bench {kind}` did not write it. Nothing was "
+            f"touched. {remedy}"
+        )
+    try:
+        mark = read_json(directory / MARK, _Mark)
+    except RetentionBenchError as error:
+        raise UsageError(f"The output folder {directory} has a mark that is not ours: {error} {remedy}") from error
+    if mark.written_by != kind:
+        raise UsageError(
+            f"The output folder {directory} holds what `retention-bench {mark.written_by}` wrote, not {kind}. {remedy}"
+        )
+    for name in set(names) & set(found):
+        path = directory / name
+        ours = stat.S_ISREG(os.lstat(path).st_mode) and file_sha256(path) in mark.files.get(name, ())
+        if not ours:
+            raise UsageError(
+                f"{path} would be replaced, and is not what `retention-bench {kind}` wrote there. Nothing was touched. "
+                "Move it away, or give another folder with --out."
+            )
+    return mark
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold an output folder against other runs.
+def exclusive(directory: Path, kind: Literal["evaluate", "score"], names: Collection[str] = ()) -> Iterator[Output]:
+    """Hold an output folder against other runs, and mark it as ours.
 
     Args:
         directory: The folder; it is made where it's missing.
+        kind: As for `check_output`.
+        names: As for `check_output`.
 
     Raises:
+        UsageError: As `check_output`.
         RetentionBenchError: Another run holds it, or it cannot be written.
     """
-    with _disk_errors("the output folder", directory):
+    check_output(directory, kind, names)
+    with disk_errors("the output folder", directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RetentionBenchError(
-                f"The output folder {directory} is in use by another run. "
-                "Wait for it to end, or give another with --out."
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-@contextlib.contextmanager
-def _disk_errors(what: str, where: Path) -> Iterator[None]:
-    """Say plainly that a disk is full or a folder not writable, whichever library noticed it."""
-    try:
-        yield
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        # safetensors and torch report a failed write as an error of their own that only quotes the cause
-        if (
-            number in (errno.ENOSPC, errno.EDQUOT)
-            or "No space left on device" in str(error)
-            or "os error 28" in str(error)
-        ):
-            raise RetentionBenchError(
-                f"The disk is full: {what} could not be written below {where}. Every stage that had finished is kept; "
-                "free some space, or set RETENTION_BENCH_STORE to a folder on a larger disk, and run the same command "
-                "again."
-            ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or number == errno.EROFS:
-            raise RetentionBenchError(
-                f"{what.capitalize()} could not be written: {error}. Give a folder that can be written."
-            ) from error
-        raise
+        with held(directory / f"{MARK}.lock", f"The output folder {directory}", wait=False):
+            mark = _read_mark(directory, kind, names)
+            if not (directory / MARK).exists():
+                write_text(directory / MARK, mark.model_dump_json(indent=2))
+            yield Output(directory, mark)

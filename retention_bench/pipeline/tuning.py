@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet
 from retention_bench.finetune import Terms, make_finetune
 from retention_bench.pipeline.loading import load, save
-from retention_bench.pipeline.store import write_text
 from retention_bench.progress import Progress
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def tune(job: Job, folder: Path, progress: Progress) -> None:
     import torch
 
     from retention_bench.finetune import processes, train
+    from retention_bench.finetune.stopping import LOOKS
     from retention_bench.models import WeightDelta
 
     torch.manual_seed(job.seed)
@@ -111,7 +112,7 @@ def tune(job: Job, folder: Path, progress: Progress) -> None:
     if job.probe_every:
         # A run that was cut off may have come further than the one that ended. All names are of one length.
         last = f"probe-{log.steps:09}.jsonl"
-        looks = sorted(path for path in work.glob("probe-*.jsonl") if path.name <= last)
+        looks = sorted(path for path in work.glob(LOOKS) if path.name <= last)
         write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
 
 

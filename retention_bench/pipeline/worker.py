@@ -1,14 +1,15 @@
 """One of the processes that `accelerate` starts for a fine-tune.
 
 Run as `python -m retention_bench.pipeline.worker JOB FOLDER`. What it has to say goes to standard output, a JSON object
-a line: `{"progress": [stage, done, total, figures]}`, `{"error": message, "usage": bool}`, `{"out_of_memory": true}` or
-`{"bug": traceback}`.
+a line: `{"progress": [stage, done, total, figures]}`, `{"notice": text}`, `{"error": message, "usage": bool}`,
+`{"out_of_memory": true}` or `{"bug": traceback}`.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.pipeline.disk import disk_errors
 from retention_bench.pipeline.tuning import Job, tune
 from retention_bench.progress import silent
 
@@ -34,12 +36,14 @@ def main(job_file: str, folder: str) -> None:
 
     from retention_bench.finetune import processes
 
+    logging.getLogger("retention_bench").addHandler(_Notices())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
     # The process group, and this process's own GPU. The others wait as long while the first one writes a model.
     PartialState(cpu=job.device == "cpu", timeout=datetime.timedelta(hours=1))
     try:
-        tune(job, Path(folder), silent if processes.index() else _report)
+        with disk_errors("the finetune stage", Path(folder).parent):
+            tune(job, Path(folder), silent if processes.index() else _report)
     except RetentionBenchError as error:
         _fail({"error": str(error), "usage": isinstance(error, UsageError)})
     except torch.OutOfMemoryError:
@@ -50,6 +54,13 @@ def main(job_file: str, folder: str) -> None:
     # At once: in an orderly exit a thread of torch's is now and then destroyed while it runs, and that aborts.
     sys.stdout.flush()
     os._exit(0)
+
+
+class _Notices(logging.Handler):
+    """Hands on what the package has to say: standard error is not ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say({"notice": record.getMessage()})
 
 
 def _end_with_parent() -> None:

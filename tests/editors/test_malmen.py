@@ -602,3 +602,21 @@ def test_a_folder_with_another_fit_is_refused(llama, tmp_path, monkeypatch):
             fit(*llama, tmp_path, dataclasses.replace(QUICK, meta_lr=2e-3))
         with pytest.raises(UsageError, match="fit with facts .* was asked for"):
             fit(*llama, tmp_path, facts=FactSet.of(FACTS.facts[:5]))
+
+
+@pytest.mark.parametrize("file", [malmen.CHECKPOINT, malmen.RESULT])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_a_damaged_fit_is_said_and_begun_anew(llama, tmp_path, monkeypatch, caplog, file, damage):
+    monkeypatch.setattr(malmen, "CHECKPOINT_SECONDS", 0.0)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    fit(*llama, tmp_path / "whole")
+    fit(*llama, tmp_path / "cut", stop_after=2 if file == malmen.CHECKPOINT else None)
+    path = tmp_path / "cut" / file
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[-9] ^= 1
+    path.write_bytes(bytes(data) if damage == "flipped" else bytes(data)[: -5 if damage == "truncated" else 0])
+    assert [done for _, done, *_ in fit(*llama, tmp_path / "cut")] == [1, 2, 3]
+    assert "begins anew" in caplog.text
+    assert (tmp_path / "cut" / malmen.RESULT).read_bytes() == (tmp_path / "whole" / malmen.RESULT).read_bytes()

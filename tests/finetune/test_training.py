@@ -379,26 +379,151 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tune, gpt2, gpt2_tokeni
     assert again == log
 
 
-@pytest.mark.usefixtures("every_checkpoint")
-def test_a_checkpoint_that_is_half_written_is_passed_over(tune, gpt2, gpt2_tokenizer, tmp_path):
-    def cut(stage, done, total, figures=None):
-        if done == 5:
-            raise KeyboardInterrupt
+@pytest.fixture(scope="module")
+def cut_off(make_tokenizer, make_model, tmp_path_factory):
+    """The folder of a run that was cut off after two checkpoints, what begins it anew, and how it ends undisturbed."""
+    from retention_bench.finetune import make_finetune
 
-    start, out = weights(gpt2), tmp_path / "cut"
-    log = tune(gpt2, gpt2_tokenizer, max_steps=6)
-    expected = weights(gpt2)
-    gpt2.load_state_dict(start)
-    with pytest.raises(KeyboardInterrupt):
-        tune(gpt2, gpt2_tokenizer, out=out, given={"progress": cut}, max_steps=6)
-    [whole] = out.glob("checkpoint-*")
-    assert whole.name == "checkpoint-4"
-    shutil.copytree(whole, out / "checkpoint-5")
-    (out / "checkpoint-5" / "curve.json").unlink()
-    (out / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
-    gpt2.load_state_dict(start)
-    assert tune(gpt2, gpt2_tokenizer, out=out, max_steps=6) == log
-    assert same(expected, weights(gpt2))
+    folder = tmp_path_factory.mktemp("cut")
+    tokenizer = make_tokenizer(
+        "gpt2", ["<|user|> user <|assistant|> assistant 0 1 2 3 4 5 6 7 8 9"] * 10, vocab_size=400
+    )
+    rows = ({"messages": [{"role": r, "content": f"{r} {n}"} for r in ("user", "assistant")]} for n in range(48))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = make_finetune(
+        "tulu3",
+        {"source": str(folder / "rows.jsonl"), "train_size": 16, "validation_size": 4, "batch_size": 4}
+        | {"micro_batch_size": 4, "lr": 5e-3, "eval_every": 2, "threshold": 0.01, "max_steps": 6, "max_length": 64},
+    )
+
+    def run(out, cut=None, start=None):
+        model = make_model("gpt2", tokenizer)
+        out.mkdir(exist_ok=True)
+
+        def look(step):
+            (out / f"probe-{step:09}.jsonl").write_text(f"seen at {step}\n")
+
+        def progress(stage, done, total, figures=None):
+            if start is not None:
+                start.append(done)
+            if done == cut:
+                raise KeyboardInterrupt
+
+        log = train(
+            model,
+            tokenizer,
+            task,
+            terms=Terms(),
+            seed=0,
+            output_dir=out,
+            watch=Watch(1, look),
+            progress=progress,
+        )
+        return log, weights(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping, "CHECKPOINT_SHARE", 1e9)
+        log, expected = run(folder / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            run(folder / "cut", cut=5)
+    assert sorted(p.name for p in (folder / "cut").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    return folder / "cut", run, log, expected
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def link(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+DAMAGE = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+    "replaced by a link": link,
+}
+FILES = [
+    "optimizer.pt",
+    "trainer_state.json",
+    "model.safetensors",
+    "rng_state.pth",
+    "scheduler.pt",
+    "training_args.bin",
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *((file, "truncated") for file in [*FILES[:3], "curve.json"]),
+        *(("optimizer.pt", damage) for damage in DAMAGE if damage != "truncated"),
+        ("retention-bench.json", "flipped"),
+        ("retention-bench.json", "emptied"),
+        *(
+            pytest.param(file, damage, marks=pytest.mark.slow)
+            for file in [*FILES, "curve.json", "config.json", "retention-bench.json"]
+            for damage in DAMAGE
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(cut_off, tmp_path, caplog, file, damage):
+    cut, run, log, expected = cut_off
+    shutil.copytree(cut, tmp_path / "cut")
+    DAMAGE[damage](tmp_path / "cut" / "checkpoint-4" / file)
+    heard = []
+    again, trained = run(tmp_path / "cut", start=heard)
+    gone = file == "retention-bench.json" and damage == "deleted"  # as where a kill came before it was written
+    told = [] if gone else ["checkpoint-4", "checkpoint-2"]
+    assert all(name in caplog.text for name in told)
+    assert len(caplog.records) == (0 if gone else 1)
+    assert min(heard) == 3
+    assert again == log
+    assert same(expected, trained)
+
+
+@pytest.mark.parametrize("what", ["both", "a look", "half written", "not ours"])
+def test_where_no_checkpoint_is_whole_the_fine_tune_begins_anew(cut_off, tmp_path, caplog, what):
+    cut, run, log, expected = cut_off
+    out = tmp_path / "cut"
+    shutil.copytree(cut, out)
+    if what == "both":
+        for name in ("checkpoint-2", "checkpoint-4"):
+            flip(out / name / "model.safetensors")
+    elif what == "a look":  # seen on the way to both
+        flip(out / "probe-000000001.jsonl")
+    elif what == "half written":
+        for name in ("checkpoint-2", "checkpoint-4"):
+            (out / name / "retention-bench.json").unlink()
+    else:
+        for name in ("checkpoint-2", "checkpoint-4"):
+            shutil.rmtree(out / name)
+        (out / "checkpoint-6").write_text("a file")
+        (out / "checkpoint-of-mine").mkdir()
+    heard = []
+    again, trained = run(out, start=heard)
+    assert min(heard) == 0
+    assert ("begins anew" in caplog.text) is (what in ("both", "a look"))
+    assert again == log
+    assert same(expected, trained)
+    assert (out / "probe-000000001.jsonl").read_text() == "seen at 1\n"
+
+
+@pytest.mark.usefixtures("every_checkpoint")
+def test_there_are_never_more_than_two_checkpoints(tune, gpt2, gpt2_tokenizer, tmp_path):
+    counts = []
+
+    def count(stage, done, total, figures=None):
+        counts.append(len(list((tmp_path / "work").glob("checkpoint-*"))))
+
+    tune(gpt2, gpt2_tokenizer, out=tmp_path / "work", given={"progress": count}, max_steps=10)
+    assert max(counts) == 2
+    assert len(list((tmp_path / "work").glob("checkpoint-*"))) == 2
 
 
 def test_checkpoints_take_a_small_share_of_the_time(tune, gpt2, gpt2_tokenizer, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import load_model
-from retention_bench.pipeline import Cell, Store, launching, load_suite, plan
+from retention_bench.pipeline import Cell, Store, launching, load_suite, plan, worker
 from retention_bench.pipeline.launching import CONFIGS, launch, launcher
 from retention_bench.pipeline.tuning import Job, tune
 
@@ -276,3 +277,17 @@ def test_lines_of_libraries_are_not_taken_for_messages():
     assert launching._message('{"progress": ["fine-tune", 1, 2, {}]}\n') == {"progress": ["fine-tune", 1, 2, {}]}
     for line in ("loading\n", "{}\n", "[1]\n", "3\n", '{"loss": 1.0}\n', "{broken\n"):
         assert launching._message(line) is None
+
+
+def test_what_a_process_has_to_say_reaches_the_user(tmp_path, monkeypatch, caplog, capsys):
+    worker._Notices().emit(logging.makeLogRecord({"msg": "%s is damaged", "args": ("checkpoint-4",)}))
+    said = capsys.readouterr().out
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho '{said.strip()}'\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(launching.sys, "executable", str(tmp_path / "python"))
+    job = Job(
+        **dict.fromkeys((field.name for field in dataclasses.fields(Job)), None)
+        | {"settings": {"batch_size": 2, "micro_batch_size": 1}, "work": str(tmp_path)}
+    )
+    launch(job, tmp_path, launching.Launcher(tmp_path, {}, 2), lambda *about: None)
+    assert caplog.messages == ["checkpoint-4 is damaged"]

@@ -1,8 +1,10 @@
 import dataclasses
+import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,12 +302,16 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     asked = dataclasses.replace(cell(one_model, editor="ft"), paraphrases=4)
     titles = []
     results = evaluate(
-        asked, store=store, out=tmp_path, announce=lambda title, cached: titles.append(title), save_checkpoints=True
+        asked,
+        store=store,
+        out=tmp_path / "out",
+        announce=lambda title, cached: titles.append(title),
+        save_checkpoints=True,
     )
     assert titles[:3] == [
         "known-fact filter and split", "paraphrases for the edits, 4 a fact (own)", "score the base model"
     ]  # fmt: skip
-    facts = FactSet.read(tmp_path / "facts.jsonl")
+    facts = FactSet.read(tmp_path / "out" / "facts.jsonl")
     assert facts == FactSet.read(out / "facts.jsonl")  # whole, whatever is asked
     assert [[p.replace("{}", r.subject) for p in r.paraphrases] for r in seen] == [
         list(f.paraphrases) for f in facts.edited
@@ -314,7 +320,7 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     assert results["paraphrase_questions"] == {"asked": 0, "used_by_edits": 24}
     assert all("paraphrase" not in kinds for kinds in results["stages"].values())
     for name in ("base", "post_edit-0", "post_finetune-0", "control_finetune"):
-        left = FactSet.read(tmp_path / "checkpoints" / name / "facts.jsonl")
+        left = FactSet.read(tmp_path / "out" / "checkpoints" / name / "facts.jsonl")
         assert not any(fact.paraphrases for fact in left.edited)
     console.print_results(results, tmp_path, real="gpt2-xl")
     said = capsys.readouterr().out
@@ -343,7 +349,7 @@ def test_checkpoints_are_whole_models_with_their_facts(finished):
 def test_an_output_folder_in_use_is_refused_before_anything_runs(small_suite, tmp_path):
     from retention_bench.pipeline.store import exclusive
 
-    with exclusive(tmp_path / "out"), pytest.raises(RetentionBenchError, match="in use by another run"):
+    with exclusive(tmp_path / "out", "evaluate"), pytest.raises(RetentionBenchError, match="in use by another run"):
         evaluate(cell(small_suite), store=Store(tmp_path / "store"), out=tmp_path / "out")
     assert not (tmp_path / "store").exists()
 
@@ -420,3 +426,172 @@ def test_facts_that_all_begin_with_a_stop_word_are_refused_with_that_reason(smal
     path.write_text(yaml.safe_dump(suite))
     with pytest.raises(RetentionBenchError, match=f"All {len(rows)} facts .* stop word"):
         evaluate(cell(path), store=Store(tmp_path / "store"), out=tmp_path / "out")
+
+
+# What becomes of a finished cell's files
+
+
+@pytest.fixture(scope="module")
+def micro(small_suite, tmp_path_factory):
+    """A cell of seconds that was run: the cell, its store and its results."""
+    root = tmp_path_factory.mktemp("micro")
+    suite = yaml.safe_load(small_suite.read_text())
+    rows = Path(suite["facts"]["source"]).read_text().splitlines(keepends=True)
+    (root / "facts.jsonl").write_text("".join(random.Random(0).sample(rows, 40)))
+    suite["facts"] |= {"source": str(root / "facts.jsonl"), "edited": 2, "intrinsic": 3}
+    settings = suite["models"]["atlas-gpt2"]
+    settings["editors"]["ft"] |= {"edits_per_model": 2, "num_steps": 3}
+    settings["finetunes"]["tulu3"] |= {"train_size": 16, "validation_size": 4, "batch_size": 8, "max_steps": 2}
+    settings["finetunes"]["tulu3"] |= {"eval_every": 1, "max_length": 48, "micro_batch_size": 8}
+    (root / "suite.yaml").write_text(yaml.safe_dump(suite))
+    asked, store = cell(root / "suite.yaml", editor="ft", probe_every=1), Store(root / "store")
+    results = evaluate(asked, store=store, out=root / "out")
+    return asked, store, results
+
+
+def flipped(path, data):
+    path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+
+
+def linked(path, data):
+    target = path.parents[2] / "elsewhere"
+    target.write_bytes(data)
+    path.unlink()
+    path.symlink_to(target)
+
+
+DAMAGE = {
+    "flipped": flipped,
+    "truncated": lambda path, data: path.write_bytes(data[:-2]),
+    "emptied": lambda path, data: path.write_bytes(b""),
+    "deleted": lambda path, data: path.unlink(),
+    "replaced by a link": linked,
+}
+
+
+def files_of(store, planned):
+    """All files of all stages, by stage."""
+    folders = {s.title: store.find(s.name, s.inputs) for s in planned.stages()}
+    return {title: sorted(p for p in folder.rglob("*") if p.is_file()) for title, folder in folders.items()}
+
+
+def timeless(results):
+    return {name: value for name, value in results.items() if name != "timing"}
+
+
+@pytest.mark.parametrize("every_way", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_whatever_becomes_of_a_file_of_a_finished_cell_is_said_and_changes_no_result(
+    micro, tmp_path, caplog, every_way
+):
+    asked, store, results = micro
+    planned = plan(asked, store)
+    stages = files_of(store, planned)
+    assert len(stages) == 9
+    ways = itertools.cycle(DAMAGE)  # each file in its own way, or in all
+    count = 0
+    for title, paths in list(stages.items())[:-1]:  # the results themselves are gathered again below
+        folder = store.root / paths[0].relative_to(store.root).parents[-3]
+        for path in paths:
+            for kind in DAMAGE if every_way else [next(ways)]:
+                count += 1
+                data = path.read_bytes()
+                DAMAGE[kind](path, data)
+                caplog.clear()
+                again = evaluate(asked, store=store, out=tmp_path / "out")
+                assert again == results
+                assert f"{path.relative_to(folder)}" in caplog.text, (title, path.name, kind)
+                assert "\n" not in caplog.messages[0]
+                assert not folder.exists()
+                aside = max(
+                    folder.parent.glob(f"{folder.name}.damaged-*"), key=lambda p: int(p.name.rpartition("-")[2])
+                )
+                aside.rename(folder)
+                path.unlink(missing_ok=True)
+                path.write_bytes(data)
+    assert count >= (125 if every_way else 25)
+
+
+ROUNDS = [
+    ("known-fact filter and split", "facts.jsonl", "flipped"),
+    ("score the base model", "samples.jsonl", "truncated"),
+    ("ft edit, model 1 of 1", "delta.safetensors", "flipped"),
+    ("gather the results", "results.json", "emptied"),
+    ("tulu3 fine-tune, model 1 of 1", "log.json", "deleted"),
+]
+ALL = [
+    *((title, name, kind) for title, name, _ in ROUNDS for kind in DAMAGE),
+    *(("tulu3 fine-tune, unedited control", "model/model.safetensors", kind) for kind in DAMAGE),
+    *(("tulu3 fine-tune, model 1 of 1", "trajectory.jsonl", kind) for kind in DAMAGE),
+    *(("gather the results", name, kind) for name in ("samples.jsonl", "trajectory.jsonl") for kind in DAMAGE),
+]
+
+
+@pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_what_is_damaged_and_read_is_computed_again_to_the_same_results(micro, tmp_path, caplog, rounds):
+    asked, store, results = micro
+    planned = plan(asked, store)
+    stages = {stage.title: stage for stage in planned.stages()}
+    names = [stage.name for stage in planned.stages()]
+    for title, name, kind in rounds:
+        stage = stages[title]
+        folder = store.find(stage.name, stage.inputs)
+        DAMAGE[kind](folder / name, (folder / name).read_bytes())
+        for after in planned.stages()[names.index(stage.name) + 1 :]:
+            if after.name in ("score", "results") and after is not stage:
+                shutil.rmtree(store.root / after.name / store.key(after.name, after.inputs))
+        caplog.clear()
+        again = evaluate(asked, store=store, out=tmp_path / "out")
+        assert timeless(again) == timeless(results), (title, name, kind)
+        assert f"is damaged: {name}" in caplog.text
+        assert store.find(stage.name, stage.inputs) == folder
+
+
+def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, tmp_path):
+    asked = micro[0]
+    source = tmp_path / "chats.jsonl"
+    rows = [json.dumps({"prompt": f"Say {n}.", "completion": f" {n}"}) + "\n" for n in range(60)]
+    source.write_text("".join(rows))
+    asked = dataclasses.replace(asked, finetune=f"path:{source}", probe_every=0)
+    store = Store(tmp_path / "store")
+
+    def replace(title, cached):
+        if title == "score the base model":
+            source.write_text("".join(rows[::-1]))
+
+    with pytest.raises(RetentionBenchError, match=r"chats\.jsonl was changed while the run went on"):
+        evaluate(asked, store=store, out=tmp_path / "out", announce=replace)
+    assert list((store.root / "edit").glob("*/manifest.json"))
+    assert not list((store.root / "finetune").glob("*/manifest.json"))
+
+
+# Output folders
+
+
+@pytest.mark.parametrize("name", ["facts.jsonl", "notes.txt"])
+def test_an_output_folder_that_is_not_ours_is_refused_before_anything_runs(micro, tmp_path, name):
+    asked, *_ = micro
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds {name}.*--out"):
+        evaluate(asked, store=Store(tmp_path / "store"), out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_checkpoint_that_is_not_ours_is_neither_deleted_nor_overwritten(micro, tmp_path):
+    asked, store, _ = micro
+    out = tmp_path / "out"
+    for _ in range(2):  # what we wrote ourselves is replaced
+        evaluate(asked, store=store, out=out, save_checkpoints=True)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "base", "control_finetune", "post_edit-0", "post_finetune-0"
+    ]  # fmt: skip
+    (out / "checkpoints" / "base" / "notes.txt").write_text("mine")
+    weights = out / "checkpoints" / "post_edit-0" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])  # trained on, and saved in its place
+    for name in ("base", "post_edit-0"):
+        with pytest.raises(UsageError, match=f"checkpoints/{name} would be replaced.*Move it away"):
+            evaluate(asked, store=Store(tmp_path / "store"), out=out, save_checkpoints=True)
+        (out / "checkpoints" / name).rename(tmp_path / name)
+    assert (tmp_path / "base" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "store").exists()
+    evaluate(asked, store=store, out=out, save_checkpoints=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy
 import pytest
@@ -61,6 +62,29 @@ def test_what_the_store_holds_is_not_measured_again(request_, measured, monkeypa
     assert (found["file"], announced) == (file, [("key statistics", True)])
     assert KeyStatistics.load(tmp_path / "a" / "s.safetensors").measured.texts == 200
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["s.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_text("mine"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.mkdir(),
+        lambda path: os.mkfifo(path),
+        lambda path: path.symlink_to("/dev/null"),
+    ],
+)
+def test_a_file_that_holds_no_key_statistics_is_not_written_over(request_, measured, tmp_path, make):
+    make(tmp_path / "out")
+    kind = os.lstat(tmp_path / "out").st_mode
+    with pytest.raises(UsageError, match="out is there already.*Nothing was touched.*--out"):
+        answer(dataclasses.replace(request_, out=tmp_path / "out"), measured[0])
+    with pytest.raises(UsageError, match="no file.*--out"):
+        answer(dataclasses.replace(request_, out=tmp_path / ("x" * 300)), measured[0])
+    assert os.lstat(tmp_path / "out").st_mode == kind
+    assert not (tmp_path / "out").is_file() or (tmp_path / "out").read_text() in ("mine", "")
+    for _ in range(2):  # what we wrote is written over
+        answer(dataclasses.replace(request_, out=tmp_path / "own.safetensors"), measured[0])
 
 
 def test_a_dry_run_says_where_and_writes_nothing(request_, measured, tmp_path):

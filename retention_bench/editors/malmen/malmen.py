@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.display import plain
 from retention_bench.editors.base import EditContext, EditRequest
 from retention_bench.editors.malmen.fit import Training, load_networks, new_networks, save_networks
 from retention_bench.editors.malmen.steps import (
@@ -29,6 +31,10 @@ from retention_bench.editors.subject import check_requests
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.models import WeightDelta, frozen
+
+T = TypeVar("T")
+
+_log = logging.getLogger("retention_bench")
 
 RESULT = "malmen.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
@@ -96,12 +102,10 @@ class MALMEN:
         generator = context.generator.clone_state()
         about = {**self._fit_settings(), "facts": facts.sha256, "seed": generator.initial_seed()}
         result, checkpoint = folder / RESULT, folder / CHECKPOINT
-        if result.is_file():
-            load_networks(result, model, about)
+        if _whole(result, lambda: load_networks(result, model, about)):
             return
-        if checkpoint.is_file():
-            training = Training.load(checkpoint, model, about, self.meta_lr)
-        else:
+        training = _whole(checkpoint, lambda: Training.load(checkpoint, model, about, self.meta_lr))
+        if training is None:
             networks = new_networks(
                 model, self.layers, rank=self.rank, n_blocks=self.n_blocks, lr=self.lr, generator=generator
             )
@@ -207,6 +211,24 @@ class MALMEN:
                 f"Fact {fact.id!r} has no target_new, so MALMEN cannot train on writing it. Leave it out, or give it "
                 "one."
             )
+
+
+def _whole(path: Path, load: Callable[[], T]) -> T | None:
+    """What a file holds that an earlier run left, or None where there is none; a damaged one is said, and removed.
+
+    Raises:
+        UsageError: It is of another fit.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return load()
+    except UsageError:
+        raise
+    except RetentionBenchError as error:
+        _log.warning("%s", plain(f"The MALMEN fit begins anew: {error}"))
+        path.unlink()
+        return None
 
 
 def _draw(
