@@ -1,12 +1,13 @@
 import copy
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from retention_bench.facts import target_token
-from retention_bench.scoring import Prober, score
+from retention_bench.facts import Fact, FactSet, first_tokens, target_token
+from retention_bench.scoring import Prober, judge_ids, score
 
 OBJECTS = {"capital": ["Paris", "Rome", "Berlin", "Italy"], "born": ["Italy", "Guinea"], "other": ["Japan"]}
 
@@ -36,6 +37,47 @@ def test_a_look_says_what_the_metric_says_and_where_the_probability_is(name, req
         assert probe.top[0][0] == tokenizer.decode([row.argmax().item()])
     assert probes[0].related > 0
     assert probes[3].related == 0  # no objects are known for its relation
+
+
+@pytest.mark.parametrize(
+    ("true", "new"), [("1984", "Paris"), ("Paris", "1984"), ("1984", "75"), ("Paris", "Rome"), ("1984", None)]
+)
+def test_a_lone_space_is_passed_over_and_the_classes_still_add_up_to_one(digit_tokenizer, make_model, true, new):
+    tokenizer = digit_tokenizer
+    model = make_model("llama", tokenizer, std=0.5)
+    fact = Fact("f", "France", "born", "{} was born in", true, target_new=new)
+    [probe] = Prober(model, tokenizer, [fact], {"born": ["1984", "1985", "2001", "Berlin"]}).look()
+    prompt = tokenizer.encode(fact.question)
+    [space] = {first_tokens(text, tokenizer).lead for text in ("1984", "75")}
+
+    def row(ids):
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+
+    behind, further = row(prompt), row([*prompt, *space])
+
+    def chance(text):
+        lead, token = first_tokens(text, tokenizer)
+        return (behind[space[0]] * further[token] if lead else behind[token]).item()
+
+    assert probe.true == pytest.approx(chance(true), rel=1e-4)
+    assert probe.edited == (None if new is None else pytest.approx(chance(new), rel=1e-4))
+    begun = {text[0] if text[0].isdigit() else text: text for text in ("1985", "2001", "Berlin")}  # one for each token
+    others = [text for begins, text in begun.items() if not any(own and own.startswith(begins) for own in (true, new))]
+    assert probe.related == pytest.approx(sum(map(chance, others)), rel=1e-4)
+    assert probe.true + (probe.edited or 0) + probe.related + probe.other == pytest.approx(1.0)
+    [sample] = score(model, tokenizer, FactSet.of([replace(fact, target_true="Rome", target_new=None)]))
+    assert probe.hit == judge_ids(sample.token_ids, fact.target, tokenizer).hit
+
+
+def test_what_stands_behind_a_lone_space_is_shown_with_it(digit_tokenizer, scripted):
+    model = scripted(digit_tokenizer, {" in": " "})
+    model.lm_head.weight.data *= 100
+    fact = Fact("f", "France", "born", "{} was born in", "1984")
+    [probe] = Prober(model, digit_tokenizer, [fact], {}).look()
+    assert probe.top[0][0].startswith(" ")
+    assert len(probe.top[0][0]) > 1
+    assert probe.true == pytest.approx(1 / len(digit_tokenizer), rel=1e-3)
 
 
 def test_a_look_leaves_training_as_it_was(gpt2, gpt2_tokenizer, facts):

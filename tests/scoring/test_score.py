@@ -135,12 +135,16 @@ def test_an_unknown_kind_is_a_usage_error(
         score(speaker, llama_tokenizer, facts, kinds=["paraphrases"])  # type: ignore[list-item]
 
 
-def test_a_target_that_can_never_be_found_is_refused(
-    speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase
+def test_a_fact_that_the_metric_cannot_tell_is_left_out_with_a_warning(
+    speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, facts: FactSet
 ) -> None:
-    fact = Fact(id="nl", subject="it", relation="seat", prompt="The seat of {} is", target_true="The Hague")
-    with pytest.raises(RetentionBenchError, match="'nl'"):
-        score(speaker, llama_tokenizer, FactSet.of([fact]))
+    never = Fact(id="nl", subject="it", relation="seat", prompt="The seat of {} is", target_true="The Hague")
+    long = Fact(id="long", subject="it", relation="seat", prompt="the city of " * 30 + "{} is", target_true="Paris")
+    with pytest.warns(UserWarning, match="2 facts are left out .* stop word .*'nl'.* no room .*'long'"):
+        samples = score(speaker, llama_tokenizer, FactSet.of([never, *facts, long]))
+    assert samples == score(speaker, llama_tokenizer, facts)
+    with pytest.warns(UserWarning, match="1 fact is left out"):
+        assert score(speaker, llama_tokenizer, FactSet.of([never])) == []
 
 
 def test_one_live_model_can_be_scored_again_after_its_weights_changed(
