@@ -85,20 +85,36 @@ def read_lines(path: Path | str, what: str = "file") -> Iterator[tuple[int, str]
     return lines()
 
 
-def parse_json(text: str, place: str) -> Any:
+def parse_json(text: str, place: str, *, whole_characters: bool = True) -> Any:
     """A JSON value, as the standard has it: no NaN, no text that is half a character.
 
     Args:
         text: The JSON.
         place: Where it stands, for the error: a file, or a file and a line.
+        whole_characters: Whether half a character is refused here; else the caller calls `check_characters`.
 
     Raises:
         RetentionBenchError: It is not JSON, or nested too deeply to be read.
     """
     try:
         value = json.loads(text, parse_constant=_no_constant)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise RetentionBenchError(f"{place}: the JSON is nested too deeply to be read.") from error
+    except ValueError as error:
+        raise RetentionBenchError(f"{place}: not JSON: {error}.") from error
+    if whole_characters and ("\\ud" in text or "\\uD" in text):
+        check_characters(value, place)
+    return value
+
+
+def check_characters(value: Any, place: str) -> None:
+    """Refuse a JSON value with a text that is half a character, as none can be written or asked.
+
+    Raises:
+        RetentionBenchError: It has one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise RetentionBenchError(
             f"{place}: a text holds half a character (a lone surrogate, \\ud800 to \\udfff). Correct the text, or "
@@ -106,9 +122,6 @@ def parse_json(text: str, place: str) -> Any:
         ) from error
     except RecursionError as error:
         raise RetentionBenchError(f"{place}: the JSON is nested too deeply to be read.") from error
-    except ValueError as error:
-        raise RetentionBenchError(f"{place}: not JSON: {error}.") from error
-    return value
 
 
 def read_json(path: Path | str, schema: type[T], what: str = "file") -> T:
@@ -153,11 +166,11 @@ def checked(schema: type[T], value: Any, place: str) -> T:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise RetentionBenchError(
-            f"{place}: {f'{where}: ' if where else ''}{first['msg']}, got {_shortened(first['input'])}."
+            f"{place}: {f'{where}: ' if where else ''}{first['msg']}, got {shortened(first['input'])}."
         ) from error
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
     """A value in a few words, however large it is."""
     if isinstance(value, dict):
         return f"an object with {len(value)} keys"

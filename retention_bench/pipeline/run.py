@@ -182,7 +182,8 @@ class _Bench:
     def _pool(self) -> Pool:
         """The suite's pool."""
         suite = self.plan.cell.suite
-        return load_pool(suite.locate(suite.facts.source), suite.facts.revision, suite.facts.config)
+        facts = suite.facts
+        return load_pool(suite.locate(facts.source), facts.revision, facts.config, need_relation=True)
 
     @functools.cached_property
     def _scorable(self) -> tuple[FactSet, LeftOut]:

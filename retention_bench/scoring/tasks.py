@@ -10,7 +10,7 @@ import datasets
 
 import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
-from retention_bench.facts import Fact, FactSet
+from retention_bench.facts import Fact, FactSet, load_pool
 from retention_bench.scoring.metric import DecodedText, judge_ids, judge_text
 
 Kind = Literal["edited", "intrinsic", "paraphrase", "locality"]
@@ -88,7 +88,7 @@ def load_documents(kind: str, facts: str | None = None, **_: Any) -> dict[str, d
             "The retention tasks ask what a facts file says, and none was given. "
             """Add --metadata '{"facts": "FACTS.jsonl"}' with the path of your facts file."""
         )
-    rows = documents(FactSet.read(facts), kind)
+    rows = documents(load_pool(facts).facts, kind)
     return {"test": datasets.Dataset.from_list(rows or [_PLACEHOLDER])}
 
 
