@@ -21,7 +21,7 @@ from retention_bench.scoring.metric import (
 from retention_bench.scoring.probe import Probe, Prober
 from retention_bench.scoring.score import Sample, score, score_lm
 from retention_bench.scoring.stop_words import STOP_WORDS
-from retention_bench.scoring.tasks import KINDS, Kind, judge_document, load_documents, tasks_dir
+from retention_bench.scoring.tasks import KINDS, FactsTask, Kind, judge_document, load_documents, tasks_dir
 from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "STOP_WORDS",
     "DecodedText",
     "Engine",
+    "FactsTask",
     "HFEngine",
     "Kind",
     "LeftOut",

@@ -80,6 +80,8 @@ def is_stop_token(token_id: int, tokenizer: PreTrainedTokenizerBase) -> bool:
 NOT_FOUND = "the object's first token is a stop word or special, which the metric passes over"
 TOO_SHORT = "the object's first content token is one character or digit"
 SAME = "the old and the new object have the same first content token"
+NO_WORD = "the object has no content word"
+SAME_WORD = "the old and the new object have the same first content word"
 TOO_LONG = "a prompt leaves no room for an answer in the model's context"
 
 LeftOut = Mapping[str, tuple[str, ...]]
@@ -122,6 +124,20 @@ def scorable(
             kept.append(fact)
         else:
             dropped[reason].append(fact.id)
+    return FactSet.of(kept), {reason: tuple(ids) for reason, ids in dropped.items()}
+
+
+def scorable_as_text(facts: FactSet) -> tuple[FactSet, LeftOut]:
+    """Leave out the facts that `judge_text` could not tell, for where no tokens are known; else as `scorable`."""
+    kept, dropped = [], defaultdict[str, list[str]](list)
+    for fact in facts:
+        words = [next(_content_words(text), None) for text in (fact.target_true, fact.target_new) if text is not None]
+        if None in words:
+            dropped[NO_WORD].append(fact.id)
+        elif len(words) > len(set(words)):
+            dropped[SAME_WORD].append(fact.id)
+        else:
+            kept.append(fact)
     return FactSet.of(kept), {reason: tuple(ids) for reason, ids in dropped.items()}
 
 

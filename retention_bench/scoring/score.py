@@ -123,7 +123,9 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
     with contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         facts.write(path)
-        manager = TaskManager(include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(path)})
+        manager = TaskManager(
+            include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(path), "judge": "ids"}
+        )
         # Not simple_evaluate: it reseeds every global random generator and starts git and nvidia-smi for its report.
         loaded = manager.load([f"retention_{kind}" for kind in asked])
         result = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=True)
