@@ -278,7 +278,7 @@ def test_lm_evals_cache_of_requests_is_not_asked(
     for number, some in enumerate((facts, FactSet.of(facts.facts[:1]))):
         some.write(tmp_path / f"{number}.jsonl")
         manager = TaskManager(
-            tasks_dir(), include_defaults=False, metadata={"facts": str(tmp_path / f"{number}.jsonl")}
+            include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(tmp_path / f"{number}.jsonl")}
         )
         task = manager.load(["retention_edited"])["tasks"]["retention_edited"]
         task.build_all_requests(cache_requests=True)
