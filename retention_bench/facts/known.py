@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class Knowledge:
     """How well a model knows one fact.
 
-    Where the true target begins with a lone space (see `target.py`), the model is asked twice: behind the prompt for
-    the space, and behind prompt and space for the first content token. So a fact is known where the metric, which
-    passes over the space, would find it.
+    Where the true target begins with a lone space (see `target.py`), the model is asked twice, as the metric passes
+    over the space: right behind the prompt, and behind the space if that is what the model says. What leads by more
+    counts.
 
     Attributes:
         fact: The fact.
-        target: Probability of the true target's first content token, behind the prompt and a lone space if it has one.
+        target: Probability of the true target's first content token, behind the prompt or the lone space.
         runner_up: Probability of the most probable other token there.
-        lead: By how much the lone space leads behind the prompt; 1 where the target has none.
+        lead: By how much the lone space leads behind the prompt, where it is asked behind the space; else 1.
     """
 
     fact: Fact
@@ -115,16 +115,17 @@ def knowledge(
 
     config = getattr(model, "config", None)
     context = config and getattr(config.get_text_config(), "max_position_embeddings", None)
-    # Every token that is asked for: whose it is, behind which ids, and which one.
+    # Every token that is asked for: whose it is, behind which ids, and which one. For a fact these are its first
+    # content token, the lone space, if there is one, and its first content token behind that.
     asked: dict[int, list[tuple[int, list[int], int | None]]] = defaultdict(list)
     for index, fact in enumerate(facts):
         first = first_tokens(fact.target_true, tokenizer)
         prompt = tokenizer.encode(fact.question)
         if context and len(prompt) + len(first.lead) > context:
             continue
-        for place, token in enumerate((*first.lead, first.token)):
+        for place in range(len(first.lead) + 1):
             ids = [*prompt, *first.lead[:place]]
-            asked[len(ids)].append((index, ids, token))
+            asked[len(ids)] += [(index, ids, token) for token in (first.token, *first.lead[place : place + 1])]
     chances: dict[int, list[tuple[float, float]]] = defaultdict(list)
     total, done = sum(map(len, asked.values())), 0
     last: dict[str, Any] = {"logits_to_keep": 1}
@@ -149,7 +150,12 @@ def knowledge(
     def found(index: int, fact: Fact) -> Knowledge:
         if index not in chances:
             return Knowledge(fact, 0.0, 1.0)
-        *lead, (target, runner_up) = chances[index]  # shorter ids come first, so they are in their order
-        return Knowledge(fact, target, runner_up, min((space - other for space, other in lead), default=1.0))
+        ways, lead = [], 1.0
+        for number, (target, runner_up) in enumerate(chances[index]):  # shorter ids come first: in the order asked for
+            if number % 2 == 0:
+                ways.append(Knowledge(fact, target, runner_up, lead))
+            else:
+                lead = min(lead, target - runner_up)
+        return max(reversed(ways), key=lambda way: way.margin)
 
     return [found(index, fact) for index, fact in enumerate(facts)]

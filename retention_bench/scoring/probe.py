@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retention_bench.facts import Fact, FirstTokens, first_tokens
+from retention_bench.facts import Fact, FirstTokens, first_tokens, token_text
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import judge_ids
 from retention_bench.scoring.prefixes import Prompt
@@ -22,11 +22,11 @@ TOP = 5
 class Probe:
     """One fact at one moment of a fine-tune: the token classes of the paper's figure 4.
 
-    The probabilities are those of the first token after the prompt, each object standing for its first content token.
-    Where an object begins with a lone space (see `facts.target`), the space is passed over: in its place stand the
-    tokens behind it, each with the space's probability times its own. So the probabilities add up to 1 under any
-    tokenizer, unless the old object and the new one begin with the same token. Where the model puts out no number, as
-    one that diverged, they are None and `top` is empty.
+    The probabilities are those of the token right after the prompt, each object standing for its first content token.
+    Where one of a fact's objects begins with a lone space (see `facts.target`), the space is passed over, as by the
+    metric: the tokens behind it take its probability. So they add up to 1 under any tokenizer, unless the old object
+    and the new one begin with the same token. Where the model puts out no number, as one that diverged, they are None
+    and `top` is empty.
 
     Attributes:
         fact_id: The fact.
@@ -36,7 +36,7 @@ class Probe:
         edited: Probability of the new object; None for an intrinsic fact.
         related: Of all other objects of the same relation.
         other: Of all other tokens.
-        top: The most probable tokens and their probabilities, `TOP` of them; those behind a lone space with the space.
+        top: The most probable tokens and their probabilities, `TOP` of them.
     """
 
     fact_id: str
@@ -72,7 +72,9 @@ class Prober:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._facts = list(facts)
-        starts = {relation: _starts(texts, tokenizer) for relation, texts in objects.items()}
+        starts = {
+            relation: {first_tokens(text, tokenizer) for text in set(texts)} for relation, texts in objects.items()
+        }
         self._classes = [_Classes.of(fact, starts.get(fact.relation, set()), tokenizer) for fact in self._facts]
 
     @torch.inference_mode()
@@ -103,78 +105,66 @@ class Prober:
     def _probe(self, fact: Fact, classes: _Classes, rows: Sequence[torch.Tensor], answer: Sequence[int]) -> Probe:
         kind = "intrinsic" if fact.target_new is None else "edited"
         hit = judge_ids(answer, fact.target, self._tokenizer).hit
-        if not all(row.isfinite().all() for row in rows):
+        row = _passing_over(classes.leads, rows)
+        if not row.isfinite().all():
             return Probe(fact.id, kind, hit, None, None, None, None, ())
-        chances = _chances(classes.leads, rows)
-        true, new, related = (
-            [
-                classes.leads.index(start.lead) * len(rows[0]) + start.token
-                for start in starts
-                if start.token is not None
-            ]
-            for starts in (classes.true, classes.new, classes.related)
-        )
-        top = chances.topk(TOP)
+        true, new, related = classes.true, classes.new, classes.related
+        named = sorted({true, *([] if new is None else [new]), *related})
+        top = row.topk(TOP)
         return Probe(
             fact_id=fact.id,
             kind=kind,
             hit=hit,
-            true=chances[true].sum().item(),
-            edited=None if fact.target_new is None else chances[new].sum().item(),
-            related=chances[related].sum().item(),
-            other=max(0.0, 1.0 - chances[sorted({*true, *new, *related})].sum().item()),
+            true=row[true].item(),
+            edited=None if new is None else row[new].item(),
+            related=row[related].sum().item(),
+            other=max(0.0, 1.0 - row[named].sum().item()),
             top=tuple(
-                (self._text(classes.leads[place // len(rows[0])], place % len(rows[0])), value)
-                for place, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                (token_text(token, self._tokenizer), value)
+                for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             ),
         )
-
-    def _text(self, lead: Sequence[int], token: int) -> str:
-        return str(self._tokenizer.decode([*lead, token], clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
 class _Classes:
-    """How a fact's objects begin.
+    """The tokens that stand for a fact's objects.
 
     Attributes:
-        true: The original object.
-        new: The new one, if there is one.
-        related: Other objects of the same relation.
+        true: For the original object.
+        new: For the new one, if there is one.
+        related: For other objects of the same relation.
         leads: What is read behind the prompt: nothing, and the lone space where an object begins with one.
     """
 
-    true: list[FirstTokens]
-    new: list[FirstTokens]
-    related: list[FirstTokens]
+    true: int
+    new: int | None
+    related: list[int]
     leads: list[tuple[int, ...]]
 
     @classmethod
     def of(cls, fact: Fact, objects: Set[FirstTokens], tokenizer: PreTrainedTokenizerBase) -> _Classes:
-        true, new = sorted(_starts([fact.target_true], tokenizer)), sorted(_starts([fact.target_new], tokenizer))
-        leads = {start.lead[:end] for start in {*true, *new, *objects} for end in range(len(start.lead) + 1)}
-        return cls(true, new, sorted(objects - {*true, *new}), sorted({(), *leads}))
+        starts = {
+            text: first_tokens(text, tokenizer) for text in (fact.target_true, fact.target_new) if text is not None
+        }
+        true = starts[fact.target_true].token
+        new = None if fact.target_new is None else starts[fact.target_new].token
+        assert true is not None  # facts that the metric cannot find have been left out
+        every = objects | set(starts.values())
+        leads = {start.lead[:end] for start in every for end in range(len(start.lead) + 1)}
+        related = {start.token for start in objects if start.token is not None} - {true, new}
+        return cls(true, new, sorted(related), sorted(leads))
 
 
-def _starts(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> set[FirstTokens]:
-    found = {first_tokens(text, tokenizer) for text in set(texts) if text is not None}
-    return {start for start in found if start.token is not None}
-
-
-def _chances(leads: Sequence[tuple[int, ...]], rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Probabilities of what comes first, a lone space passed over.
+def _passing_over(leads: Sequence[tuple[int, ...]], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Probabilities of the token that comes first where lone spaces are passed over, (vocabulary).
 
     Args:
-        leads: Sorted, so that each follows those that it begins with.
+        leads: What is passed over; sorted, so that each follows those that it begins with. The first is empty.
         rows: Probabilities of the token behind the prompt and each of them, (vocabulary).
-
-    Returns:
-        (leads x vocabulary): of a token behind a lead, lead and all; 0 for a token that is passed over itself.
     """
-    chances: dict[tuple[int, ...], torch.Tensor] = {}
-    for lead, row in zip(leads, rows, strict=True):
-        share = chances[lead[:-1]][lead[-1]].item() if lead else 1.0
-        if lead:
-            chances[lead[:-1]][lead[-1]] = 0.0
-        chances[lead] = row * share
-    return torch.cat([chances[lead] for lead in leads])
+    chances: dict[tuple[int, ...], torch.Tensor] = {(): rows[0].clone()}
+    for lead, row in zip(leads[1:], rows[1:], strict=True):
+        chances[lead] = row * chances[lead[:-1]][lead[-1]]
+        chances[lead[:-1]][lead[-1]] = 0.0
+    return torch.stack([*chances.values()]).sum(0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retention_bench.facts import Fact, FactSet, first_tokens, target_token
+from retention_bench.facts import Fact, FactSet, first_tokens, knowledge, target_token
 from retention_bench.scoring import Prober, judge_ids, score
 
 OBJECTS = {"capital": ["Paris", "Rome", "Berlin", "Italy"], "born": ["Italy", "Guinea"], "other": ["Japan"]}
@@ -57,8 +57,8 @@ def test_a_lone_space_is_passed_over_and_the_classes_still_add_up_to_one(digit_t
     behind, further = row(prompt), row([*prompt, *space])
 
     def chance(text):
-        lead, token = first_tokens(text, tokenizer)
-        return (behind[space[0]] * further[token] if lead else behind[token]).item()
+        token = first_tokens(text, tokenizer).token
+        return (behind[token] + behind[space[0]] * further[token]).item()
 
     assert probe.true == pytest.approx(chance(true), rel=1e-4)
     assert probe.edited == (None if new is None else pytest.approx(chance(new), rel=1e-4))
@@ -70,14 +70,31 @@ def test_a_lone_space_is_passed_over_and_the_classes_still_add_up_to_one(digit_t
     assert probe.hit == judge_ids(sample.token_ids, fact.target, tokenizer).hit
 
 
-def test_what_stands_behind_a_lone_space_is_shown_with_it(digit_tokenizer, scripted):
-    model = scripted(digit_tokenizer, {" in": " "})
+def test_a_lone_space_that_is_passed_over_is_not_among_the_most_probable(digit_tokenizer, scripted):
+    model = scripted(digit_tokenizer, {" in": " ", " ": "1"})
     model.lm_head.weight.data *= 100
-    fact = Fact("f", "France", "born", "{} was born in", "1984")
+    fact = Fact("f", "France", "born", "{} was born in", "1984", "2001")
     [probe] = Prober(model, digit_tokenizer, [fact], {}).look()
-    assert probe.top[0][0].startswith(" ")
-    assert len(probe.top[0][0]) > 1
-    assert probe.true == pytest.approx(1 / len(digit_tokenizer), rel=1e-3)
+    assert probe.top[0] == ("1", pytest.approx(1.0))
+    assert (probe.hit, probe.true, probe.edited) == (False, pytest.approx(1.0), pytest.approx(0.0, abs=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("script", "hit"),
+    [
+        ({" in": " ", " ": "1"}, True),
+        ({" in": " ", " ": "2"}, False),
+        ({" in": " Paris", " ": "1"}, False),  # a year only if one is asked for
+        ({" in": "1"}, True),  # without a space, as behind a prompt in Chinese
+    ],
+)
+def test_the_filter_knows_what_the_metric_answers(digit_tokenizer, scripted, script, hit):
+    model = scripted(digit_tokenizer, script)
+    fact = Fact("f", "France", "born", "{} was born in", "1984")
+    [known] = knowledge(model, digit_tokenizer, FactSet.of([fact]))
+    [probe] = Prober(model, digit_tokenizer, [fact], {}).look()
+    assert (known.margin > 0) is hit
+    assert probe.hit is hit
 
 
 def test_a_look_leaves_training_as_it_was(gpt2, gpt2_tokenizer, facts):
