@@ -209,7 +209,7 @@ class _Reader:
             raise self._error(number, f"{_what(record)}. A facts file has a JSON object a line")
         fields = shortened(record)
         if isinstance(record, Mapping):
-            fields = f"the fields {', '.join(sorted(map(str, record)))}"
+            fields = f"the fields {', '.join(key if key.isprintable() else repr(key) for key in sorted(record))}"
             fields = fields if len(fields) <= 300 else f"{fields[:300]}..."
         known = "; ".join(f"{form.name}: {', '.join(form.fields)}" for form in FORMS)
         raise self._error(number, f"no form of facts has {fields}. The forms, and the fields that tell them: {known}")

@@ -396,6 +396,7 @@ def test_records_of_no_form_are_refused_with_the_forms_there_are(write):
         ("facts.json", "{", RetentionBenchError, "line 1: not JSON: .*a JSON object a line"),
         ("facts.json", "{}", RetentionBenchError, "line 1: no form of facts has the fields"),
         ("facts.json", "[]", RetentionBenchError, "holds no facts"),
+        ("facts.json", '[{"a\\n": 1}]', RetentionBenchError, r"no form of facts has the fields 'a\\n'"),
         ("facts.json", "[1]", RetentionBenchError, "record 1: no form of facts has 1"),
         ("facts.jsonl", "", RetentionBenchError, "holds no facts"),
         ("facts.jsonl", json.dumps(OURS) + "\n\n{", RetentionBenchError, "line 3: not a fact: not JSON"),
