@@ -31,7 +31,7 @@ from retention_bench.facts import Fact, FactSet, disjoint_split, knowledge, read
 from retention_bench.models import load_model
 from retention_bench.pipeline import load_suite
 from retention_bench.pipeline.rows import Texts
-from retention_bench.scoring import is_scorable, score
+from retention_bench.scoring import scorable, score
 
 GRID_SEED = 7
 SHOWN = {
@@ -83,12 +83,8 @@ def main(name: str, table: str, editors: str = "", seeds: str = "0,1,2,3,4") -> 
     suite = load_suite("atlas")
     name, config = suite.model(name)
     model, tokenizer = load_model(config.path)
-    pool = [
-        fact
-        for fact in read_pool(suite.locate(suite.facts.source))
-        if is_scorable(fact.target_true, tokenizer) and is_scorable(fact.target_new, tokenizer)
-    ]
-    known = FactSet.of(k.fact for k in knowledge(model, tokenizer, FactSet.of(pool)) if k.margin >= suite.facts.margin)
+    pool, _ = scorable(read_pool(suite.locate(suite.facts.source)), tokenizer)
+    known = FactSet.of(k.fact for k in knowledge(model, tokenizer, pool) if k.margin >= suite.facts.margin)
     print(f"{name}: {len(known)} of {len(pool)} facts known")
     texts = Texts(suite.locate(suite.statistics.source), None, None, suite.statistics.texts)
     statistics = collect_key_statistics(model, tokenizer, texts, range(4), max_length=suite.statistics.max_length)

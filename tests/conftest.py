@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,16 +25,21 @@ def train_tokenizer(
     specials: Sequence[str] = (),
     vocab_size: int = 1000,
     min_frequency: int = 0,
+    digits: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE.
 
     `family` is `"gpt2"`, whose `<|endoftext|>` is BOS, EOS and unknown in one and is put in front of nothing, or
     `"llama"`, whose BOS `<|begin|>` is put in front of every text and whose EOS is `<|end|>`. Neither has a padding
-    token unless `pad` gives one; `specials` are further special tokens.
+    token unless `pad` gives one; `specials` are further special tokens. With `digits` each digit is a token, and the
+    space before a number one of its own, as with Qwen's.
     """
     begin, end = ("<|endoftext|>", "<|endoftext|>") if family == "gpt2" else ("<|begin|>", "<|end|>")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        alone = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -6,8 +6,10 @@ What is in a file is never executed, and nothing but a regular file is opened.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import math
 import os
 import stat
 import zlib
@@ -24,6 +26,79 @@ T = TypeVar("T")
 _BOM = b"\xef\xbb\xbf"
 
 
+def locate(path: Path | str) -> Path | None:
+    """What a path leads to: a file, a folder or whatever else is there; None where nothing is.
+
+    Args:
+        path: As a user gave it; `~` stands for the home folder.
+
+    Raises:
+        UsageError: It holds a NUL, begins with `~` where there is no home folder, or cannot be looked at.
+    """
+    if not str(path):
+        raise UsageError("A path must not be empty.")
+    try:
+        found = Path(path).expanduser()
+        found.stat()
+    except (ValueError, RuntimeError) as error:  # NUL; "~" without a home
+        raise UsageError(f"No path can be {shortened(str(path))}: {str(error).rstrip('.')}. Correct it.") from error
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise UsageError(f"{cut(str(path))} cannot be read: {error.strerror}. Correct the path.") from error
+    return found
+
+
+def output_folder(path: Path | str) -> Path:
+    """The path of a folder to write into, which may be missing yet, as are those above it.
+
+    Args:
+        path: As a user gave it; `~` stands for the home folder.
+
+    Raises:
+        UsageError: A file stands there, or where a folder above it should be; or no folder can have such a name.
+    """
+    if (found := locate(path)) is not None:
+        if not found.is_dir():
+            raise UsageError(f"{path} is a file, where a folder is needed. Give the path of a folder, or a new one.")
+        return found
+    asked = _nameable(path)
+    for above in (asked, *asked.parents):
+        if above.is_symlink() and not above.exists():
+            raise UsageError(f"There can be no folder {path}: {above} is a link to nothing. Give another path.")
+        if above.is_dir():
+            break
+        if above.exists():
+            raise UsageError(f"There can be no folder {path}: {above} is a file. Give another path.")
+    return asked
+
+
+def output_file(path: Path | str) -> Path:
+    """The path of a file to write, which may be there already, in a folder that is.
+
+    Args:
+        path: As a user gave it; `~` stands for the home folder.
+
+    Raises:
+        UsageError: A folder, a pipe or a device stands there, the folder is missing, or no file can have such a name.
+    """
+    if locate(path) is not None:
+        return find_file(path, "file to write")
+    asked = _nameable(path)
+    if not asked.parent.is_dir():
+        raise UsageError(
+            f"There is no folder {asked.parent} to write {asked.name} into. Make it, or give another path."
+        )
+    return asked
+
+
+def _nameable(path: Path | str) -> Path:
+    asked = Path(path).expanduser()
+    if len(os.fsencode(asked)) > 4000 or any(len(os.fsencode(part)) > 250 for part in asked.parts):
+        raise UsageError(f"No file or folder can have so long a name as {cut(str(path))}. Give a shorter one.")
+    return asked
+
+
 def find_file(path: Path | str, what: str = "file") -> Path:
     """The path of a regular file, or of a link to one.
 
@@ -34,12 +109,13 @@ def find_file(path: Path | str, what: str = "file") -> Path:
     Raises:
         UsageError: There is none of that name, it is a folder, a pipe or a device, or no file can have such a name.
     """
-    shown = str(path)
+    shown = cut(str(path))
     try:
         found = Path(path).expanduser()
         mode = found.stat().st_mode
     except (ValueError, RuntimeError) as error:  # NUL; "~" without a home
-        raise UsageError(f"There is no {what} at {shown!r}: {error}. Correct the path.") from error
+        reason = str(error).rstrip(".")
+        raise UsageError(f"There is no {what} at {shown!r}: {reason}. Correct the path.") from error
     except FileNotFoundError as error:
         raise UsageError(f"There is no {what} at {shown}. Correct the path, or put the file there.") from error
     except OSError as error:
@@ -97,17 +173,27 @@ def parse_json(text: str, place: str, *, halves: bool = False) -> Any:
         RetentionBenchError: It is not JSON, or nested too deeply to be read.
     """
     try:
-        value = json.loads(text, parse_constant=_no_constant)
-        if not halves and ("\\ud" in text or "\\uD" in text) and has_half(value):
-            raise RetentionBenchError(
-                f"{place}: a text holds half a character (a lone surrogate, \\ud800 to \\udfff). Correct the text, or "
-                "leave the row out."
-            )
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        if not halves and ("\\ud" in text or "\\uD" in text):
+            check_characters(value, place)
     except RecursionError as error:
         raise RetentionBenchError(f"{place}: the JSON is nested too deeply to be read.") from error
     except ValueError as error:
         raise RetentionBenchError(f"{place}: not JSON: {error}.") from error
     return value
+
+
+def check_characters(value: Any, place: str) -> None:
+    """Refuse a JSON value with a text that is half a character, as none can be written or asked.
+
+    Raises:
+        RetentionBenchError: It has one.
+    """
+    if has_half(value):
+        raise RetentionBenchError(
+            f"{place}: a text holds half a character (a lone surrogate, \\ud800 to \\udfff). Correct the text, or "
+            "leave the row out."
+        )
 
 
 def has_half(value: Any) -> bool:
@@ -161,18 +247,26 @@ def checked(schema: type[T], value: Any, place: str) -> T:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise RetentionBenchError(
-            f"{place}: {f'{where}: ' if where else ''}{first['msg']}, got {_shortened(first['input'])}."
+            f"{place}: {f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}, got "
+            f"{shortened(first['input'])}."
         ) from error
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
     """A value in a few words, however large it is."""
     if isinstance(value, dict):
         return f"an object with {len(value)} keys"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    try:
+        return cut(repr(value), 60)
+    except ValueError:  # Python writes out no more than some thousand digits
+        return "a number of thousands of digits"
+
+
+def cut(text: str, length: int = 300) -> str:
+    """A text, its end left out where it is longer."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -204,3 +298,10 @@ def _decoded(data: bytes, place: str, line: int | None = None) -> str:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number that JSON knows")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{cut(text, 60)} is larger than any number here may be")
+    return value

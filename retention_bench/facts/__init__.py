@@ -5,12 +5,13 @@ from retention_bench.facts.known import Knowledge, Remaining, knowledge, known_f
 from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
 from retention_bench.facts.pool import Pool, RowCounts, load_pool, read_pool
 from retention_bench.facts.split import disjoint_split
-from retention_bench.facts.target import object_ids, target_token, token_text
+from retention_bench.facts.target import FirstTokens, first_tokens, object_ids, target_token, token_text
 
 __all__ = [
     "MODEL",
     "Fact",
     "FactSet",
+    "FirstTokens",
     "Knowledge",
     "Pool",
     "Remaining",
@@ -18,6 +19,7 @@ __all__ = [
     "augment",
     "check_source",
     "disjoint_split",
+    "first_tokens",
     "knowledge",
     "known_facts",
     "load_pool",

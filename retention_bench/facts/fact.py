@@ -10,7 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.data import read_jsonl, shortened
+from retention_bench.errors import RetentionBenchError, unknown_name
+
+MAX_TEXT = 100_000
+"""Characters that a text of a fact has at most; none is near it but by mistake."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +43,19 @@ class Fact:
 
     def __post_init__(self) -> None:
         for name in ("id", "subject", "relation", "prompt", "target_true"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
+            _check_text(name, getattr(self, name))
         if self.prompt.count("{}") != 1:
-            raise ValueError(f"prompt must contain '{{}}' exactly once, got {self.prompt!r}")
-        if self.target_new is not None and (not isinstance(self.target_new, str) or not self.target_new.strip()):
-            raise ValueError(f"target_new must be null or a text that is not empty, got {self.target_new!r}")
+            raise ValueError(f"prompt must contain '{{}}' exactly once, got {shortened(self.prompt)}")
+        if self.target_new is not None:
+            _check_text("target_new", self.target_new, or_null=True)
         for name in ("paraphrases", "neighborhood"):
             texts = getattr(self, name)
-            if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError(f"{name} must be a list of texts that are not empty, got {texts!r}")
+            # Where a fact has none, datasets and pandas write null.
+            texts = () if texts is None else texts
+            if not isinstance(texts, list | tuple):
+                raise ValueError(f"{name} must be a list of texts, got {shortened(texts)}")
+            for text in texts:
+                _check_text(f"{name} must be a list of texts; each", text)
             object.__setattr__(self, name, tuple(texts))
         # The one space between prompt and object belongs to the object's first token, so it is never stored.
         for name in ("target_true", "target_new"):
@@ -86,11 +92,23 @@ class Fact:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in row:
             if name not in fields:
-                raise ValueError(str(unknown_name("field", name, fields)))
+                raise ValueError(str(unknown_name("field", name[:80], fields)).removesuffix("."))
         missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in row]
         if missing:
             raise ValueError(f"missing field {missing[0]!r}; a fact needs {', '.join(fields)}")
         return cls(**row)
+
+
+def _check_text(name: str, value: Any, *, or_null: bool = False) -> None:
+    """Refuse what is no text, blank, half a character, or longer than any prompt."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be {'null or ' * or_null}a text that is not empty, got {shortened(value)}")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"{name} must have {MAX_TEXT:,} characters at most, got {len(value):,}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character (a lone surrogate), got {shortened(value)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,30 +160,39 @@ class FactSet:
 
     @classmethod
     def read(cls, path: Path | str) -> FactSet:
-        """Read facts from JSONL, a fact a line; empty lines are passed over.
+        """Read facts from JSONL in UTF-8, a fact a line; blank lines are passed over.
 
         Raises:
             UsageError: The file does not exist.
             RetentionBenchError: A row is malformed (file and line are named) or there are no facts.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UsageError(f"No facts file at {path}. Give the path of a JSONL file with a fact a line.")
+        rows = read_jsonl(path, "facts file")
+        return cls.from_rows(((f"{path}, line {number}", row) for number, row in rows), f"{path}")
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[str, Any]], source: str) -> FactSet:
+        """Read facts from parsed JSON rows.
+
+        Args:
+            rows: Each with the place where it stands, for the error.
+            source: Where they come from, for the error.
+
+        Raises:
+            RetentionBenchError: As `read`.
+        """
         facts: list[Fact] = []
-        seen: dict[str, int] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-            if not line.strip():
-                continue
+        seen: dict[str, str] = {}
+        for place, row in rows:
             try:
-                fact = Fact.from_json(json.loads(line))
+                fact = Fact.from_json(row)
                 if fact.id in seen:
-                    raise ValueError(f"id {fact.id!r} was used before, on line {seen[fact.id]}")
-            except ValueError as error:  # json.JSONDecodeError is one
-                raise RetentionBenchError(f"{path}, line {number}: not a fact: {error}.") from error
-            seen[fact.id] = number
+                    raise ValueError(f"id {shortened(fact.id)} was used before, in {seen[fact.id]}")
+            except ValueError as error:
+                raise RetentionBenchError(f"{place}: not a fact: {error}.") from error
+            seen[fact.id] = place
             facts.append(fact)
         if not facts:
-            raise RetentionBenchError(f"{path} holds no facts. A facts file has a JSON object a line.")
+            raise RetentionBenchError(f"{source} holds no facts. A facts file has a JSON object a line.")
         return cls(tuple(facts))
 
     @classmethod

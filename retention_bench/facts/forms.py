@@ -1,23 +1,34 @@
-"""The forms that CounterFact's records come in, told apart by their fields, and how each becomes a `Draft`.
+"""The forms that editing benchmarks' records come in, told apart by their fields, and how each becomes `Draft`s.
 
 | form | where | fields that tell it |
 |---|---|---|
+| MQuAKE's | MQuAKE-CF.json, MQuAKE-T.json | requested_rewrite, a list |
 | ROME's | counterfact.json, multi_counterfact.json; `azhx/counterfact` on the Hub | requested_rewrite |
 | tracing | `NeelNanda/counterfact-tracing` on the Hub | relation_prefix, relation_suffix |
-| EasyEdit's | counterfact-edit.json and its train and val files | ground_truth, target_new, prompt, subject |
+| EasyEdit's | counterfact-edit.json, most of KnowEdit | ground_truth, target_new, prompt, subject |
+| zsRE's | zsre_mend_eval.json and its train file | subject; src or prompt; alt or target_new; answers, or src |
 | known facts | known_1000.json | attribute, relation_id, prompt, subject |
 | our own | facts.jsonl, see `Fact` | id, relation, prompt, subject, target_true |
+| KnowEdit's | the rest of KnowEdit | subject, prompt, target_new; portability or locality |
+
+What a form has besides is not used: unrelated questions (zsRE's `loc`, KnowEdit's `locality`), questions whose answer
+follows from the edit in several steps (MQuAKE's `questions`, KnowEdit's `portability`), and a model's own predictions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
-from retention_bench.facts.fact import Fact
+import pydantic
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, StringConstraints
 
-Record = Mapping[str, Any]
+from retention_bench.data import checked
+from retention_bench.errors import RetentionBenchError
+from retention_bench.facts.fact import MAX_TEXT, Fact
+
+NO_TRUE = "it does not say the true object"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Draft:
         subject: The subject.
         prompt: The prompt, with `{}` for the subject or with the subject in its place.
         relation: The relation, or None where the record does not name it.
-        target_true: The original object.
+        target_true: The original object, or None where the record does not name it.
         target_new: The counterfactual object, or None.
         paraphrases: Other prompts for the same, subject filled in.
         neighborhood: Prompts about other subjects with the same relation and object.
@@ -39,10 +50,156 @@ class Draft:
     subject: str
     prompt: str
     relation: str | None
-    target_true: str
+    target_true: str | None
     target_new: str | None
     paraphrases: tuple[str, ...] = ()
     neighborhood: tuple[str, ...] = ()
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it must not be empty")
+    return text
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _listed(value: Any) -> Any:
+    """One text, a list of them, or nothing; what is null or blank in a list is no prompt."""
+    if value is None or isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    return [text for text in value if text is not None and not (isinstance(text, str) and not text.strip())]
+
+
+def _first(value: Any) -> Any:
+    """The first of several names of an object, as `[["Berlin", "City of Berlin"]]`; None where there is none."""
+    while isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return value if not isinstance(value, str) or value.strip() else None
+
+
+_Short = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+_Text = Annotated[_Short, AfterValidator(_not_blank)]
+_Texts = Annotated[tuple[_Text, ...], BeforeValidator(_listed)]
+_Id = Annotated[_Text, BeforeValidator(_as_text)] | None
+
+
+class _Record(pydantic.BaseModel):
+    """A record's fields that are read, by any of the names that they have."""
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    def drafts(self) -> Iterator[Draft]:
+        raise NotImplementedError
+
+
+class _Named(pydantic.BaseModel):
+    text: _Text = Field(validation_alias="str")
+
+
+class _Rewrite(pydantic.BaseModel):
+    prompt: _Text
+    subject: _Text
+    relation_id: _Text | None = None
+    target_true: _Named
+    target_new: _Named
+    question: _Text | None = None
+
+    def draft(self, number: str | None, paraphrases: tuple[str, ...], neighborhood: tuple[str, ...] = ()) -> Draft:
+        return Draft(
+            number,
+            self.subject,
+            self.prompt,
+            self.relation_id,
+            self.target_true.text,
+            self.target_new.text,
+            paraphrases,
+            neighborhood,
+        )
+
+
+class _MQuAKE(_Record):
+    case_id: _Id = None
+    requested_rewrite: tuple[_Rewrite, ...] = Field(min_length=1)
+
+    def drafts(self) -> Iterator[Draft]:
+        for number, rewrite in enumerate(self.requested_rewrite):
+            name = None if self.case_id is None else f"{self.case_id}-{number}"
+            yield rewrite.draft(name, () if rewrite.question is None else (rewrite.question,))
+
+
+class _ROME(_Record):
+    case_id: _Id = None
+    requested_rewrite: _Rewrite
+    paraphrase_prompts: _Texts = ()
+    neighborhood_prompts: _Texts = ()
+
+    def drafts(self) -> Iterator[Draft]:
+        yield self.requested_rewrite.draft(self.case_id, self.paraphrase_prompts, self.neighborhood_prompts)
+
+
+class _Tracing(_Record):
+    prompt: _Text
+    relation_prefix: _Short
+    relation_suffix: _Short
+    subject: _Text
+    relation_id: _Text | None = None
+    target_true: _Text
+    target_false: _Text
+
+    def drafts(self) -> Iterator[Draft]:
+        # A subject inside the sentence carries the space before it.
+        subject = self.subject.strip()
+        prompt = self.relation_prefix + self.subject.replace(subject, "{}", 1) + self.relation_suffix
+        if prompt.replace("{}", subject) != self.prompt:
+            raise ValueError("prefix, subject and suffix do not make up the prompt")
+        yield Draft(None, subject, prompt, self.relation_id, self.target_true, self.target_false)
+
+
+class _EasyEdit(_Record):
+    """EasyEdit's, zsRE's and KnowEdit's: one shape under several names."""
+
+    case_id: _Id = None
+    subject: _Text
+    prompt: _Text = Field(validation_alias=AliasChoices("prompt", "src"))
+    relation_id: _Text | None = None
+    target_new: Annotated[_Text, BeforeValidator(_first)] = Field(validation_alias=AliasChoices("target_new", "alt"))
+    ground_truth: Annotated[_Text | None, BeforeValidator(_first)] = Field(
+        None, validation_alias=AliasChoices("ground_truth", "answers")
+    )
+    rephrase: _Texts = Field((), validation_alias=AliasChoices("rephrase_prompt", "rephrase"))
+    locality_prompt: Any = None
+    locality_ground_truth: Any = None
+
+    def drafts(self) -> Iterator[Draft]:
+        # A neighbour is one only where it has the same object; elsewhere the field holds unrelated questions.
+        near = self.locality_prompt if self.locality_ground_truth == self.ground_truth else None
+        yield Draft(
+            id=self.case_id,
+            subject=self.subject,
+            prompt=self.prompt,
+            relation=self.relation_id,
+            target_true=self.ground_truth,
+            target_new=self.target_new,
+            paraphrases=self.rephrase,
+            neighborhood=checked(_Texts, near, "locality_prompt"),
+        )
+
+
+class _Known(_Record):
+    known_id: _Id = None
+    subject: _Text
+    # Not the record's `template`: the prompt has more words, and it is the prompt that GPT-2 XL was asked.
+    prompt: _Text
+    relation_id: _Text | None = None
+    attribute: _Text
+
+    def drafts(self) -> Iterator[Draft]:
+        yield Draft(self.known_id, self.subject, self.prompt, self.relation_id, self.attribute, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,139 +208,53 @@ class Form:
 
     Attributes:
         name: What people call it.
-        fields: The fields that tell it from the others.
-        read: Makes a draft of a record; KeyError names a missing field, ValueError says what is wrong with one.
+        fields: The fields that tell it from the others; of names with `|` between them one is enough.
+        schema: What is read of a record; None for our own, which `Fact` reads.
+        several: Whether a record holds several facts.
     """
 
     name: str
-    fields: frozenset[str]
-    read: Callable[[Record], Draft]
+    fields: tuple[str, ...]
+    schema: type[_Record] | None
+    several: bool = False
+
+    def fits(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record has the fields of this form."""
+        if self.several != isinstance(record.get("requested_rewrite"), list):
+            return False
+        return all(any(name in record for name in names.split("|")) for names in self.fields)
+
+    def read(self, record: Any) -> list[Draft]:
+        """The facts of a record.
+
+        Raises:
+            RetentionBenchError: It is not a record of this form; the field is named.
+        """
+        assert self.schema is not None
+        try:
+            return list(checked(self.schema, record, "it").drafts())
+        except ValueError as error:
+            raise RetentionBenchError(f"it: {error}.") from error
 
 
 def find_form(record: Any) -> Form | None:
     """The form that a record has, or None if none of `FORMS` fits."""
     if not isinstance(record, Mapping):
         return None
-    return next((form for form in FORMS if form.fields <= record.keys()), None)
+    return next((form for form in FORMS if form.fits(record)), None)
 
 
-def _rome(record: Record) -> Draft:
-    rewrite = record["requested_rewrite"]
-    if not isinstance(rewrite, Mapping):
-        raise ValueError(f"'requested_rewrite' must be an object, got {type(rewrite).__name__}")
-    prompt = _text(rewrite, "prompt")
-    if prompt.count("{}") != 1:
-        raise ValueError(f"prompt must contain '{{}}' exactly once, got {prompt!r}")
-    return Draft(
-        id=_id(record, "case_id"),
-        subject=_text(rewrite, "subject"),
-        prompt=prompt,
-        relation=_text(rewrite, "relation_id"),
-        target_true=_object(rewrite, "target_true"),
-        target_new=_object(rewrite, "target_new"),
-        paraphrases=_texts(record, "paraphrase_prompts"),
-        neighborhood=_texts(record, "neighborhood_prompts"),
-    )
-
-
-def _tracing(record: Record) -> Draft:
-    # A subject inside the sentence carries the space before it.
-    given = _text(record, "subject")
-    subject = given.strip()
-    before, after = (_text(record, f"relation_{end}", empty=True) for end in ("prefix", "suffix"))
-    prompt = before + given.replace(subject, "{}", 1) + after
-    if prompt.replace("{}", subject) != _text(record, "prompt"):
-        raise ValueError(f"prefix, subject and suffix do not make up the prompt {record['prompt']!r}")
-    return Draft(
-        id=None,
-        subject=subject,
-        prompt=prompt,
-        relation=_text(record, "relation_id"),
-        target_true=_text(record, "target_true"),
-        target_new=_text(record, "target_false"),
-    )
-
-
-def _easyedit(record: Record) -> Draft:
-    true = _text(record, "ground_truth")
-    # A neighbour is one only where it has the same object; elsewhere the field holds unrelated questions.
-    near = _texts(record, "locality_prompt") if record.get("locality_ground_truth") == true else ()
-    return Draft(
-        id=_id(record, "case_id"),
-        subject=_text(record, "subject"),
-        prompt=_text(record, "prompt"),
-        relation=_text(record, "relation_id") if "relation_id" in record else None,
-        target_true=true,
-        target_new=_text(record, "target_new"),
-        paraphrases=_texts(record, "rephrase_prompt"),
-        neighborhood=near,
-    )
-
-
-def _known(record: Record) -> Draft:
-    return Draft(
-        id=_id(record, "known_id"),
-        subject=_text(record, "subject"),
-        # Not the record's `template`: the prompt has more words, and it is the prompt that GPT-2 XL was asked.
-        prompt=_text(record, "prompt"),
-        relation=_text(record, "relation_id"),
-        target_true=_text(record, "attribute"),
-        target_new=None,
-    )
-
-
-def _own(record: Record) -> Draft:
-    fact = Fact.from_json(record)
-    return Draft(
-        fact.id,
-        fact.subject,
-        fact.prompt,
-        fact.relation,
-        fact.target_true,
-        fact.target_new,
-        fact.paraphrases,
-        fact.neighborhood,
-    )
-
-
-def _id(record: Record, name: str) -> str | None:
-    """A number or a text; None where there is none."""
-    value = record.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{name!r} must be a number or a text, got {value!r}")
-    return str(value)
-
-
-def _text(record: Record, name: str, *, empty: bool = False) -> str:
-    value = record[name]
-    if not isinstance(value, str) or not (empty or value.strip()):
-        raise ValueError(f"{name!r} must be a text{'' if empty else ' that is not empty'}, got {value!r}")
-    return value
-
-
-def _texts(record: Record, name: str) -> tuple[str, ...]:
-    """One text, a list of them, or nothing."""
-    value = record.get(name)
-    found = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text.strip() for text in found):
-        raise ValueError(f"{name!r} must be a text or a list of texts that are not empty, got {value!r}")
-    return tuple(found)
-
-
-def _object(rewrite: Record, name: str) -> str:
-    value = rewrite[name]
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name!r} must be an object with 'str', got {value!r}")
-    return _text(value, "str")
-
+OWN = Form("our own", ("id", "relation", "prompt", "subject", "target_true"), None)
 
 FORMS = (
-    Form("ROME's", frozenset({"requested_rewrite"}), _rome),
-    Form("tracing", frozenset({"relation_prefix", "relation_suffix"}), _tracing),
-    Form("EasyEdit's", frozenset({"ground_truth", "target_new", "prompt", "subject"}), _easyedit),
-    Form("known facts", frozenset({"attribute", "relation_id", "prompt", "subject"}), _known),
-    Form("our own", frozenset({"id", "relation", "prompt", "subject", "target_true"}), _own),
+    Form("MQuAKE's", ("requested_rewrite",), _MQuAKE, several=True),
+    Form("ROME's", ("requested_rewrite",), _ROME),
+    Form("tracing", ("relation_prefix", "relation_suffix"), _Tracing),
+    Form("EasyEdit's", ("ground_truth", "target_new", "prompt", "subject"), _EasyEdit),
+    Form("zsRE's", ("subject", "src|prompt", "alt|target_new", "answers|src"), _EasyEdit),
+    Form("known facts", ("attribute", "relation_id", "prompt", "subject"), _Known),
+    OWN,
+    Form("KnowEdit's", ("subject", "prompt", "target_new", "portability|locality"), _EasyEdit),
 )
 """The forms, in the order they are tried."""
+assert {field.name for field in dataclasses.fields(Fact)} >= set(OWN.fields)

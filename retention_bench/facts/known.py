@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.pool import RowCounts
-from retention_bench.facts.target import target_token
+from retention_bench.facts.target import first_tokens
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -20,20 +20,26 @@ if TYPE_CHECKING:
 class Knowledge:
     """How well a model knows one fact.
 
+    Where the true target begins with a lone space (see `target.py`), the model is asked twice, as the metric passes
+    over the space: right behind the prompt, and behind the space if that is what the model says. What leads by more
+    counts.
+
     Attributes:
         fact: The fact.
-        target: Probability of the true target's first token after the prompt.
-        runner_up: Probability of the most probable other token.
+        target: Probability of the true target's first content token, behind the prompt or the lone space.
+        runner_up: Probability of the most probable other token there.
+        lead: By how much the lone space leads behind the prompt, where it is asked behind the space; else 1.
     """
 
     fact: Fact
     target: float
     runner_up: float
+    lead: float = 1.0
 
     @property
     def margin(self) -> float:
-        """By how much the true target leads (negative where it doesn't)."""
-        return self.target - self.runner_up
+        """By how much the true target leads, up to its first content token (negative where it doesn't)."""
+        return min(self.lead, self.target - self.runner_up)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +48,11 @@ class Remaining:
 
     Attributes:
         rows: The source's rows, read and dropped.
-        scorable: Facts with objects that the metric can find, which the model was asked.
+        scorable: Facts with objects that the metric can find and tell apart, which the model was asked.
         leading: Of these, facts whose true target has the highest probability.
         known: Of these, facts whose true target leads by the margin.
         margin: The margin.
+        left_out: What became of the others, in words; empty if there are none.
     """
 
     rows: RowCounts
@@ -53,27 +60,32 @@ class Remaining:
     leading: int
     known: int
     margin: float
+    left_out: str = ""
 
     def __str__(self) -> str:
+        others = f" ({self.left_out})" if self.left_out else ""
         return (
-            f"{self.rows}. {self.scorable:,} facts have objects that the metric can find; of {self.leading:,} of them "
-            f"the model answers the true one, and {self.known:,} it knows with the margin of {self.margin:g}."
+            f"{self.rows}. {self.scorable:,} facts have objects that the metric can tell{others}; of {self.leading:,} "
+            f"of them the model answers the true one, and {self.known:,} it knows with the margin of {self.margin:g}."
         )
 
 
-def known_facts(found: Sequence[Knowledge], margin: float, rows: RowCounts) -> tuple[FactSet, Remaining]:
+def known_facts(
+    found: Sequence[Knowledge], margin: float, rows: RowCounts, left_out: str = ""
+) -> tuple[FactSet, Remaining]:
     """Keep what a model knows with a margin.
 
     Args:
         found: What the model knows, see `knowledge`.
         margin: By how much the true target's probability must lead.
         rows: The source's rows, for the counts.
+        left_out: What the model was not asked, in words, for the same.
 
     Returns:
         The facts that are left, and how many each step left.
     """
     kept = FactSet.of(k.fact for k in found if k.margin >= margin)
-    return kept, Remaining(rows, len(found), sum(k.margin >= 0 for k in found), len(kept), margin)
+    return kept, Remaining(rows, len(found), sum(k.margin >= 0 for k in found), len(kept), margin, left_out)
 
 
 def knowledge(
@@ -86,7 +98,8 @@ def knowledge(
 ) -> list[Knowledge]:
     """Ask a model for every fact's true target.
 
-    Prompts of equal length go together, so no padding can change a probability.
+    Prompts of equal length go together, so no padding can change a probability. What is longer than the model's context
+    is not known.
 
     Args:
         model: A causal language model.
@@ -100,27 +113,49 @@ def knowledge(
     """
     import torch
 
-    by_length: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+    config = getattr(model, "config", None)
+    context = config and getattr(config.get_text_config(), "max_position_embeddings", None)
+    # Every token that is asked for: whose it is, behind which ids, and which one. For a fact these are its first
+    # content token, the lone space, if there is one, and its first content token behind that.
+    asked: dict[int, list[tuple[int, list[int], int | None]]] = defaultdict(list)
     for index, fact in enumerate(facts):
-        ids = tokenizer.encode(fact.question)
-        by_length[len(ids)].append((index, ids))
-    found: dict[int, Knowledge] = {}
+        first = first_tokens(fact.target_true, tokenizer)
+        prompt = tokenizer.encode(fact.question)
+        if context and len(prompt) + len(first.lead) > context:
+            continue
+        for place in range(len(first.lead) + 1):
+            ids = [*prompt, *first.lead[:place]]
+            asked[len(ids)] += [(index, ids, token) for token in (first.token, *first.lead[place : place + 1])]
+    chances: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    total, done = sum(map(len, asked.values())), 0
     last: dict[str, Any] = {"logits_to_keep": 1}
     with torch.inference_mode():
-        for group in by_length.values():
+        for _, group in sorted(asked.items()):
             for start in range(0, len(group), batch_size):
                 chunk = group[start : start + batch_size]
-                ids = torch.tensor([row for _, row in chunk], device=model.device)
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **last).logits
+                rows = torch.tensor([ids for _, ids, _ in chunk], device=model.device)
+                logits = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, **last).logits
                 probabilities = logits[:, -1].float().softmax(-1)
-                tokens = [target_token(facts.facts[index].target_true, tokenizer) for index, _ in chunk]
-                places = torch.tensor([[token or 0] for token in tokens], device=probabilities.device)
+                places = torch.tensor([[token or 0] for _, _, token in chunk], device=probabilities.device)
                 targets = probabilities.gather(1, places)[:, 0].tolist()
                 best, where = (part.tolist() for part in probabilities.topk(2))
-                for (index, _), token, target, (first, second), (top, _) in zip(
-                    chunk, tokens, targets, best, where, strict=True
+                for (index, _, token), target, (first, second), (top, _) in zip(
+                    chunk, targets, best, where, strict=True
                 ):
-                    known = 0.0 if token is None else target
-                    found[index] = Knowledge(facts.facts[index], known, second if top == token else first)
-                progress("known-fact filter", len(found), len(facts))
-    return [found[index] for index in range(len(facts))]
+                    chance = 0.0 if token is None else target
+                    chances[index].append((chance, second if top == token else first))
+                done += len(chunk)
+                progress("known-fact filter", done, total)
+
+    def found(index: int, fact: Fact) -> Knowledge:
+        if index not in chances:
+            return Knowledge(fact, 0.0, 1.0)
+        ways, lead = [], 1.0
+        for number, (target, runner_up) in enumerate(chances[index]):  # shorter ids come first: in the order asked for
+            if number % 2 == 0:
+                ways.append(Knowledge(fact, target, runner_up, lead))
+            else:
+                lead = min(lead, target - runner_up)
+        return max(reversed(ways), key=lambda way: way.margin)
+
+    return [found(index, fact) for index, fact in enumerate(facts)]

@@ -1,34 +1,38 @@
-"""Read a fact pool: our own JSONL, or CounterFact in any of the forms it is passed round in, local or from the Hub."""
+"""Read a fact pool: our own JSONL, or editing benchmarks' records in the forms they are passed round in."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.data import check_characters, parse_json, read_text, shortened
+from retention_bench.errors import RetentionBenchError
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.facts.forms import FORMS, Draft, Form, find_form
+from retention_bench.facts.forms import FORMS, NO_TRUE, OWN, Draft, Form, find_form
 from retention_bench.facts.relations import Asked, name_relations, templates
 
+MALFORMED = "not a record of this form"
 NO_SUBJECT = "the subject does not stand in the prompt"
 NO_RELATION = "nothing tells the relation"
+USED_ID = "its id was used before"
+REPEATED = "it repeats an earlier one"
 
 
 @dataclasses.dataclass(frozen=True)
 class RowCounts:
-    """How many rows of a source became facts.
+    """How many rows of a source became facts. Where a record holds several facts, as MQuAKE's do, each is a row.
 
     Attributes:
         source: The file or Hub data set.
         form: The form of its records, see `FORMS`.
         read: Rows read.
-        dropped: Rows that are well formed and yet no facts, by reason.
+        dropped: Rows that are no facts, by reason.
         relations: Relations of the facts.
         recovered: Facts whose relation the source does not name.
+        first: By reason the first such row, and what is wrong with it.
     """
 
     source: str
@@ -37,6 +41,7 @@ class RowCounts:
     dropped: Mapping[str, int]
     relations: int
     recovered: int
+    first: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -46,16 +51,20 @@ class RowCounts:
     def to_json(self) -> dict[str, Any]:
         """The counts as plain JSON values, without the source, which may be a path of this machine."""
         values = dataclasses.asdict(self) | {"dropped": dict(self.dropped)}
-        del values["source"]
+        del values["source"], values["first"]
         return values
 
     def __str__(self) -> str:
         text = f"{self.source} ({self.form} form): {self.read:,} rows read, {self.read - self.kept:,} dropped"
         if self.dropped:
-            text += f" ({'; '.join(f'{count:,}: {reason}' for reason, count in self.dropped.items())})"
+            text += f" ({'; '.join(self._dropped(reason) for reason in self.dropped)})"
         if self.recovered:
             text += f", {self.relations} relations recovered from the prompts"
         return text
+
+    def _dropped(self, reason: str) -> str:
+        where = f" (the first: {self.first[reason]})" if reason in self.first else ""
+        return f"{self.dropped[reason]:,}: {reason}{where}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,82 +76,86 @@ class Pool:
 
 
 def read_pool(source: str, revision: str | None = None, config: str | None = None) -> FactSet:
-    """Read the facts that a suite draws from; `load_pool` without the counts."""
+    """Read the facts of a source; `load_pool` without the counts."""
     return load_pool(source, revision, config).facts
 
 
-def load_pool(source: str, revision: str | None = None, config: str | None = None) -> Pool:
-    """Read the facts that a suite draws from, and count the rows.
+def load_pool(
+    source: Path | str, revision: str | None = None, config: str | None = None, *, need_relation: bool = False
+) -> Pool:
+    """Read the facts of a source, and count the rows.
 
-    The form of the records is told from the first one's fields. Where they don't name the relation it is recovered from
-    the prompts, see `name_relations`. A record without an id gets its place in the source, from 0, as CounterFact's
-    `case_id` counts.
+    The form is told from the fields of the first record that can be read in one. A malformed record in somebody else's
+    form is dropped and counted; our own form is ours, and a mistake in it an error. Where records don't name the
+    relation it is recovered from the prompts, see `name_relations`. A record without an id gets its place in the
+    source, from 0, as CounterFact's `case_id` counts.
 
     Args:
-        source: A `.jsonl` file with a record a line; a `.json` file with a list of records; or the id of a Hub data
-            set, of which the split `train` is read. Records are a `Fact`'s or any of `FORMS`.
+        source: A file with a JSON record a line, or a JSON list of records, in UTF-8, also as `.gz`; or the id of a Hub
+            data set, of which the split `train` is read. Records are a `Fact`'s or any of `FORMS`.
         revision: The Hub revision.
         config: The Hub data set's configuration.
+        need_relation: Drop facts whose relation nothing tells, as a split by relation must; else the prompt, with `{}`
+            for the subject, names it.
 
     Raises:
         UsageError: A local file does not exist.
-        RetentionBenchError: A record is malformed (the file and the record are named), the records have none of the
-            forms, the Hub data set cannot be read, or no fact is left.
+        RetentionBenchError: A record of our own form is malformed (the file and the record are named), the records have
+            none of the forms, the file is not UTF-8 or not JSON, the Hub data set cannot be read, or no fact is left.
     """
-    if source.endswith(".json"):
-        place, records = "record", _json(source)
-    elif source.endswith(".jsonl") or not _looks_like_hub_id(source):
-        if _first_form(source) is None:
-            # Our own form, or one with a mistake in it: `FactSet.read` knows best what to say.
-            facts = FactSet.read(source)
-            return Pool(facts, _count(source, "our own", len(facts), Counter(), facts, recovered=0))
-        place, records = "line", _jsonl(source)
-    else:
-        place, records = "record", _hub(source, revision, config)
-    return _assemble(source, place, records)
+    name = str(source)
+    local = isinstance(source, Path) or not _looks_like_hub_id(name)
+    place, rows = _local(source) if local else ("record", _hub(name, revision, config))
+    return _Reader(name, place, list(rows), need_relation).pool()
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/"))
+    plain = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return plain and not source.endswith((".json", ".jsonl", ".gz")) and not Path(source).exists()
 
 
-def _first_form(source: str) -> Form | None:
-    """The form of a JSONL file's first record where it is somebody else's, else None."""
-    path = Path(source)
-    if not path.is_file():
-        return None
-    with path.open(encoding="utf-8", errors="replace") as file:
-        first = next((line for line in file if line.strip()), "")
+Row = tuple[int, Any]
+"""A record with its number from 1; a `RetentionBenchError` in its place says why there is none."""
+
+
+def _local(source: Path | str) -> tuple[str, Iterator[Row]]:
+    """What a row of a file is called, and the rows."""
+    text = read_text(source, "facts file")
+    if text.lstrip()[:1] == "[":
+        records = parse_json(text, f"{source}", halves=True)
+        return "record", ((number, _whole(record)) for number, record in enumerate(records, start=1))
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+    return "line", ((number, _parsed(line)) for number, line in lines)
+
+
+def _parsed(line: str) -> Any:
     try:
-        form = find_form(json.loads(first))
-    except ValueError:
-        return None
-    return None if form is None or form.name == "our own" else form
+        return parse_json(line, "it")
+    except RetentionBenchError as error:
+        return error
 
 
-def _json(source: str) -> Iterator[tuple[int, Any]]:
-    path = Path(source)
-    if not path.is_file():
-        raise UsageError(f"No facts file at {source}. Give the path of a .json file with a list of records.")
+def _whole(record: Any) -> Any:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are no UTF-8
-        raise RetentionBenchError(f"{source} is not JSON: {error}.") from error
-    if not isinstance(records, list):
-        raise RetentionBenchError(f"{source} must hold a list of records, and holds {type(records).__name__}.")
-    return iter(enumerate(records, start=1))
+        check_characters(record, "it")
+    except RetentionBenchError as error:
+        return error
+    return record
 
 
-def _jsonl(source: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(Path(source).read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:  # also of bytes that are no UTF-8
-                raise RetentionBenchError(f"{source}, line {number}: not JSON: {error}.") from error
+def _what(error: RetentionBenchError) -> str:
+    """What is wrong, to stand behind a place."""
+    return str(error).removeprefix("it: ").removesuffix(".")
 
 
-def _hub(source: str, revision: str | None, config: str | None) -> Iterator[tuple[int, Any]]:
+def _reads(form: Form, record: Any) -> bool:
+    try:
+        return bool(form.read(record))
+    except RetentionBenchError:
+        return False
+
+
+def _hub(source: str, revision: str | None, config: str | None) -> Iterator[Row]:
     import datasets
     from huggingface_hub.utils import httpx
 
@@ -151,90 +164,135 @@ def _hub(source: str, revision: str | None, config: str | None) -> Iterator[tupl
     except (OSError, ValueError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
         at = f" at revision {revision}" if revision else ""
         raise RetentionBenchError(
-            f"The Hub data set {source!r}{at} cannot be read: {error} Correct the `source`, `config` and `revision`, "
-            "or give a local .json or .jsonl file."
+            f"The Hub data set {source!r}{at} cannot be read: {' '.join(str(error).split())} Correct the `source`, "
+            "`config` and `revision`, or give a local .json or .jsonl file."
         ) from error
     return iter(enumerate(records, start=1))
 
 
-def _assemble(source: str, place: str, records: Iterable[tuple[int, Any]]) -> Pool:
-    """Records into facts, those that are none counted."""
-    form, drafts = _drafts(source, place, records)
-    cuts = templates([(draft.prompt, draft.subject) for _, draft in drafts])
-    unnamed = [
-        Asked(cut[0], tuple(filter(None, (draft.target_true, draft.target_new))), draft.neighborhood)
-        for (_, draft), cut in zip(drafts, cuts, strict=True)
-        if cut and draft.relation is None
-    ]
-    names = name_relations(unnamed)
-    dropped: Counter[str] = Counter()
-    facts: list[Fact] = []
-    used: dict[str, int] = {}
-    recovered = 0
-    for index, ((number, draft), cut) in enumerate(zip(drafts, cuts, strict=True)):
-        relation = draft.relation or (names[cut[0]] if cut else None)
-        if cut is None:
-            dropped[NO_SUBJECT] += 1
-        elif relation is None:
-            dropped[NO_RELATION] += 1
-        else:
+class _Reader:
+    """Makes facts of a source's rows, and counts those that are none."""
+
+    def __init__(self, source: str, place: str, rows: list[Row], need_relation: bool) -> None:
+        self.source, self.place, self.rows, self.need_relation = source, place, rows, need_relation
+        self.dropped: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def pool(self) -> Pool:
+        form = self._form()
+        if form is OWN:
+            return self._own()
+        drafts = self._drafts(form)
+        read = len(drafts) + self.dropped.total()
+        facts, recovered = self._facts(form, drafts)
+        rows = self._count(form, read, facts, recovered)
+        if not facts:
+            raise RetentionBenchError(f"No fact is left: {rows}. Give a source whose rows are facts with a subject.")
+        return Pool(FactSet.of(facts), rows)
+
+    def _form(self) -> Form:
+        """The form of the first record that can be read in one; failing that, of the first that has one's fields."""
+        broken: Form | None = None
+        for _, record in self.rows:
+            # Our own with a mistake in it: reading it knows best what to say.
+            ours = isinstance(record, Mapping) and "target_true" in record
+            form = find_form(record) or (OWN if ours else None)
+            if form is OWN or (form is not None and _reads(form, record)):
+                return form
+            broken = broken or form
+        if broken is not None:
+            return broken
+        if not self.rows:
+            raise RetentionBenchError(f"{self.source} holds no facts. A facts file has a JSON object a line.")
+        number, record = self.rows[0]
+        if isinstance(record, RetentionBenchError):
+            raise self._error(number, f"{_what(record)}. A facts file has a JSON object a line")
+        fields = shortened(record)
+        if isinstance(record, Mapping):
+            fields = f"the fields {', '.join(key if key.isprintable() else repr(key) for key in sorted(record))}"
+            fields = fields if len(fields) <= 300 else f"{fields[:300]}..."
+        known = "; ".join(f"{form.name}: {', '.join(form.fields)}" for form in FORMS)
+        raise self._error(number, f"no form of facts has {fields}. The forms, and the fields that tell them: {known}")
+
+    def _error(self, number: int, what: str) -> RetentionBenchError:
+        return RetentionBenchError(f"{self.source}, {self.place} {number}: {what}.")
+
+    def _own(self) -> Pool:
+        def rows() -> Iterator[tuple[str, Any]]:
+            for number, record in self.rows:
+                if isinstance(record, RetentionBenchError):
+                    raise self._error(number, f"not a fact: {_what(record)}")
+                yield f"{self.source}, {self.place} {number}", record
+
+        facts = FactSet.from_rows(rows(), self.source)
+        return Pool(facts, self._count(OWN, len(facts), facts, 0))
+
+    def _drafts(self, form: Form) -> list[tuple[int, str, Draft]]:
+        """The facts of all records in one form, with the record's number and an id."""
+        drafts = []
+        for index, (number, record) in enumerate(self.rows):
             try:
-                fact = Fact(
-                    id=str(index) if draft.id is None else draft.id,
-                    subject=cut[1],
-                    relation=relation,
-                    prompt=cut[0],
-                    target_true=draft.target_true,
-                    target_new=draft.target_new,
-                    paraphrases=draft.paraphrases,
-                    neighborhood=draft.neighborhood,
-                )
-                if fact.id in used:
-                    raise ValueError(f"id {fact.id!r} was used before, in {place} {used[fact.id]}")
-            except ValueError as error:
-                raise _malformed(source, place, number, form, str(error)) from error
-            used[fact.id] = number
-            facts.append(fact)
-            recovered += draft.relation is None
-    rows = _count(source, form.name, len(drafts), dropped, facts, recovered=recovered)
-    if not facts:
-        raise RetentionBenchError(f"No fact is left: {rows}. Give a source whose rows are facts with a subject.")
-    return Pool(FactSet.of(facts), rows)
+                if isinstance(record, RetentionBenchError):
+                    raise record
+                found = form.read(record)
+            except RetentionBenchError as error:
+                self._drop(number, MALFORMED, _what(error))
+                continue
+            for part, draft in enumerate(found):
+                own = f"{index}-{part}" if form.several else str(index)
+                drafts.append((number, draft.id or own, draft))
+        return drafts
 
+    def _drop(self, number: int, reason: str, what: str = "") -> None:
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, f"{self.place} {number}{f': {what[:200]}' if what else ''}")
 
-def _drafts(source: str, place: str, records: Iterable[tuple[int, Any]]) -> tuple[Form, list[tuple[int, Draft]]]:
-    """All records read in the first one's form."""
-    form: Form | None = None
-    drafts = []
-    for number, record in records:
-        form = form or find_form(record)
-        if form is None:
-            fields = (
-                f"the fields {', '.join(sorted(map(str, record)))}" if isinstance(record, Mapping) else repr(record)
-            )
-            known = "; ".join(f"{form.name}: {', '.join(sorted(form.fields))}" for form in FORMS)
-            raise RetentionBenchError(
-                f"{source}, {place} {number}: no form of CounterFact has {fields}. The forms, and the fields that tell "
-                f"them: {known}."
-            )
-        try:
-            if not isinstance(record, Mapping):
-                raise ValueError(f"it must be a JSON object, got {type(record).__name__}")
-            drafts.append((number, form.read(record)))
-        except (KeyError, ValueError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else str(error)
-            raise _malformed(source, place, number, form, what) from error
-    if form is None:
-        raise RetentionBenchError(f"{source} holds no facts.")
-    return form, drafts
+    def _facts(self, form: Form, drafts: list[tuple[int, str, Draft]]) -> tuple[list[Fact], int]:
+        """Drafts that are facts, and how many of them have a recovered relation."""
+        cuts = templates([(draft.prompt, draft.subject) for _, _, draft in drafts])
+        unnamed = [
+            Asked(cut[0], tuple(filter(None, (draft.target_true, draft.target_new))), draft.neighborhood)
+            for (_, _, draft), cut in zip(drafts, cuts, strict=True)
+            if cut and draft.relation is None
+        ]
+        names = name_relations(unnamed)
+        facts: list[Fact] = []
+        used: set[str] = set()
+        told: set[tuple[object, ...]] = set()
+        recovered = 0
+        for (number, name, draft), cut in zip(drafts, cuts, strict=True):
+            relation = draft.relation or (names[cut[0]] if cut else None)
+            if cut is None:
+                self._drop(number, NO_SUBJECT)
+            elif draft.target_true is None:
+                self._drop(number, NO_TRUE)
+            elif relation is None and self.need_relation:
+                self._drop(number, NO_RELATION)
+            elif name in used:
+                self._drop(number, USED_ID, shortened(name))
+            elif form.several and (cut, draft.target_true, draft.target_new) in told:
+                self._drop(number, REPEATED)  # MQuAKE's questions of several steps share rewrites
+            else:
+                try:
+                    fact = Fact(
+                        id=name,
+                        subject=cut[1],
+                        relation=relation or cut[0],
+                        prompt=cut[0],
+                        target_true=draft.target_true,
+                        target_new=draft.target_new,
+                        paraphrases=draft.paraphrases,
+                        neighborhood=draft.neighborhood,
+                    )
+                except ValueError as error:
+                    self._drop(number, MALFORMED, str(error))
+                    continue
+                used.add(name)
+                told.add((cut, draft.target_true, draft.target_new))
+                facts.append(fact)
+                recovered += draft.relation is None
+        return facts, recovered
 
-
-def _malformed(source: str, place: str, number: int, form: Form, what: str) -> RetentionBenchError:
-    return RetentionBenchError(f"{source}, {place} {number}: not a record of {form.name} form: {what}.")
-
-
-def _count(
-    source: str, form: str, read: int, dropped: Mapping[str, int], facts: FactSet | Sequence[Fact], *, recovered: int
-) -> RowCounts:
-    relations = len({fact.relation for fact in facts})
-    return RowCounts(source, form, read, dict(dropped), relations, recovered)
+    def _count(self, form: Form, read: int, facts: Iterable[Fact], recovered: int) -> RowCounts:
+        relations = len({fact.relation for fact in facts})
+        return RowCounts(self.source, form.name, read, dict(self.dropped), relations, recovered, dict(self.first))

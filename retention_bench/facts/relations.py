@@ -31,6 +31,12 @@ By this alone, without neighbours and ids, the 213 templates of the 10,000 facts
 groups, and one into none; of the 24 relations that the neighbours show none lies in two of them. At 0.4 one does.
 """
 
+PLACES = 20
+"""Places of a subject in its prompt that are looked at, the last ones; real prompts have one or two."""
+
+LONGEST_NAME = 1000
+"""Characters of a subject that is looked for in another case too, which takes time for each in the prompt."""
+
 ENOUGH = 20
 """Neighbours found within a group that make it stand for itself, without a look at its objects."""
 
@@ -87,6 +93,8 @@ def name_relations(
         By template the ids of its group's relations ("P103", "P131+P276"), or, where none is known, the group's most
         common template; None for a template that stands in one fact and is tied to no other.
     """
+    if not asked:
+        return {}
     from scipy.cluster.hierarchy import DisjointSet
 
     known = known_templates() if known is None else known
@@ -116,7 +124,8 @@ def _choices(prompt: str, subject: str) -> list[tuple[str, str]]:
     """The templates a prompt can have, in the order of the subject's places, and the subject as it stands there."""
     if prompt.count("{}") == 1:
         return [(prompt, subject)]
-    return [(f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]) for start, end in _places(prompt, subject)]
+    places = _places(prompt, subject)[-PLACES:]
+    return [(f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]) for start, end in places]
 
 
 def _places(prompt: str, subject: str) -> list[tuple[int, int]]:
@@ -134,6 +143,8 @@ def _places(prompt: str, subject: str) -> list[tuple[int, int]]:
     found = [place for place in exact if whole(*place)]
     if found:
         return found
+    if len(subject) > LONGEST_NAME:
+        return []
     anycase = (match.span() for match in re.finditer(re.escape(subject), prompt, re.IGNORECASE))
     return [place for place in anycase if whole(*place)]
 
@@ -145,14 +156,17 @@ def _neighbours(asked: Iterable[Asked]) -> Iterator[tuple[str, str]]:
     for template in {fact.template for fact in asked}:
         before, _, after = template.partition("{}")
         endings[before].add(after)
+    # Lengths alone say where a prompt can be cut, so that a long one takes no longer than a short one.
+    begins = sorted({len(before) for before in endings})
+    ends = {before: sorted({len(after) for after in afters}, reverse=True) for before, afters in endings.items()}
     for fact in asked:
         for prompt in fact.neighborhood:
             fitting = [
-                f"{prompt[:start]}{{}}{prompt[end:]}"
-                for start in range(len(prompt))
+                f"{prompt[:start]}{{}}{prompt[len(prompt) - length :]}"
+                for start in begins
                 if prompt[:start] in endings
-                for end in range(start + 1, len(prompt) + 1)
-                if prompt[end:] in endings[prompt[:start]]
+                for length in ends[prompt[:start]]
+                if start < len(prompt) - length and prompt[len(prompt) - length :] in endings[prompt[:start]]
             ]
             if fitting:
                 yield fact.template, max(fitting, key=len)

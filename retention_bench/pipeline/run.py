@@ -39,6 +39,7 @@ from retention_bench.progress import Progress, silent
 if TYPE_CHECKING:
     from retention_bench.editors import KeyStatistics
     from retention_bench.models import WeightDelta
+    from retention_bench.scoring import LeftOut
 
 FILES = ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "results.json")
 """What a run writes into its output folder."""
@@ -165,16 +166,18 @@ class _Bench:
 
         def compute(folder: Path) -> None:
             suite = self.plan.cell.suite
-            pool, scorable = self._pool, self._scorable
+            from retention_bench.scoring import describe_left_out
+
+            pool, (scorable, left_out) = self._pool, self._scorable
             model, tokenizer = self.base()
             if not len(scorable):
                 raise RetentionBenchError(
-                    f"All {len(pool.facts)} facts of {suite.facts.source} have a target whose first token is a stop "
-                    "word or special, which the metric passes over. Give facts with targets that begin with a content "
-                    "word."
+                    f"No fact of {suite.facts.source} can be scored: {describe_left_out(left_out)}. Give facts whose "
+                    "objects begin with content words, the old and the new one with different ones."
                 )
             known = knowledge(model, tokenizer, scorable, progress=self.progress)
-            kept, remaining = known_facts(known, suite.facts.margin, pool.rows)
+            unasked = describe_left_out(left_out) if left_out else ""
+            kept, remaining = known_facts(known, suite.facts.margin, pool.rows, unasked)
             split = disjoint_split(
                 kept,
                 edited=suite.facts.edited,
@@ -195,7 +198,7 @@ class _Bench:
             counts = {
                 "rows": pool.rows.to_json(),
                 "pool": len(pool.facts),
-                "stop_word_targets": len(pool.facts) - len(scorable),
+                "left_out": {why: {"facts": len(ids), "first": list(ids[:10])} for why, ids in left_out.items()},
                 "unknown": len(scorable) - len(kept),
                 "known": len(kept),
                 "probability": {"edited": mean(split.edited), "intrinsic": mean(split.intrinsic)},
@@ -208,19 +211,17 @@ class _Bench:
     def _pool(self) -> Pool:
         """The suite's pool."""
         suite = self.plan.cell.suite
-        return load_pool(suite.locate(suite.facts.source), suite.facts.revision, suite.facts.config)
+        facts = suite.facts
+        return load_pool(suite.locate(facts.source), facts.revision, facts.config, need_relation=True)
 
     @functools.cached_property
-    def _scorable(self) -> FactSet:
-        """The pool's facts that the metric could find: no target begins with a stop word."""
-        from retention_bench.scoring import is_scorable
+    def _scorable(self) -> tuple[FactSet, LeftOut]:
+        """The pool's facts whose answers the metric can tell, and those that it cannot, by reason."""
+        from retention_bench.scoring import scorable
 
-        _, tokenizer = self.base()
-        return FactSet.of(
-            f
-            for f in self._pool.facts
-            if all(is_scorable(t, tokenizer) for t in (f.target_true, f.target_new) if t is not None)
-        )
+        model, tokenizer = self.base()
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return scorable(self._pool.facts, tokenizer, context=context)
 
     def known(self) -> dict[str, Any]:
         """Counts of the known-fact filter and mean probabilities (the paper's Table 4)."""
@@ -305,7 +306,7 @@ class _Bench:
 
             editor = self.plan.editor
             assert isinstance(editor, FittedEditor)  # or there would be no such stage
-            scorable = self._scorable
+            scorable, _ = self._scorable
             # Facts about a subject that is edited or asked would give something of it away.
             drawn = {fact.subject.casefold() for fact in self.facts}
             facts = FactSet.of(f for f in scorable.edited if f.subject.casefold() not in drawn)

@@ -10,17 +10,18 @@ from retention_bench.scoring.hf import HFEngine, RetentionHFLM
 from retention_bench.scoring.metric import (
     MAX_DECODED_TOKENS,
     DecodedText,
+    LeftOut,
     Verdict,
-    check_targets,
-    is_scorable,
+    describe_left_out,
     is_stop_token,
     judge_ids,
     judge_text,
+    scorable,
 )
 from retention_bench.scoring.probe import Probe, Prober
 from retention_bench.scoring.score import Sample, score, score_lm
 from retention_bench.scoring.stop_words import STOP_WORDS
-from retention_bench.scoring.tasks import KINDS, Kind, judge_document, load_documents, tasks_dir
+from retention_bench.scoring.tasks import KINDS, FactsTask, Kind, judge_document, load_documents, tasks_dir
 from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "STOP_WORDS",
     "DecodedText",
     "Engine",
+    "FactsTask",
     "HFEngine",
     "Kind",
+    "LeftOut",
     "Probe",
     "Prober",
     "RetentionHFLM",
@@ -38,14 +41,14 @@ __all__ = [
     "Sample",
     "VLLMEngine",
     "Verdict",
-    "check_targets",
     "contained_lm_eval",
-    "is_scorable",
+    "describe_left_out",
     "is_stop_token",
     "judge_document",
     "judge_ids",
     "judge_text",
     "load_documents",
+    "scorable",
     "score",
     "score_lm",
     "tasks_dir",

@@ -2,8 +2,9 @@
 
 From "On the Retention of Edited Knowledge in Fine-tuned Language Models" (Wen & Zhang), experimental setup: decode
 greedily; while the most probable token is a stop word, keep decoding; the fact is retained if the first other token
-equals the target's first token. `judge_ids` is that metric. `judge_text` stands in for it where only the generated text
-is at hand, as under plain `lm_eval --model hf`. The two can differ:
+equals the target's first token. `judge_ids` is that metric; `scorable` leaves out the facts that it cannot tell.
+`judge_text` stands in for it where only the generated text is at hand, as under plain `lm_eval --model hf`. The two can
+differ:
 
 - Two words that share a first token: target "Guinea", generated "Guatemala", both from " Gu". Ids hit, text misses.
 - A word that the limit of `MAX_DECODED_TOKENS` tokens cuts off after its first token. Ids hit, text misses.
@@ -14,13 +15,14 @@ is at hand, as under plain `lm_eval --model hf`. The two can differ:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import FactSet, target_token, token_text
+from retention_bench.facts import Fact, FactSet, target_token, token_text
 from retention_bench.scoring.stop_words import is_content_character, is_stop_text
 
 MAX_DECODED_TOKENS = 8
@@ -75,36 +77,106 @@ def is_stop_token(token_id: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     return is_stop_text(token_text(token_id, tokenizer)) and not is_special_token(token_id, tokenizer)
 
 
-def is_scorable(target: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the metric can ever find this target: its first token is neither a stop token nor a special one."""
-    token = target_token(target, tokenizer)
-    return token is not None and not is_special_token(token, tokenizer) and not is_stop_token(token, tokenizer)
+NOT_FOUND = "the object's first token is a stop word or special, which the metric passes over"
+TOO_SHORT = "the object's first content token is one character or digit"
+SAME = "the old and the new object have the same first content token"
+NO_WORD = "the object has no content word"
+SAME_WORD = "the old and the new object have the same first content word"
+TOO_LONG = "a prompt leaves no room for an answer in the model's context"
+
+LeftOut = Mapping[str, tuple[str, ...]]
+"""Ids of the facts that are left out, by reason."""
 
 
-def check_targets(facts: FactSet, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse facts with a target that the metric could never find.
+def scorable(
+    facts: FactSet, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None
+) -> tuple[FactSet, LeftOut]:
+    """Leave out the facts whose answers the metric could not tell: those would be a hit or a miss whatever was learned.
 
-    Looked at are `target_new` of edited facts, `target_true` of intrinsic ones and of edited ones with neighbours.
+    An edited fact is judged by both its objects, since it was edited only if the new one can be told from the old one;
+    any other by its true object. One is left out if
 
-    Raises:
-        RetentionBenchError: A target's first token is a stop token or special; the first such fact is named.
+    - an object begins with a stop word or a special token, so that it could never be found;
+    - an object's first content token is only one character or digit, see `is_short`: most years begin with "1";
+    - the old and the new object have the same first content token, or are the same;
+    - one of its prompts leaves no room for an answer, where the model's context is given.
+
+    Args:
+        facts: Edited facts have a `target_new`.
+        tokenizer: The model's tokenizer.
+        context: Tokens that the model reads at most.
+
+    Returns:
+        The other facts, in their order, and the ids of those that are left out, by reason.
     """
-    refused = [
-        (fact.id, target)
-        for fact in facts
-        for target in ([fact.target, fact.target_true] if fact.neighborhood else [fact.target])
-        if not is_scorable(target, tokenizer)
-    ]
-    if refused:
-        fact_id, target = refused[0]
-        token = target_token(target, tokenizer)
-        shown = "" if token is None else f", {token_text(token, tokenizer)!r},"
-        others = f" ({len(refused)} targets in all)" if len(refused) > 1 else ""
-        raise RetentionBenchError(
-            f"Fact {fact_id!r}: the first token{shown} of the target {target!r} is a stop word or special, which the "
-            f"retention metric skips, so it could never be found{others}. "
-            "Start the target with a content word, or leave the fact out."
-        )
+    objects = {text for fact in facts for text in (fact.target_true, fact.target_new) if text is not None}
+    begins = {text: target_token(text, tokenizer) for text in objects}
+    bad = {text: reason for text, token in begins.items() if (reason := _unfit(token, tokenizer))}
+    kept, dropped = [], defaultdict[str, list[str]](list)
+    for fact in facts:
+        own = [text for text in (fact.target_true, fact.target_new) if text is not None]
+        reason = next((bad[text] for text in own if text in bad), None)
+        if reason is None and len(own) > 1 and begins[own[0]] == begins[own[1]]:
+            reason = SAME
+        if reason is None and context is not None and not _fits(fact, tokenizer, context - MAX_DECODED_TOKENS):
+            reason = TOO_LONG
+        if reason is None:
+            kept.append(fact)
+        else:
+            dropped[reason].append(fact.id)
+    return FactSet.of(kept), {reason: tuple(ids) for reason, ids in dropped.items()}
+
+
+def scorable_as_text(facts: FactSet) -> tuple[FactSet, LeftOut]:
+    """Leave out the facts that `judge_text` could not tell, for where no tokens are known; else as `scorable`."""
+    kept, dropped = [], defaultdict[str, list[str]](list)
+    for fact in facts:
+        words = [next(_content_words(text), None) for text in (fact.target_true, fact.target_new) if text is not None]
+        if None in words:
+            dropped[NO_WORD].append(fact.id)
+        elif len(words) > len(set(words)):
+            dropped[SAME_WORD].append(fact.id)
+        else:
+            kept.append(fact)
+    return FactSet.of(kept), {reason: tuple(ids) for reason, ids in dropped.items()}
+
+
+def describe_left_out(left_out: LeftOut) -> str:
+    """What `scorable` left out, in one line: how many facts, why, and which, three of each kind named."""
+    parts = []
+    for reason, ids in left_out.items():
+        named = ", ".join(repr(name if len(name) <= 40 else f"{name[:37]}...") for name in ids[:3])
+        parts.append(f"{len(ids):,}: {reason} ({named}{', ...' if len(ids) > 3 else ''})")
+    count = sum(map(len, left_out.values()))
+    return f"{count:,} {'fact is' if count == 1 else 'facts are'} left out ({'; '.join(parts)})"
+
+
+def is_short(text: str) -> bool:
+    """Whether a token's text is at most one letter or digit, and so begins too many answers to stand for one.
+
+    Counted are whole letters and digits; a mark counts with the letter that it stands on, and a fragment of a
+    character (U+FFFD), being less than one, not at all. An ideograph or a Hangul syllable is one of thousands and says
+    as much as a word's first token, so one is enough.
+    """
+    counted = [c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c)[0] in "LN"]
+    return len(counted) < 2 and not any(unicodedata.name(c, "").startswith(_LARGE_SCRIPTS) for c in counted)
+
+
+_LARGE_SCRIPTS = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH", "HANGUL SYLLABLE")
+
+
+def _unfit(token: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a target that begins with a token cannot be told, or None."""
+    if token is None or is_special_token(token, tokenizer) or is_stop_token(token, tokenizer):
+        return NOT_FOUND
+    return TOO_SHORT if is_short(token_text(token, tokenizer)) else None
+
+
+def _fits(fact: Fact, tokenizer: PreTrainedTokenizerBase, room: int) -> bool:
+    """Whether all prompts of a fact have so many tokens at most."""
+    # No token is less than a byte, and few prompts are long, so few are tokenised.
+    long = (p for p in (fact.question, *fact.paraphrases, *fact.neighborhood) if len(p.encode()) + 2 > room)
+    return all(len(tokenizer.encode(prompt)) <= room for prompt in long)
 
 
 def judge_ids(token_ids: Sequence[int], target: str, tokenizer: PreTrainedTokenizerBase) -> Verdict:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retention_bench.facts import Fact, target_token, token_text
+from retention_bench.facts import Fact, FirstTokens, first_tokens, token_text
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import judge_ids
 from retention_bench.scoring.prefixes import Prompt
@@ -22,9 +22,11 @@ TOP = 5
 class Probe:
     """One fact at one moment of a fine-tune: the token classes of the paper's figure 4.
 
-    The probabilities are those of the token right after the prompt, each object standing for its first token. They add
-    up to 1, unless the old object and the new one begin with the same token. Where the model puts out no number, as one
-    that diverged, they are None and `top` is empty.
+    The probabilities are those of the token right after the prompt, each object standing for its first content token.
+    Where one of a fact's objects begins with a lone space (see `facts.target`), the space is passed over, as by the
+    metric: the tokens behind it take its probability. So they add up to 1 under any tokenizer, unless the old object
+    and the new one begin with the same token. Where the model puts out no number, as one that diverged, they are None
+    and `top` is empty.
 
     Attributes:
         fact_id: The fact.
@@ -70,8 +72,10 @@ class Prober:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._facts = list(facts)
-        tokens = {relation: _tokens(texts, tokenizer) for relation, texts in objects.items()}
-        self._classes = [_classes(fact, tokens.get(fact.relation, set()), tokenizer) for fact in self._facts]
+        starts = {
+            relation: {first_tokens(text, tokenizer) for text in set(texts)} for relation, texts in objects.items()
+        }
+        self._classes = [_Classes.of(fact, starts.get(fact.relation, set()), tokenizer) for fact in self._facts]
 
     @torch.inference_mode()
     def look(self) -> list[Probe]:
@@ -89,22 +93,22 @@ class Prober:
             def keep(batch: Sequence[Prompt], logits: torch.Tensor) -> None:
                 found.update(zip(batch, logits.softmax(-1).cpu(), strict=True))
 
-            answers = lm.answer(prompts, first=keep)
+            asked = {(*prompt, *lead) for prompt, c in zip(prompts, self._classes, strict=True) for lead in c.leads}
+            answers = lm.answer(asked, first=keep)
         finally:
             self._model.train(training)
         return [
-            self._probe(fact, classes, found[prompt], answers[prompt])
+            self._probe(fact, classes, [found[(*prompt, *lead)] for lead in classes.leads], answers[prompt])
             for fact, classes, prompt in zip(self._facts, self._classes, prompts, strict=True)
         ]
 
-    def _probe(
-        self, fact: Fact, classes: tuple[int, int | None, list[int]], row: torch.Tensor, answer: Sequence[int]
-    ) -> Probe:
-        true, new, related = classes
+    def _probe(self, fact: Fact, classes: _Classes, rows: Sequence[torch.Tensor], answer: Sequence[int]) -> Probe:
         kind = "intrinsic" if fact.target_new is None else "edited"
         hit = judge_ids(answer, fact.target, self._tokenizer).hit
+        row = _passing_over(classes.leads, rows)
         if not row.isfinite().all():
             return Probe(fact.id, kind, hit, None, None, None, None, ())
+        true, new, related = classes.true, classes.new, classes.related
         named = sorted({true, *([] if new is None else [new]), *related})
         top = row.topk(TOP)
         return Probe(
@@ -122,13 +126,45 @@ class Prober:
         )
 
 
-def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {token for text in set(texts) if (token := target_token(text, tokenizer)) is not None}
+@dataclass(frozen=True)
+class _Classes:
+    """The tokens that stand for a fact's objects.
+
+    Attributes:
+        true: For the original object.
+        new: For the new one, if there is one.
+        related: For other objects of the same relation.
+        leads: What is read behind the prompt: nothing, and the lone space where an object begins with one.
+    """
+
+    true: int
+    new: int | None
+    related: list[int]
+    leads: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, fact: Fact, objects: Set[FirstTokens], tokenizer: PreTrainedTokenizerBase) -> _Classes:
+        starts = {
+            text: first_tokens(text, tokenizer) for text in (fact.target_true, fact.target_new) if text is not None
+        }
+        true = starts[fact.target_true].token
+        new = None if fact.target_new is None else starts[fact.target_new].token
+        assert true is not None  # facts that the metric cannot find have been left out
+        every = objects | set(starts.values())
+        leads = {start.lead[:end] for start in every for end in range(len(start.lead) + 1)}
+        related = {start.token for start in objects if start.token is not None} - {true, new}
+        return cls(true, new, sorted(related), sorted(leads))
 
 
-def _classes(fact: Fact, objects: set[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None, list[int]]:
-    """The tokens of the original and the new object, and the related ones."""
-    true = target_token(fact.target_true, tokenizer)
-    new = None if fact.target_new is None else target_token(fact.target_new, tokenizer)
-    assert true is not None  # facts that the metric cannot find have been left out
-    return true, new, sorted(objects - {true, new})
+def _passing_over(leads: Sequence[tuple[int, ...]], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Probabilities of the token that comes first where lone spaces are passed over, (vocabulary).
+
+    Args:
+        leads: What is passed over; sorted, so that each follows those that it begins with. The first is empty.
+        rows: Probabilities of the token behind the prompt and each of them, (vocabulary).
+    """
+    chances: dict[tuple[int, ...], torch.Tensor] = {(): rows[0].clone()}
+    for lead, row in zip(leads[1:], rows[1:], strict=True):
+        chances[lead] = row * chances[lead[:-1]][lead[-1]]
+        chances[lead[:-1]][lead[-1]] = 0.0
+    return torch.stack([*chances.values()]).sum(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from retention_bench.facts import FactSet
 from retention_bench.progress import Progress, silent
 from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.hf import RetentionHFLM
-from retention_bench.scoring.metric import check_targets
+from retention_bench.scoring.metric import describe_left_out, scorable
 from retention_bench.scoring.model import RetentionLM
 from retention_bench.scoring.tasks import KINDS, Kind, documents, tasks_dir
 
@@ -70,6 +71,9 @@ def score(
 ) -> list[Sample]:
     """Ask a loaded Hugging Face model about facts.
 
+    Facts whose answers the metric could not tell are left out, with a warning that counts and names them; ask
+    `scorable` which they are.
+
     The model's weights and mode and the tokenizer are left as they were; no global random state is touched.
 
     Args:
@@ -81,12 +85,10 @@ def score(
         progress: Told how many prompts are decoded.
 
     Returns:
-        A sample a question: by kind in the order of `kinds`, then in the order of the facts.
+        A sample a question: by kind in the order of `kinds`, then in the order of the facts. None if no fact is left.
 
     Raises:
         UsageError: There is no such kind.
-        RetentionBenchError: A target could never be found by the metric (see `check_targets`), or a prompt does not fit
-            into the model's context.
     """
     training = model.training
     try:
@@ -109,18 +111,21 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
 
     Raises:
         UsageError: There is no such kind.
-        RetentionBenchError: As `score`.
     """
+    facts, left_out = scorable(facts, lm.tokenizer, context=getattr(lm, "max_length", None))
+    if left_out:
+        warnings.warn(f"{describe_left_out(left_out)}.", stacklevel=2)
     asked = [kind for kind in kinds if documents(facts, kind)]
     if not asked:
         return []
-    check_targets(facts, lm.tokenizer)
     if isinstance(lm, RetentionLM):
         lm.prefetch((row["prompt"], f" {row['target']}") for kind in asked for row in documents(facts, kind))
     with contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         facts.write(path)
-        manager = TaskManager(include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(path)})
+        manager = TaskManager(
+            include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(path), "judge": "ids"}
+        )
         # Not simple_evaluate: it reseeds every global random generator and starts git and nvidia-smi for its report.
         loaded = manager.load([f"retention_{kind}" for kind in asked])
         result = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=True)

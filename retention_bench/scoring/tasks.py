@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import datasets
+from lm_eval.api.task import ConfigurableTask
 
 import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
-from retention_bench.facts import Fact, FactSet
-from retention_bench.scoring.metric import DecodedText, judge_ids, judge_text
+from retention_bench.facts import Fact, FactSet, load_pool
+from retention_bench.scoring.metric import (
+    DecodedText,
+    describe_left_out,
+    judge_ids,
+    judge_text,
+    scorable_as_text,
+)
 
 Kind = Literal["edited", "intrinsic", "paraphrase", "locality"]
 """What a question probes; `retention_<kind>` is the lm-eval task that asks it."""
@@ -69,12 +77,16 @@ def documents(facts: FactSet, kind: str) -> list[dict[str, str]]:
     ]
 
 
-def load_documents(kind: str, facts: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
+def load_documents(
+    kind: str, facts: str | None = None, judge: Literal["text", "ids"] = "text", **_: Any
+) -> dict[str, datasets.Dataset]:
     """Load a task's documents: the `custom_dataset` of the lm-eval tasks.
 
     Args:
         kind: The kind of question, from the task's `dataset_kwargs`.
-        facts: Path of the facts file, from `--metadata '{"facts": "FACTS.jsonl"}'`.
+        facts: Path of the facts file, from `--metadata '{"facts": "FACTS.jsonl"}'`, in any form that `load_pool` reads.
+        judge: What decides. Where it is `"text"`, as under plain `lm_eval`, facts that it could not tell are left out,
+            with a warning; who judges ids has asked `scorable`.
 
     Returns:
         The documents under the split "test"; a kind without questions holds one that is not scored.
@@ -88,8 +100,31 @@ def load_documents(kind: str, facts: str | None = None, **_: Any) -> dict[str, d
             "The retention tasks ask what a facts file says, and none was given. "
             """Add --metadata '{"facts": "FACTS.jsonl"}' with the path of your facts file."""
         )
-    rows = documents(FactSet.read(facts), kind)
+    pool = load_pool(facts)
+    asked = pool.facts
+    if judge == "text":
+        if pool.rows.dropped:
+            warnings.warn(f"{pool.rows}.", stacklevel=2)
+        asked, left_out = scorable_as_text(asked)
+        if left_out:
+            warnings.warn(f"{describe_left_out(left_out)}.", stacklevel=2)
+    rows = documents(asked, kind)
     return {"test": datasets.Dataset.from_list(rows or [_PLACEHOLDER])}
+
+
+class FactsTask(ConfigurableTask):
+    """A task whose requests are never taken from lm-eval's cache of requests.
+
+    `--cache_requests` finds them by the task's name, so that it would ask the facts of another file.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Make the task that a file describes; `class` names this one and is no setting of it."""
+        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+
+    def build_all_requests(self, **settings: Any) -> None:
+        """As lm-eval's, without the cache."""
+        super().build_all_requests(**settings | {"cache_requests": False, "rewrite_requests_cache": False})
 
 
 def judge_document(document: Mapping[str, str], answers: list[str]) -> dict[str, float]:

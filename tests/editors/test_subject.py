@@ -1,10 +1,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retention_bench.editors import EditRequest
+from retention_bench.editors import EditRequest, descent, value
+from retention_bench.editors.malmen.steps import Question, batches
 from retention_bench.editors.subject import context_rows, subject_rows, target_ids
 from retention_bench.errors import RetentionBenchError, UsageError
 
@@ -63,6 +65,23 @@ def test_a_target_has_one_space_before_it_and_no_special_token(request, family, 
     _, tokenizer = request.getfixturevalue(family)
     ids = target_ids(tokenizer, EditRequest("f", "{} is", "Mira", target))
     assert tokenizer.decode(ids) == f" {target.strip()}"
+
+
+def test_a_numbers_lone_space_is_trained_with_it_by_every_editor(make_tokenizer):
+    tokenizer = make_tokenizer("llama", ["Mira was born in"] * 3, digits=True)
+    request = EditRequest("f", "{} was born in", "Mira", "1984")
+    prompt = tokenizer.encode("Mira was born in")
+    whole = tokenizer.encode("Mira was born in 1984")
+    target = target_ids(tokenizer, request)
+    assert tokenizer.convert_ids_to_tokens(target) == ["Ġ", *"1984"]
+    assert prompt + target == whole
+    [row] = descent._rows(tokenizer, request, "target")
+    assert (row.ids, row.targets) == (whole[:-1], target)
+    assert row.positions == [len(prompt) - 1 + place for place in range(len(target))]
+    assert value._Fact.of(tokenizer, request, ()).target == target
+    [batch] = batches(tokenizer, [Question("f", "Mira was born in", "1984")], 1, torch.device("cpu"))
+    assert batch.ids[0].tolist() == whole[:-1]
+    assert batch.labels[batch.answers].tolist() == target
 
 
 def test_a_slow_tokenizer_is_refused():

@@ -1,6 +1,9 @@
+import gzip
 import json
 import sys
+import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -85,13 +88,17 @@ EXPECTED = {
 }
 
 
+def without(record, field):
+    return {name: value for name, value in record.items() if name != field}
+
+
 @pytest.fixture
 def write(tmp_path):
     """Writes records as `.json` or `.jsonl` and gives the path."""
 
     def put(records, suffix):
         path = tmp_path / f"whatever{suffix}"
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        lines = [json.dumps(record, ensure_ascii="\\ud" in json.dumps(record)) for record in records]
         path.write_text("\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]", encoding="utf-8")
         return str(path)
 
@@ -169,11 +176,16 @@ def test_rows_that_are_no_facts_are_counted_by_reason(write):
         "target_new": "Brel",
         "locality_ground_truth": "Aznavour",
     }
-    pool = load_pool(write([EASYEDIT, OTHER, away, alone], ".json"))
+    path = write([EASYEDIT, OTHER, away, alone], ".json")
+    assert [fact.relation for fact in read_pool(path)] == [*[DARRIEUX.prompt] * 2, "{} once sang with"]
+    pool = load_pool(path, need_relation=True)
     assert [fact.id for fact in pool.facts] == ["7", "8"]
     assert pool.rows.dropped == {"the subject does not stand in the prompt": 1, "nothing tells the relation": 1}
     assert (pool.rows.read, pool.rows.kept) == (4, 2)
-    assert "4 rows read, 2 dropped (1: the subject does not stand in the prompt; 1: nothing" in str(pool.rows)
+    assert (
+        "4 rows read, 2 dropped (1: the subject does not stand in the prompt (the first: record 3); "
+        "1: nothing tells the relation (the first: record 4))"
+    ) in str(pool.rows)
     stored = json.loads(json.dumps(pool.rows.to_json()))
     assert (stored["read"], stored["dropped"]) == (4, pool.rows.dropped)
     assert "source" not in stored
@@ -181,37 +193,192 @@ def test_rows_that_are_no_facts_are_counted_by_reason(write):
         load_pool(write([away], ".json"))
 
 
-def without(record, field):
-    return {name: value for name, value in record.items() if name != field}
+REWRITE = ROME["requested_rewrite"]
 
 
 @pytest.mark.parametrize(
     ("good", "bad", "says"),
     [
-        (ROME, {"case_id": 8}, "has no 'requested_rewrite'"),
-        (ROME, ROME | {"requested_rewrite": [1]}, "'requested_rewrite' must be an object, got list"),
-        (ROME, ROME | {"requested_rewrite": without(ROME["requested_rewrite"], "relation_id")}, "has no 'relation_id'"),
-        (ROME, ROME | {"requested_rewrite": ROME["requested_rewrite"] | {"target_new": "x"}}, "'target_new' must be"),
-        (ROME, ROME | {"requested_rewrite": ROME["requested_rewrite"] | {"prompt": "x"}}, "prompt must contain '{}'"),
-        (ROME, ROME, "id '7' was used before, in PLACE 1"),
-        (ROME, ROME | {"case_id": [8]}, "'case_id' must be a number or a text"),
-        (ROME, EASYEDIT, "has no 'requested_rewrite'"),
-        (ROME, 5, "must be a JSON object, got int"),
+        (ROME, {"case_id": 8}, "requested_rewrite: Field required"),
+        (ROME, ROME | {"requested_rewrite": [1]}, "requested_rewrite: "),
+        (ROME, ROME | {"requested_rewrite": without(REWRITE, "subject")}, "requested_rewrite.subject: Field required"),
+        (ROME, ROME | {"requested_rewrite": REWRITE | {"target_new": "x"}}, "requested_rewrite.target_new: "),
+        (ROME, ROME | {"case_id": [8]}, "case_id: Input should be a valid string, got a list of 1"),
+        (ROME, ROME | {"case_id": True}, "case_id: Input should be a valid string, got True"),
+        (
+            ROME,
+            ROME | {"case_id": 9, "paraphrase_prompts": 3},
+            "paraphrase_prompts: Input should be a valid tuple, got 3",
+        ),
+        (ROME, ROME | {"case_id": 9, "paraphrase_prompts": [["x"]]}, "paraphrase_prompts.0: "),
+        (ROME, ROME | {"case_id": "x" * 200_000}, "case_id: String should have at most 100000 characters"),
+        (ROME, EASYEDIT, "requested_rewrite: Field required"),
+        (ROME, 5, "Input should be a valid dictionary"),
+        (ROME, None, "Input should be a valid dictionary"),
+        (ROME, ROME | {"case_id": "\ud83d"}, "half a character"),
         (TRACING, TRACING | {"relation_suffix": " was"}, "do not make up the prompt"),
-        (TRACING, without(TRACING, "target_false"), "has no 'target_false'"),
-        (EASYEDIT, without(OTHER, "ground_truth"), "has no 'ground_truth'"),
-        (EASYEDIT, OTHER | {"target_new": ["x"]}, "'target_new' must be a text"),
-        (EASYEDIT, OTHER | {"rephrase_prompt": [""]}, "'rephrase_prompt' must be a text or a list"),
-        (KNOWN, KNOWN | {"known_id": 8, "attribute": " "}, "'attribute' must be a text that is not empty, got ' '"),
+        (TRACING, without(TRACING, "target_false"), "target_false: Field required"),
+        (EASYEDIT, without(OTHER, "target_new"), "target_new: Field required"),
+        (EASYEDIT, OTHER | {"target_new": {"str": "x"}}, "target_new: Input should be a valid string"),
+        (EASYEDIT, OTHER | {"rephrase_prompt": 5}, "rephrase_prompt: Input should be a valid tuple"),
+        (KNOWN, KNOWN | {"known_id": 8, "attribute": " "}, "attribute: Value error, it must not be empty, got ' '"),
     ],
 )
 @pytest.mark.parametrize(("suffix", "place"), [(".json", "record"), (".jsonl", "line")])
-def test_a_malformed_record_is_named(write, good, bad, says, suffix, place):
-    path = write([good, bad], suffix)
-    with pytest.raises(RetentionBenchError) as caught:
-        read_pool(path)
-    assert f"{path}, {place} 2: " in str(caught.value)
-    assert says.replace("PLACE", place) in str(caught.value)
+def test_a_malformed_record_of_others_is_dropped_counted_and_named(write, good, bad, says, suffix, place):
+    for records, number in (([good, bad], 2), ([bad, good], 1)):
+        if number == 1 and bad is EASYEDIT:
+            continue  # then that is the form
+        pool = load_pool(write(records, suffix))
+        assert (len(pool.facts), dict(pool.rows.dropped)) == (1, {"not a record of this form": 1})
+        assert f"2 rows read, 1 dropped (1: not a record of this form (the first: {place} {number}: " in str(pool.rows)
+        assert says in str(pool.rows)
+        assert len(str(pool.rows)) < 700
+
+
+def test_a_line_that_is_not_json_is_dropped_among_records_of_others(write, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join(["{", json.dumps(ROME), "[" * 100_000, json.dumps(ROME | {"case_id": 8})]))
+    pool = load_pool(path)
+    assert [fact.id for fact in pool.facts] == ["7", "8"]
+    assert "2: not a record of this form (the first: line 1: not JSON" in str(pool.rows)
+
+
+def test_an_id_that_was_used_before_is_dropped(write):
+    pool = load_pool(write([ROME, ROME], ".jsonl"))
+    assert (len(pool.facts), pool.rows.dropped) == (1, {"its id was used before": 1})
+    assert "(the first: line 2: '7')" in str(pool.rows)
+
+
+def test_no_record_left_names_the_first(write):
+    bad = ROME | {"requested_rewrite": without(REWRITE, "prompt")}
+    with pytest.raises(
+        RetentionBenchError, match="No fact is left: .*2 rows read, 2 dropped .*record 1: requested_rew"
+    ):
+        load_pool(write([bad, bad], ".json"))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("bad", [OURS | {"id": "8", "paraphrases": 3}, OURS, 5, without(OURS, "id"), ROME])
+def test_a_mistake_in_our_own_form_is_an_error(write, bad, suffix):
+    place = "record" if suffix == ".json" else "line"
+    with pytest.raises(RetentionBenchError, match=f"whatever{suffix}, {place} 2: not a fact: "):
+        load_pool(write([OURS, bad], suffix))
+
+
+# Other benchmarks' records
+
+ZSRE = {
+    "subject": "Watts Humphrey",
+    "src": "What university did Watts Humphrey attend?",
+    "pred": "Trinity College",
+    "rephrase": "What university did Watts Humphrey take part in?",
+    "alt": "University of Michigan",
+    "answers": ["Illinois Institute of Technology"],
+    "loc": "nq question: who played desmond doss father in hacksaw ridge",
+    "loc_ans": "Hugo Weaving",
+    "cond": "Trinity College >> University of Michigan || What university did Watts Humphrey attend?",
+}
+HUMPHREY = Fact(
+    "0",
+    "Watts Humphrey",
+    "What university did {} attend?",
+    "What university did {} attend?",
+    "Illinois Institute of Technology",
+    "University of Michigan",
+    ("What university did Watts Humphrey take part in?",),
+)
+ZSRE_KNOWEDIT = {
+    "subject": "Watts Humphrey",
+    "prompt": "What university did Watts Humphrey attend?",
+    "target_new": "University of Michigan",
+    "ground_truth": ["Illinois Institute of Technology"],
+    "rephrase_prompt": "What university did Watts Humphrey take part in?",
+    "portability": {"Reasoning": [{"prompt": "The city of the university is", "ground_truth": [["Ann Arbor"]]}]},
+    "locality": {"Relation_Specificity": [{"prompt": "Watts Humphrey was born in", "ground_truth": [["Michigan"]]}]},
+}
+RECENT = without(ZSRE_KNOWEDIT, "ground_truth")
+MQUAKE = {
+    "case_id": 1,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is a citizen of",
+            "relation_id": "P27",
+            "target_new": {"str": "Croatia", "id": "Q224"},
+            "target_true": {"str": "United States of America", "id": "Q30"},
+            "subject": "Ellie Kemper",
+            "question": "What is the country of citizenship of Ellie Kemper?",
+        },
+        {
+            "prompt": "The capital of {} is",
+            "relation_id": "P36",
+            "target_new": {"str": "Ankara", "id": "Q3640"},
+            "target_true": {"str": "Zagreb", "id": "Q1435"},
+            "subject": "Croatia",
+            "question": "What is the capital of Croatia?",
+        },
+    ],
+    "questions": ["What is the capital of the country of which Ellie Kemper is a citizen?"],
+    "answer": "Washington, D.C.",
+    "new_answer": "Ankara",
+    "single_hops": [{"question": "What is the country of citizenship of Ellie Kemper?", "answer": "USA"}],
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    ("record", "form"),
+    [
+        (ZSRE, "zsRE's"),
+        ({("prompt" if k == "src" else k): v for k, v in ZSRE.items()}, "zsRE's"),
+        (ZSRE_KNOWEDIT, "EasyEdit's"),
+        (ZSRE_KNOWEDIT | {"ground_truth": [["Illinois Institute of Technology", "IIT"]]}, "EasyEdit's"),
+        (ZSRE_KNOWEDIT | {"ground_truth": "Illinois Institute of Technology"}, "EasyEdit's"),
+    ],
+)
+def test_zsre_and_knowedit_are_read_as_facts(write, record, form, suffix):
+    pool = load_pool(write([record], suffix))
+    assert (pool.facts.facts, pool.rows.form) == ((HUMPHREY,), form)
+    assert HUMPHREY.question == ZSRE["src"]
+    other = {k: v.replace("Watts Humphrey", "Ann Lee") if isinstance(v, str) else v for k, v in record.items()}
+    assert len(load_pool(write([record, other], suffix), need_relation=True).facts) == 2
+
+
+def test_a_record_without_a_true_object_is_no_fact(write):
+    pool = load_pool(write([RECENT, ZSRE_KNOWEDIT, ZSRE_KNOWEDIT | {"ground_truth": []}], ".json"))
+    assert (pool.rows.form, len(pool.facts), pool.rows.dropped) == (
+        "KnowEdit's",
+        1,
+        {"it does not say the true object": 2},
+    )
+    with pytest.raises(RetentionBenchError, match="No fact is left: .*1: it does not say the true object .*record 1"):
+        load_pool(write([RECENT], ".json"))
+
+
+def test_every_rewrite_of_mquake_is_a_fact_and_none_twice(write):
+    again = MQUAKE | {"case_id": 2, "requested_rewrite": MQUAKE["requested_rewrite"][1:]}
+    broken = MQUAKE | {"case_id": 3, "requested_rewrite": [{}]}
+    pool = load_pool(write([MQUAKE, again, broken], ".json"))
+    kemper, capital = pool.facts
+    assert kemper == Fact(
+        "1-0", "Ellie Kemper", "P27", "{} is a citizen of", "United States of America", "Croatia",
+        ("What is the country of citizenship of Ellie Kemper?",),
+    )  # fmt: skip
+    assert (capital.id, capital.question, capital.target_new) == ("1-1", "The capital of Croatia is", "Ankara")
+    assert pool.rows.dropped == {"not a record of this form": 1, "it repeats an earlier one": 1}
+    assert (pool.rows.form, pool.rows.read, pool.rows.kept) == ("MQuAKE's", 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [("a " * 40_000, "a"), ("A" * 90_000, "a" * 40_000 + "b"), ("{} and {}", "x"), ("{}{}", "{}")],
+)
+def test_odd_prompts_do_not_blow_up_the_recovery_of_relations(write, prompt, subject):
+    odd = EASYEDIT | {"case_id": 1, "prompt": prompt, "subject": subject, "locality_prompt": "a " * 40_000}
+    began = time.monotonic()
+    pool = load_pool(write([EASYEDIT, OTHER, odd], ".jsonl"))
+    assert {"7", "8"} <= {fact.id for fact in pool.facts}
+    assert time.monotonic() - began < 5
 
 
 def test_records_of_no_form_are_refused_with_the_forms_there_are(write):
@@ -223,14 +390,18 @@ def test_records_of_no_form_are_refused_with_the_forms_there_are(write):
 @pytest.mark.parametrize(
     ("name", "text", "error", "says"),
     [
-        ("none.json", None, UsageError, "No facts file at"),
-        ("none.jsonl", None, UsageError, "No facts file at"),
-        ("facts.json", "{", RetentionBenchError, "is not JSON"),
-        ("facts.json", "{}", RetentionBenchError, "must hold a list of records, and holds dict"),
+        ("none.json", None, UsageError, "There is no facts file at"),
+        ("none.jsonl", None, UsageError, "There is no facts file at"),
+        ("facts.json", "[", RetentionBenchError, "not JSON"),
+        ("facts.json", "{", RetentionBenchError, "line 1: not JSON: .*a JSON object a line"),
+        ("facts.json", "{}", RetentionBenchError, "line 1: no form of facts has the fields"),
         ("facts.json", "[]", RetentionBenchError, "holds no facts"),
+        ("facts.json", '[{"a\\n": 1}]', RetentionBenchError, r"no form of facts has the fields 'a\\n'"),
+        ("facts.json", "[1]", RetentionBenchError, "record 1: no form of facts has 1"),
         ("facts.jsonl", "", RetentionBenchError, "holds no facts"),
-        ("facts.jsonl", json.dumps(ROME) + "\n\n{", RetentionBenchError, "line 3: not JSON"),
+        ("facts.jsonl", json.dumps(OURS) + "\n\n{", RetentionBenchError, "line 3: not a fact: not JSON"),
         ("facts.jsonl", json.dumps(OURS | {"promt": "x"}), RetentionBenchError, "line 1: not a fact: .*'prompt'"),
+        ("facts.jsonl", json.dumps(without(OURS, "id")), RetentionBenchError, "line 1: not a fact: missing field 'id'"),
     ],
 )
 def test_a_file_that_holds_no_records_says_so(tmp_path, name, text, error, says):
@@ -244,6 +415,27 @@ def test_a_file_that_holds_no_records_says_so(tmp_path, name, text, error, says)
 def test_our_own_lines_are_read_as_a_fact_set(write):
     path = write([OURS, OURS | {"id": "8"}], ".jsonl")
     assert read_pool(path) == FactSet.read(path)
+
+
+@pytest.mark.parametrize(("record", "suffix"), [(OURS, ".jsonl"), (ROME, ".jsonl"), (ROME, ".json")])
+def test_any_form_is_read_in_utf8_with_or_without_a_mark_and_compressed(write, tmp_path, record, suffix):
+    plain = Path(write([record], suffix))
+    expected = load_pool(plain).facts
+    marked, packed = tmp_path / f"marked{suffix}", tmp_path / f"packed{suffix}.gz"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert load_pool(marked).facts == load_pool(str(packed)).facts == expected
+    latin = tmp_path / f"latin{suffix}"
+    latin.write_bytes(plain.read_text(encoding="utf-8").replace("Darrieux", "Darriéux").encode("latin-1", "replace"))
+    with pytest.raises(RetentionBenchError, match=rf"latin{suffix}, line 1: the byte 0xe9 is not UTF-8"):
+        load_pool(latin)
+
+
+def test_a_file_with_one_slash_in_its_path_is_no_hub_data_set(write, monkeypatch, tmp_path):
+    (tmp_path / "some").mkdir()
+    Path(write([ROME], ".jsonl")).rename(tmp_path / "some/counterfact")
+    monkeypatch.chdir(tmp_path)
+    assert load_pool("some/counterfact").facts == load_pool(Path("some/counterfact")).facts
 
 
 def test_a_hub_data_set_is_read_with_its_config_and_revision(hub):

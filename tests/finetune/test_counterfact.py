@@ -31,6 +31,14 @@ def test_the_loss_is_on_the_object_alone(family, request):
         assert row.input_ids[: -len(targets)] == tokenizer.encode(fact.question)
 
 
+def test_a_numbers_lone_space_is_part_of_the_object(make_tokenizer):
+    tokenizer = make_tokenizer("llama", ["Mira was born in"] * 3, digits=True)
+    fact = Fact("f", "Mira", "born", "{} was born in", "1984")
+    [row] = prepare(tokenizer, facts=[fact], train_size=1, validation_size=1).train
+    assert row.input_ids == tokenizer.encode("Mira was born in 1984")
+    assert tokenizer.convert_ids_to_tokens([token for token in row.labels if token != -100]) == ["Ġ", *"1984"]
+
+
 def test_the_validation_rows_are_training_rows_and_the_seed_decides(gpt2_tokenizer):
     once, again, other = (prepare(gpt2_tokenizer, seed=seed) for seed in (0, 0, 1))
     assert (len(once.train), len(once.validation)) == (8, 3)

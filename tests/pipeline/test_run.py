@@ -416,16 +416,43 @@ def finish_one(command, env, tunes, count):
     process.wait()
 
 
-def test_facts_that_all_begin_with_a_stop_word_are_refused_with_that_reason(small_suite, tmp_path):
-    suite = yaml.safe_load(small_suite.read_text())
-    rows = [json.loads(line) for line in Path(suite["facts"]["source"]).read_text().splitlines()]
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [("the {new}", "stop word"), ("{true}", "the same first content token"), ("{true} Republic", "the same first")],
+)
+def test_facts_that_the_metric_cannot_tell_are_refused_with_that_reason(small_suite, tmp_path, new, says):
+    def spoilt(row):
+        return row | {"target_new": new.format(new=row["target_new"], true=row["target_true"])}
+
+    path, rows = with_facts(small_suite, tmp_path, spoilt)
+    with pytest.raises(RetentionBenchError, match=f"can be scored: {len(rows)} facts are left out .*{says}"):
+        evaluate(cell(path), store=Store(tmp_path / "store"), out=tmp_path / "out")
+
+
+def test_facts_that_the_metric_cannot_tell_are_left_out_counted_and_named(small_suite, tmp_path):
+    def every_third_spoilt(row):
+        return row | {"target_new": row["target_true"]} if int(row["id"][-3:]) % 3 == 0 else row
+
+    path, rows = with_facts(small_suite, tmp_path, every_third_spoilt)
+    out = tmp_path / "out"
+    results = evaluate(cell(path), store=Store(tmp_path / "store"), out=out)
+    spoilt = [row["id"] for row in rows if row["target_new"] == row["target_true"]]
+    [(why, found)] = results["facts"]["left_out"].items()
+    assert "same first content token" in why
+    assert found == {"facts": len(spoilt), "first": spoilt[:10]}
+    assert not {fact.id for fact in FactSet.read(out / "facts.jsonl")} & set(spoilt)
+
+
+def with_facts(suite_path, tmp_path, change):
+    """A suite whose facts are changed, and their rows."""
+    suite = yaml.safe_load(suite_path.read_text())
+    rows = [change(json.loads(line)) for line in Path(suite["facts"]["source"]).read_text().splitlines()]
     source = tmp_path / "facts.jsonl"
-    source.write_text("".join(json.dumps(row | {"target_new": f"the {row['target_new']}"}) + "\n" for row in rows))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     suite["facts"]["source"] = str(source)
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump(suite))
-    with pytest.raises(RetentionBenchError, match=f"All {len(rows)} facts .* stop word"):
-        evaluate(cell(path), store=Store(tmp_path / "store"), out=tmp_path / "out")
+    return path, rows
 
 
 # What becomes of a finished cell's files

@@ -41,6 +41,12 @@ def llama_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> P
 
 
 @pytest.fixture(scope="session")
+def digit_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """Cuts " 1984" into " ", "1", "9", "8", "4"."""
+    return make_tokenizer("llama", _TEXTS, min_frequency=6, digits=True)
+
+
+@pytest.fixture(scope="session")
 def spaced_tokenizer() -> PreTrainedTokenizerBase:
     """BPE that puts a space in front of every text and merges double spaces first, as Llama 2's."""
     words = ["▁Paris", "▁is"]

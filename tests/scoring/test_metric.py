@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import Fact, FactSet, target_token
+from retention_bench.facts import Fact, FactSet, first_tokens, object_ids, target_token
 from retention_bench.scoring import (
     MAX_DECODED_TOKENS,
     STOP_WORDS,
     DecodedText,
     Verdict,
-    check_targets,
-    is_scorable,
+    describe_left_out,
     is_stop_token,
     judge_ids,
     judge_text,
+    scorable,
     tasks_dir,
 )
+from retention_bench.scoring.metric import NOT_FOUND, SAME, TOO_LONG, TOO_SHORT, is_short
 from retention_bench.scoring.stop_words import is_stop_text
 
 
@@ -122,6 +122,15 @@ def test_a_lone_leading_space_is_passed_over_on_both_sides(spaced_tokenizer: Pre
     assert target_token("東京", spaced_tokenizer) == east
     assert judge_ids(decoded, "東京", spaced_tokenizer) == Verdict(hit=True, content_token=east, skipped=1)
     assert is_stop_token(lone, spaced_tokenizer)
+
+
+def test_a_number_behind_a_lone_space_begins_with_its_first_digit(digit_tokenizer: PreTrainedTokenizerBase) -> None:
+    space, *digits = ids(" 1984", digit_tokenizer)
+    assert digit_tokenizer.decode([space]) == " "
+    assert first_tokens("1984", digit_tokenizer) == ((space,), digits[0])
+    assert object_ids("1984", digit_tokenizer) == [space, *digits]
+    assert first_tokens("Paris", digit_tokenizer) == ((), *ids(" Paris", digit_tokenizer))
+    assert judge_ids([space, *digits], "1984", digit_tokenizer).hit
 
 
 # --- judging ids ----------------------------------------------------------------------------------------------------
@@ -234,35 +243,107 @@ def test_decoded_text_is_its_text_and_keeps_its_ids(llama_tokenizer: PreTrainedT
     assert answer.token_ids == tuple(tokens)
 
 
-# --- targets that can never be found --------------------------------------------------------------------------------
+# --- facts that the metric cannot tell -------------------------------------------------------------------------------
 
 
 def fact(target: str, **more: object) -> Fact:
-    return Fact(id="nl-1", subject="it", relation="seat", prompt="The seat of {} is", target_true=target, **more)
+    return Fact(
+        **{"id": "nl-1", "subject": "it", "relation": "seat", "prompt": "The seat of {} is"} | more, target_true=target
+    )
 
 
-@pytest.mark.parametrize("target", ["The Hague", "the", "Thebes", "...", "<|end|>"])
-def test_targets_that_begin_with_a_stop_or_special_token_are_refused(
+def reason(one: Fact, tokenizer: PreTrainedTokenizerBase, **settings: int) -> str | None:
+    """Why the only fact is left out; None if it is not."""
+    kept, left_out = scorable(FactSet.of([one]), tokenizer, **settings)
+    assert len(kept) == (not left_out)
+    assert all(ids == (one.id,) for ids in left_out.values())
+    return next(iter(left_out), None)
+
+
+@pytest.mark.parametrize("target", ["The Hague", "the", "Thebes", "...", "<|end|>", '"Paris"'])
+def test_targets_that_begin_with_a_stop_or_special_token_cannot_be_found(
     target: str, llama_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert not is_scorable(target, llama_tokenizer)
-    with pytest.raises(RetentionBenchError, match=re.escape(target)) as error:
-        check_targets(FactSet.of([fact(target)]), llama_tokenizer)
-    assert "'nl-1'" in str(error.value)
-    assert "leave the fact out" in str(error.value)
+    for one in (fact(target), fact(target, target_new="Paris"), fact("Paris", target_new=target)):
+        assert reason(one, llama_tokenizer) == NOT_FOUND
 
 
-def test_unknown_targets_are_refused_because_they_all_look_alike(spaced_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert is_scorable("Paris", spaced_tokenizer)
-    assert not is_scorable("Q", spaced_tokenizer)
+def test_unknown_targets_all_look_alike(spaced_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert reason(fact("Paris"), spaced_tokenizer) is None
+    assert reason(fact("Q"), spaced_tokenizer) == NOT_FOUND
 
 
-def test_the_true_target_of_an_edited_fact_counts_only_where_it_is_asked(
+@pytest.mark.parametrize(
+    ("name", "true", "new", "expected"),
+    [
+        ("gpt2", "Paris", "Paris", SAME),
+        ("gpt2", "Guinea", "Guatemala", SAME),  # " Gu" begins both
+        ("gpt2", "Paris , Texas", "Paris", SAME),
+        ("gpt2", "Guinea", "Paris", None),
+        ("gpt2", "Guinea", None, None),
+        ("digit", "1984", "1793", TOO_SHORT),
+        ("digit", "1984", None, TOO_SHORT),
+        ("digit", "Paris", "2001", TOO_SHORT),
+        ("digit", "Paris", "Rome", None),
+        ("gpt2", "Q", None, TOO_SHORT),
+        ("gpt2", "Zanzibar", "Paris", TOO_SHORT),  # cut into letters
+        ("gpt2", "東京", "Paris", TOO_SHORT),  # a part of a character
+        ("spaced", "東京", "京", None),  # one of thousands
+    ],
+)
+def test_objects_that_the_first_content_token_cannot_tell_are_left_out(
+    name: str, true: str, new: str | None, expected: str | None, request: pytest.FixtureRequest
+) -> None:
+    assert reason(fact(true, target_new=new), request.getfixturevalue(f"{name}_tokenizer")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        (" 1", True),
+        (" S", True),
+        ("é", True),
+        ("e\N{COMBINING ACUTE ACCENT}", True),
+        ("का", True),
+        (" O'", True),
+        ("\N{REPLACEMENT CHARACTER}", True),
+        (" x\N{REPLACEMENT CHARACTER}", True),
+        ("ス", True),
+        (" 19", False),
+        (" Gu", False),
+        ("東", False),
+        ("한", False),
+        ("\N{HANGUL CHOSEONG HIEUH}\N{HANGUL JUNGSEONG A}", False),  # the same syllable in pieces
+        (" 東\N{REPLACEMENT CHARACTER}", False),
+    ],
+)
+def test_what_is_one_character(text: str, short: bool) -> None:
+    assert is_short(text) is short
+
+
+@pytest.mark.parametrize("field", ["prompt", "paraphrases", "neighborhood"])
+def test_a_prompt_that_does_not_fit_the_context_leaves_its_fact_out(
+    field: str, gpt2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    words = "city " * 90 + "{} is"
+    one = fact("Paris", target_new="Rome", **{field: words if field == "prompt" else (words.replace("{}", "it"),)})
+    length = len(gpt2_tokenizer.encode(words.replace("{}", "it")))
+    assert reason(one, gpt2_tokenizer) is None
+    assert reason(one, gpt2_tokenizer, context=length + MAX_DECODED_TOKENS) is None
+    assert reason(one, gpt2_tokenizer, context=length + MAX_DECODED_TOKENS - 1) == TOO_LONG
+
+
+def test_what_is_left_out_is_counted_and_named_and_the_others_keep_their_order(
     gpt2_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    check_targets(FactSet.of([fact("The Hague", target_new="Paris")]), gpt2_tokenizer)
-    with pytest.raises(RetentionBenchError, match="The Hague"):
-        check_targets(FactSet.of([fact("The Hague", target_new="Paris", neighborhood=("It lies in",))]), gpt2_tokenizer)
+    alike = [fact("Guinea", id=f"same-{number}", target_new="Guy") for number in range(4)]
+    facts = [fact("Rome", id="b"), *alike, fact("The Hague", id="stop"), fact("Paris", id="a")]
+    kept, left_out = scorable(FactSet.of(facts), gpt2_tokenizer)
+    assert [one.id for one in kept] == ["b", "a"]
+    assert left_out == {SAME: ("same-0", "same-1", "same-2", "same-3"), NOT_FOUND: ("stop",)}
+    assert describe_left_out(left_out) == (
+        f"5 facts are left out (4: {SAME} ('same-0', 'same-1', 'same-2', ...); 1: {NOT_FOUND} ('stop'))"
+    )
 
 
 def test_the_rules_for_users_name_every_stop_word() -> None:

@@ -1,12 +1,13 @@
 import copy
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from retention_bench.facts import target_token
-from retention_bench.scoring import Prober, score
+from retention_bench.facts import Fact, FactSet, first_tokens, knowledge, target_token
+from retention_bench.scoring import Prober, judge_ids, score
 
 OBJECTS = {"capital": ["Paris", "Rome", "Berlin", "Italy"], "born": ["Italy", "Guinea"], "other": ["Japan"]}
 
@@ -36,6 +37,64 @@ def test_a_look_says_what_the_metric_says_and_where_the_probability_is(name, req
         assert probe.top[0][0] == tokenizer.decode([row.argmax().item()])
     assert probes[0].related > 0
     assert probes[3].related == 0  # no objects are known for its relation
+
+
+@pytest.mark.parametrize(
+    ("true", "new"), [("1984", "Paris"), ("Paris", "1984"), ("1984", "75"), ("Paris", "Rome"), ("1984", None)]
+)
+def test_a_lone_space_is_passed_over_and_the_classes_still_add_up_to_one(digit_tokenizer, make_model, true, new):
+    tokenizer = digit_tokenizer
+    model = make_model("llama", tokenizer, std=0.5)
+    fact = Fact("f", "France", "born", "{} was born in", true, target_new=new)
+    [probe] = Prober(model, tokenizer, [fact], {"born": ["1984", "1985", "2001", "Berlin"]}).look()
+    prompt = tokenizer.encode(fact.question)
+    [space] = {first_tokens(text, tokenizer).lead for text in ("1984", "75")}
+
+    def row(ids):
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+
+    behind, further = row(prompt), row([*prompt, *space])
+
+    def chance(text):
+        token = first_tokens(text, tokenizer).token
+        return (behind[token] + behind[space[0]] * further[token]).item()
+
+    assert probe.true == pytest.approx(chance(true), rel=1e-4)
+    assert probe.edited == (None if new is None else pytest.approx(chance(new), rel=1e-4))
+    begun = {text[0] if text[0].isdigit() else text: text for text in ("1985", "2001", "Berlin")}  # one for each token
+    others = [text for begins, text in begun.items() if not any(own and own.startswith(begins) for own in (true, new))]
+    assert probe.related == pytest.approx(sum(map(chance, others)), rel=1e-4)
+    assert probe.true + (probe.edited or 0) + probe.related + probe.other == pytest.approx(1.0)
+    [sample] = score(model, tokenizer, FactSet.of([replace(fact, target_true="Rome", target_new=None)]))
+    assert probe.hit == judge_ids(sample.token_ids, fact.target, tokenizer).hit
+
+
+def test_a_lone_space_that_is_passed_over_is_not_among_the_most_probable(digit_tokenizer, scripted):
+    model = scripted(digit_tokenizer, {" in": " ", " ": "1"})
+    model.lm_head.weight.data *= 100
+    fact = Fact("f", "France", "born", "{} was born in", "1984", "2001")
+    [probe] = Prober(model, digit_tokenizer, [fact], {}).look()
+    assert probe.top[0] == ("1", pytest.approx(1.0))
+    assert (probe.hit, probe.true, probe.edited) == (False, pytest.approx(1.0), pytest.approx(0.0, abs=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("script", "hit"),
+    [
+        ({" in": " ", " ": "1"}, True),
+        ({" in": " ", " ": "2"}, False),
+        ({" in": " Paris", " ": "1"}, False),  # a year only if one is asked for
+        ({" in": "1"}, True),  # without a space, as behind a prompt in Chinese
+    ],
+)
+def test_the_filter_knows_what_the_metric_answers(digit_tokenizer, scripted, script, hit):
+    model = scripted(digit_tokenizer, script)
+    fact = Fact("f", "France", "born", "{} was born in", "1984")
+    [known] = knowledge(model, digit_tokenizer, FactSet.of([fact]))
+    [probe] = Prober(model, digit_tokenizer, [fact], {}).look()
+    assert (known.margin > 0) is hit
+    assert probe.hit is hit
 
 
 def test_a_look_leaves_training_as_it_was(gpt2, gpt2_tokenizer, facts):

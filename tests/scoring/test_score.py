@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -135,12 +136,16 @@ def test_an_unknown_kind_is_a_usage_error(
         score(speaker, llama_tokenizer, facts, kinds=["paraphrases"])  # type: ignore[list-item]
 
 
-def test_a_target_that_can_never_be_found_is_refused(
-    speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase
+def test_a_fact_that_the_metric_cannot_tell_is_left_out_with_a_warning(
+    speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, facts: FactSet
 ) -> None:
-    fact = Fact(id="nl", subject="it", relation="seat", prompt="The seat of {} is", target_true="The Hague")
-    with pytest.raises(RetentionBenchError, match="'nl'"):
-        score(speaker, llama_tokenizer, FactSet.of([fact]))
+    never = Fact(id="nl", subject="it", relation="seat", prompt="The seat of {} is", target_true="The Hague")
+    long = Fact(id="long", subject="it", relation="seat", prompt="the city of " * 30 + "{} is", target_true="Paris")
+    with pytest.warns(UserWarning, match="2 facts are left out .* stop word .*'nl'.* no room .*'long'"):
+        samples = score(speaker, llama_tokenizer, FactSet.of([never, *facts, long]))
+    assert samples == score(speaker, llama_tokenizer, facts)
+    with pytest.warns(UserWarning, match="1 fact is left out"):
+        assert score(speaker, llama_tokenizer, FactSet.of([never])) == []
 
 
 def test_one_live_model_can_be_scored_again_after_its_weights_changed(
@@ -243,6 +248,44 @@ def test_an_empty_kind_gets_no_rate_and_does_not_stop_the_group(
     result = plain(speaker, llama_tokenizer, facts.intrinsic, tmp_path)["results"]
     assert result["retention_intrinsic"]["retention,none"] == RATES["intrinsic"]
     assert "retention,none" not in result["retention_edited"]
+
+
+def test_plain_lm_eval_leaves_out_what_its_words_cannot_tell(
+    speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, facts: FactSet, tmp_path: Path
+) -> None:
+    e1 = facts.facts[0]
+    alike = dataclasses.replace(e1, id="alike", target_true="Rome, Georgia", target_new="Rome")
+    never = dataclasses.replace(e1, id="never", target_new="the")
+    with pytest.warns(UserWarning, match="2 facts are left out .* content word .'alike'.* no content word .'never'"):
+        result = plain(speaker, llama_tokenizer, FactSet.of([alike, *facts, never]), tmp_path)["results"]
+    assert {kind: result[f"retention_{kind}"]["retention,none"] for kind in KINDS} == RATES
+
+
+def test_the_tasks_read_other_forms_too_and_say_what_was_dropped(tmp_path: Path) -> None:
+    rewrite = {"subject": "Oslo", "relation_id": "P17", "prompt": "{} is in"}
+    rewrite |= {"target_true": {"str": "Norway"}, "target_new": {"str": "Peru"}}
+    rows = [{"case_id": 1, "requested_rewrite": rewrite, "paraphrase_prompts": None}, {"case_id": 2}]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="2 rows read, 1 dropped .*line 2"):
+        found = load_documents("edited", str(tmp_path / "facts.jsonl"))["test"]
+    assert found[:] == {"fact_id": ["1"], "prompt": ["Oslo is in"], "target": ["Peru"]}
+
+
+def test_lm_evals_cache_of_requests_is_not_asked(
+    facts: FactSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+    asked = []
+    for number, some in enumerate((facts, FactSet.of(facts.facts[:1]))):
+        some.write(tmp_path / f"{number}.jsonl")
+        manager = TaskManager(
+            include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(tmp_path / f"{number}.jsonl")}
+        )
+        task = manager.load(["retention_edited"])["tasks"]["retention_edited"]
+        task.build_all_requests(cache_requests=True)
+        asked.append([request.args[0] for request in task.instances])
+    assert asked == [[fact.question for fact in facts.edited], [facts.facts[0].question]]
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow
