@@ -11,9 +11,20 @@ from collections.abc import Iterable
 
 
 class RetentionBenchError(Exception):
-    """Something went wrong that the user can act on (exit code 1)."""
+    """Something went wrong that the user can act on (exit code 1).
+
+    Args:
+        message: What was given, what is allowed and what to do next, in one line.
+        quoted: What another program said about it, if that takes more lines.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", quoted: str = "") -> None:
+        super().__init__(message, *([quoted] if quoted else []))
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class UsageError(RetentionBenchError):

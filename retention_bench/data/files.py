@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import stat
 import zlib
@@ -24,6 +25,70 @@ T = TypeVar("T")
 _BOM = b"\xef\xbb\xbf"
 
 
+def locate(path: Path | str) -> Path | None:
+    """What a path leads to: a file, a folder or whatever else is there; None where nothing is.
+
+    Args:
+        path: As a user gave it; `~` stands for the home folder.
+
+    Raises:
+        UsageError: Nothing can have such a name, or it cannot be looked at.
+    """
+    try:
+        found = Path(path).expanduser()
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RuntimeError) as error:  # NUL; "~" without a home
+        raise UsageError(f"No path can be {shortened(str(path))}: {error}. Correct it.") from error
+    except OSError as error:
+        raise UsageError(f"{_cut(str(path))} cannot be read: {error.strerror}. Correct the path.") from error
+    return found
+
+
+def output_folder(path: Path | str) -> Path:
+    """The path of a folder to write into, which may be missing yet, as are those above it.
+
+    Args:
+        path: As a user gave it; `~` stands for the home folder.
+
+    Raises:
+        UsageError: A file stands there, or where a folder above it should be; or no folder can have such a name.
+    """
+    if (found := locate(path)) is not None:
+        if not found.is_dir():
+            raise UsageError(f"{path} is a file, where a folder is needed. Give the path of a folder, or a new one.")
+        return found
+    asked = Path(path).expanduser()
+    for above in asked.parents:
+        if above.exists():
+            if not above.is_dir():
+                raise UsageError(f"There can be no folder {path}: {above} is a file. Give another path.")
+            break
+        if above.is_symlink():
+            raise UsageError(f"There can be no folder {path}: {above} is a link to nothing. Give another path.")
+    if asked.is_symlink():
+        raise UsageError(f"{path} is a link to nothing. Give the path of a folder, or a new one.")
+    return asked
+
+
+def output_file(path: Path | str) -> Path:
+    """The path of a file to write, which may be there already, in a folder that is.
+
+    Args:
+        path: As a user gave it; `~` stands for the home folder.
+
+    Raises:
+        UsageError: A folder, a pipe or a device stands there, the folder is missing, or no file can have such a name.
+    """
+    if (found := locate(path)) is not None:
+        return find_file(path, "file to write")
+    found = Path(path).expanduser()
+    if not found.parent.is_dir():
+        raise UsageError(f"There is no folder {found.parent} to write {found.name} into. Make it, or give another path.")
+    return found
+
+
 def find_file(path: Path | str, what: str = "file") -> Path:
     """The path of a regular file, or of a link to one.
 
@@ -34,7 +99,7 @@ def find_file(path: Path | str, what: str = "file") -> Path:
     Raises:
         UsageError: There is none of that name, it is a folder, a pipe or a device, or no file can have such a name.
     """
-    shown = str(path)
+    shown = _cut(str(path))
     try:
         found = Path(path).expanduser()
         mode = found.stat().st_mode
@@ -96,7 +161,7 @@ def parse_json(text: str, place: str) -> Any:
         RetentionBenchError: It is not JSON, or nested too deeply to be read.
     """
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -153,18 +218,22 @@ def checked(schema: type[T], value: Any, place: str) -> T:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise RetentionBenchError(
-            f"{place}: {f'{where}: ' if where else ''}{first['msg']}, got {_shortened(first['input'])}."
+            f"{place}: {f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}, got "
+            f"{shortened(first['input'])}."
         ) from error
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
     """A value in a few words, however large it is."""
     if isinstance(value, dict):
         return f"an object with {len(value)} keys"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _cut(repr(value), 60)
+
+
+def _cut(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -196,3 +265,10 @@ def _decoded(data: bytes, place: str, line: int | None = None) -> str:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number that JSON knows")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{_cut(text, 60)} is larger than any number here may be")
+    return value

@@ -192,7 +192,8 @@ def _finished(job: Job, folder: Path, start: Launcher, progress: Progress) -> bo
     if process.returncode != 0:
         raise RetentionBenchError(
             f"A process of the fine-tune ended with code {process.returncode}. The same command goes on from its last "
-            f"checkpoint. They printed last:\n{''.join(printed).rstrip()}"
+            "checkpoint. They printed last:",
+            "".join(printed).rstrip(),
         )
     return True
 
