@@ -2,6 +2,7 @@
 
 from retention_bench.data.files import (
     checked,
+    cut,
     find_file,
     locate,
     output_file,
@@ -16,6 +17,7 @@ from retention_bench.data.files import (
 
 __all__ = [
     "checked",
+    "cut",
     "find_file",
     "locate",
     "output_file",

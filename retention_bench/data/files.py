@@ -42,7 +42,7 @@ def locate(path: Path | str) -> Path | None:
     except (ValueError, RuntimeError) as error:  # NUL; "~" without a home
         raise UsageError(f"No path can be {shortened(str(path))}: {error}. Correct it.") from error
     except OSError as error:
-        raise UsageError(f"{_cut(str(path))} cannot be read: {error.strerror}. Correct the path.") from error
+        raise UsageError(f"{cut(str(path))} cannot be read: {error.strerror}. Correct the path.") from error
     return found
 
 
@@ -99,7 +99,7 @@ def find_file(path: Path | str, what: str = "file") -> Path:
     Raises:
         UsageError: There is none of that name, it is a folder, a pipe or a device, or no file can have such a name.
     """
-    shown = _cut(str(path))
+    shown = cut(str(path))
     try:
         found = Path(path).expanduser()
         mode = found.stat().st_mode
@@ -229,10 +229,11 @@ def shortened(value: Any) -> str:
         return f"an object with {len(value)} keys"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    return _cut(repr(value), 60)
+    return cut(repr(value), 60)
 
 
-def _cut(text: str, length: int = 300) -> str:
+def cut(text: str, length: int = 300) -> str:
+    """A text, its end left out where it is longer."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
@@ -270,5 +271,5 @@ def _no_constant(name: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{_cut(text, 60)} is larger than any number here may be")
+        raise ValueError(f"{cut(text, 60)} is larger than any number here may be")
     return value

@@ -46,7 +46,7 @@ def test_what_is_wrong_with_a_suite_is_said_in_one_line(tmp_path, change, says):
 def test_an_unknown_suite_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UsageError, match="Unknown suite 'atlsa'. Did you mean 'atlas'"):
         load_suite("atlsa")
-    with pytest.raises(UsageError, match="No suite file"):
+    with pytest.raises(UsageError, match="no suite file"):
         load_suite(str(tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UsageError, match="not valid YAML"):
