@@ -105,7 +105,7 @@ def test_an_editor_is_looked_up_in_the_suite(own_suite, tmp_path, editor, says):
             ["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "2", "--paraphrase-source", "templat"],
             "Unknown paraphrase source 'templat'. Did you mean 'template'?",
         ),
-        (["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "-1"], "-1 is not in the range x>=0"),
+        (["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "-1"], "-1 is not in the range 0<=x"),
         (["--editor", "ft"], "Missing option '--finetune'"),
     ],
 )

@@ -6,6 +6,7 @@ What is in a file is never executed, and nothing but a regular file is opened.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -32,16 +33,16 @@ def locate(path: Path | str) -> Path | None:
         path: As a user gave it; `~` stands for the home folder.
 
     Raises:
-        UsageError: Nothing can have such a name, or it cannot be looked at.
+        UsageError: It holds a NUL, begins with `~` where there is no home folder, or cannot be looked at.
     """
     try:
         found = Path(path).expanduser()
         found.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (ValueError, RuntimeError) as error:  # NUL; "~" without a home
         raise UsageError(f"No path can be {shortened(str(path))}: {error}. Correct it.") from error
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
         raise UsageError(f"{cut(str(path))} cannot be read: {error.strerror}. Correct the path.") from error
     return found
 
@@ -59,16 +60,14 @@ def output_folder(path: Path | str) -> Path:
         if not found.is_dir():
             raise UsageError(f"{path} is a file, where a folder is needed. Give the path of a folder, or a new one.")
         return found
-    asked = Path(path).expanduser()
-    for above in asked.parents:
-        if above.exists():
-            if not above.is_dir():
-                raise UsageError(f"There can be no folder {path}: {above} is a file. Give another path.")
-            break
-        if above.is_symlink():
+    asked = _nameable(path)
+    for above in (asked, *asked.parents):
+        if above.is_symlink() and not above.exists():
             raise UsageError(f"There can be no folder {path}: {above} is a link to nothing. Give another path.")
-    if asked.is_symlink():
-        raise UsageError(f"{path} is a link to nothing. Give the path of a folder, or a new one.")
+        if above.is_dir():
+            break
+        if above.exists():
+            raise UsageError(f"There can be no folder {path}: {above} is a file. Give another path.")
     return asked
 
 
@@ -81,12 +80,21 @@ def output_file(path: Path | str) -> Path:
     Raises:
         UsageError: A folder, a pipe or a device stands there, the folder is missing, or no file can have such a name.
     """
-    if (found := locate(path)) is not None:
+    if locate(path) is not None:
         return find_file(path, "file to write")
-    found = Path(path).expanduser()
-    if not found.parent.is_dir():
-        raise UsageError(f"There is no folder {found.parent} to write {found.name} into. Make it, or give another path.")
-    return found
+    asked = _nameable(path)
+    if not asked.parent.is_dir():
+        raise UsageError(
+            f"There is no folder {asked.parent} to write {asked.name} into. Make it, or give another path."
+        )
+    return asked
+
+
+def _nameable(path: Path | str) -> Path:
+    asked = Path(path).expanduser()
+    if len(os.fsencode(asked)) > 4000 or any(len(os.fsencode(part)) > 250 for part in asked.parts):
+        raise UsageError(f"No file or folder can have so long a name as {cut(str(path))}. Give a shorter one.")
+    return asked
 
 
 def find_file(path: Path | str, what: str = "file") -> Path:

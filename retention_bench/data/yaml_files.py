@@ -43,7 +43,7 @@ def read_yaml(path: Path | str, what: str = "YAML file") -> Any:
     if len(text) > MOST_CHARACTERS:
         raise UsageError(f"{path} has {len(text):,} characters; a {what} has {MOST_CHARACTERS:,} at most.")
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""

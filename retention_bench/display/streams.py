@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from retention_bench.display.escape import json_text, plain
 
 if TYPE_CHECKING:
-    from retention_bench.display.screen import Screen
+    from retention_bench.display.terminal import Screen
 
 
 def prepare_streams() -> None:
@@ -38,7 +38,7 @@ def say_json(value: Any, *, indent: int | None = 2) -> None:
 
 def screen(*, stderr: bool = False) -> Screen:
     """A `Screen` on standard output, or on standard error; imported here, since rich takes a while."""
-    from retention_bench.display.screen import Screen
+    from retention_bench.display.terminal import Screen
 
     return Screen(stderr=stderr)
 

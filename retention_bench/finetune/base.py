@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import pydantic
 
+from retention_bench.data import shortened
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
@@ -249,7 +250,7 @@ def _explain(name: str, error: pydantic.ValidationError) -> str:
     hint = ""
     if isinstance(given, str) and "e" in given.lower() and _is_number(given):
         hint = f" YAML reads {given} as text: write the number with a point, as in 2.0e-5."
-    return f"Setting {setting!r} of {task}: {reason}, got {given!r}.{hint}"
+    return f"Setting {setting!r} of {task}: {reason}, got {shortened(given)}.{hint}"
 
 
 def _is_number(text: str) -> bool:

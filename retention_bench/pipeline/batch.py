@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import glob
 import hashlib
 import json
 import time
@@ -16,7 +15,7 @@ from retention_bench.analysis import clustered, rate
 from retention_bench.engine_process import EngineError, EngineProcess
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
-from retention_bench.models.reference import Reference, fetch, parse_reference
+from retention_bench.models.reference import Reference, fetch
 from retention_bench.pipeline.inputs import config_file, model_fingerprint
 from retention_bench.pipeline.parity import MismatchError, check_parity
 from retention_bench.pipeline.score_file import ScoreFile
@@ -129,41 +128,6 @@ def score_checkpoints(
     last = {(row["checkpoint"], row.get("task")): row for row in file if row.get("key") == latest[row["checkpoint"]]}
     order = {name: number for number, name in enumerate(names)}
     return sorted((row for row in last.values() if row["checkpoint"] in order), key=lambda r: order[r["checkpoint"]])
-
-
-def read_references(texts: Iterable[str]) -> tuple[list[Reference], dict[str, str]]:
-    """Read checkpoints as they are named on the command line, or in a manifest's lines.
-
-    Args:
-        texts: As `parse_reference` takes them, a pattern with `*`, `?` or `[` for folders, or a JSON object with
-            `checkpoint` and `name`.
-
-    Returns:
-        The checkpoints, and by name why others cannot be read.
-
-    Raises:
-        UsageError: A pattern fits no folder.
-    """
-    references, unreadable = [], {}
-    for text in texts:
-        name = None
-        if text.startswith("{"):
-            try:
-                row = json.loads(text)
-                name, text = str(row["name"]), str(row["checkpoint"])
-            except (ValueError, KeyError) as error:
-                raise UsageError(f"{text!r} is no JSON object with name and checkpoint ({error!r}).") from error
-        named = [text]
-        if glob.has_magic(text) and not Path(text).exists():
-            named = sorted(glob.glob(str(Path(text).expanduser()), recursive=True))
-            if not named:
-                raise UsageError(f"No folder fits {text!r}.")
-        for one in named:
-            try:
-                references.append(parse_reference(one, name))
-            except RetentionBenchError as error:
-                unreadable[name or one] = str(error)
-    return references, unreadable
 
 
 class _Batch:

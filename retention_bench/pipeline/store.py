@@ -31,10 +31,14 @@ NUMERICS = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", 
 
 
 def default_root() -> Path:
-    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache."""
-    named = os.environ.get("RETENTION_BENCH_STORE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else cache / "retention-bench"
+    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache; below the working folder where there is no home."""
+    if named := os.environ.get("RETENTION_BENCH_STORE"):
+        return Path(named)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither $HOME nor an entry in the password file, as in a container
+        cache = Path.cwd() / ".cache"
+    return cache / "retention-bench"
 
 
 @functools.cache

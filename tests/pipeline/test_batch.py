@@ -22,11 +22,10 @@ from retention_bench.cli import main
 from retention_bench.engine_process import EngineError, resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
-from retention_bench.models import Reference, WeightDelta, load_model
+from retention_bench.models import Reference, WeightDelta, load_model, read_references
 from retention_bench.pipeline import batch
-from retention_bench.pipeline.batch import Options, read_references, score_checkpoints
+from retention_bench.pipeline.batch import Options, score_checkpoints
 from retention_bench.pipeline.parity import fresh_model
-from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.scored import read
 from retention_bench.scoring import score
 
@@ -347,22 +346,6 @@ def test_after_other_weights_the_first_answer_as_before_bit_for_bit(zoo, facts):
         for name in (family, f"{family}-tuned", family):
             live.swap(Checkpoint(str(zoo / name), layout))
             assert score_lm(live.lm, facts) == expected[name]
-
-
-def test_what_a_kill_left_of_a_line_is_cut_off_and_other_damage_is_named(tmp_path):
-    path = tmp_path / "scores.jsonl"
-    file = ScoreFile(path)
-    for number in range(3):
-        file.add({"checkpoint": "a", "task": str(number), "key": "k", "rate": number / 3})
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for end in range(len(whole) - len(lines[2]), len(whole)):
-        path.write_bytes(whole[:end])
-        assert ScoreFile(path).done() == {("k", "0"), ("k", "1")}
-        assert path.read_bytes() == b"".join(lines[:2])
-    path.write_bytes(lines[0] + lines[1].replace(b"0.33", b"0.99") + lines[2])
-    with pytest.raises(RetentionBenchError, match="line 2 is damaged"):
-        ScoreFile(path)
 
 
 @pytest.mark.slow

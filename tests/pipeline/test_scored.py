@@ -1,5 +1,6 @@
 """Runs and files of scores, read back to be compared and inspected."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.pipeline.results import aggregate
+from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.scored import compared, inspected, read
 
 FACTS = [Fact(f"f{i}", f"Town {i}", "state", "{} lies in", "Texas", "Utah" if i < 8 else None) for i in range(12)]
@@ -40,9 +42,18 @@ def runs(tmp_path):
     return write_run(tmp_path / "a", 8), write_run(tmp_path / "b", 1)
 
 
-def score_line(checkpoint, hits, task="edited", sha="0" * 64):
+def score_line(checkpoint, hits, task="edited", **changes):
+    """A line of a file of scores, without its hash."""
     samples = [sample(f, i < hits, task) for i, f in enumerate(FACTS[:8])]
-    return {"checkpoint": checkpoint, "task": f"retention_{task}", "sha256": sha, "samples": samples, "seconds": 1.0}
+    rate = {"hits": hits, "total": 8, "rate": hits / 8, "ci95": [0.0, 1.0]}
+    line = {"checkpoint": checkpoint, "key": "k", "task": f"retention_{task}", **rate, "samples": samples}
+    return line | changes
+
+
+def hashed(line):
+    """A line as `score` writes it."""
+    text = json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps({**line, "sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
 
 
 @pytest.fixture
@@ -50,12 +61,12 @@ def scores(tmp_path):
     lines = [
         score_line("step-10", 8),
         score_line("step-10", 8, "intrinsic"),
-        {"checkpoint": "hf:step-20", "task": "retention_edited", "sha256": "0", "error": "disk full"},
+        {"checkpoint": "hf:step-20", "task": "retention_edited", "error": "disk full"},
         score_line("hf:step-20", 2),
-        {"checkpoint": "step-30", "sha256": "0", "error": "no weights"},
+        {"checkpoint": "step-30", "error": "no weights"},
     ]
     path = tmp_path / "scores.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(map(hashed, lines)))
     return path
 
 
@@ -128,22 +139,31 @@ def test_nothing_shared_and_an_unknown_fact_are_usage_errors(scores, runs):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"checkpoint": "c"', "line 2: not JSON"),
-        ("[1]", r"line 2: a JSON object is needed, got \[1\]"),
-        ('{"checkpoint": "c", "task": "retention_edited", "sha256": "0"}', "line 2: samples: Field required"),
-        (json.dumps(score_line("c", 1) | {"task": "perplexity"}), "line 2: task: Input should be 'retention_edited'"),
-        (json.dumps(score_line("c", 1) | {"task": "retention_locality"}), "samples of edited under task"),
+        ('{"checkpoint": "c"\n', "line 2: not JSON.* Give a file that `score` wrote"),
+        ("[1]\n", "line 2: no line of scores"),
+        ('{"run": 7, "loss": 1.25}\n', "line 2: no line of scores"),
+        ('{"checkpoint": "c", "sha256": 3}\n', "line 2: no line of scores"),
+        (hashed(score_line("c", 1)).replace('"hit": false', '"hit": true'), "line 2 is damaged.*its sha256"),
+        (hashed({"checkpoint": "c", "key": "k", "task": "retention_edited"}), "line 2: hits: Field required"),
+        (hashed(score_line("c", 1, samples=3)), "line 2: samples: Input should be a valid list, got 3"),
+        (hashed(score_line("c", 1) | {"task": "perplexity"}), "line 2: task: Input should be 'retention_edited'"),
+        (hashed(score_line("c", 1) | {"task": "retention_locality"}), "samples of edited under task"),
+        (hashed({"checkpoint": "c", "error": ["x"], "samples": 3}), "line 2: error: Input should be a valid string"),
+        (hashed({"checkpoint": "c", "key": "k", "task": "wiki", "metrics": {"ppl": "x"}}), "line 2: metrics.ppl: "),
         (
-            json.dumps(score_line("c", 1)).replace('"hit": true', '"hit": "yes"'),
+            hashed(score_line("c", 1, samples=[sample(FACTS[0], "yes")])),
             "line 2: samples.0.hit: Input should be a valid boolean",
         ),
     ],
 )
-def test_a_malformed_file_of_scores_is_refused(tmp_path, line, says):
+def test_a_malformed_file_of_scores_is_refused_by_whoever_reads_it(tmp_path, line, says):
     path = tmp_path / "s.jsonl"
-    path.write_text(json.dumps(score_line("step-10", 8)) + "\n" + line + "\n")
-    with pytest.raises(RetentionBenchError, match=says):
-        read(str(path), None)
+    path.write_text(hashed(score_line("step-10", 8)) + line)
+    before = path.read_bytes()
+    for reader in (lambda: read(str(path), None), lambda: ScoreFile(path)):
+        with pytest.raises(RetentionBenchError, match=says):
+            reader()
+    assert path.read_bytes() == before
 
 
 def test_a_malformed_run_is_refused(runs, tmp_path):
@@ -156,9 +176,10 @@ def test_a_malformed_run_is_refused(runs, tmp_path):
     (tmp_path / "a" / "results.json").write_text('{"schema_version": 2}')
     with pytest.raises(RetentionBenchError, match="has schema_version 2; this version reads 1"):
         read(runs[0], None)
-    (tmp_path / "a" / "results.json").write_text("{}")
-    with pytest.raises(RetentionBenchError, match="not the results of a run"):
-        read(runs[0], None)
+    for damaged in ("{}", "[]", "{", '{"schema_version": "1"}', "\ud800"):
+        (tmp_path / "a" / "results.json").write_text(damaged, errors="surrogatepass")
+        with pytest.raises(RetentionBenchError, match="not the results of a run"):
+            read(runs[0], None)
 
 
 def test_the_commands_print_and_write_json(runs, scores, monkeypatch):

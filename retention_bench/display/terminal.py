@@ -21,7 +21,7 @@ class Screen(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Also of cells, titles and columns; before anything is measured."""
         return super().render_str(plain(text), **(options | {"markup": False, "emoji": False}))
 
