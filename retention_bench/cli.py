@@ -30,7 +30,7 @@ class _Commands(click.Group):
         for given in args:
             if "\0" in given or any("\ud800" <= c <= "\udfff" for c in given):
                 say_error(
-                    f"Error: {line(given[:100])} holds a NUL, or bytes that are not UTF-8. Rename the file, or give "
+                    f"Error: {line(_cut(given))} holds a NUL, or bytes that are not UTF-8. Rename the file, or give "
                     "another value."
                 )
                 sys.exit(2)
@@ -42,7 +42,7 @@ class _Commands(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             more = f" See `{context.command_path} --help`." if context else ""
-            say_error(f"Error: {line(error.format_message())}{more}")
+            say_error(f"Error: {line(_cut(error.format_message()))}{more}")
             sys.exit(error.exit_code)
         sys.exit(code)
 
@@ -69,9 +69,13 @@ class _Commands(click.Group):
             ctx.exit(130)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:497]}..."
+
+
 def _reason(error: OSError) -> str:
     """What the operating system refused, and what to do about it."""
-    where = f" ({error.filename})" if error.filename is not None else ""
+    where = f" ({_cut(str(error.filename))})" if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         what = "A file has reached the largest size allowed" if error.errno == errno.EFBIG else "The disk is full"
         return f"{what}{where}. Free some space, and run the same command again; what had finished is kept."
@@ -152,7 +156,7 @@ _SEED = click.IntRange(min=0, max=2**32 - 1)
 )
 @click.option(
     "--paraphrases",
-    type=_count(0),
+    type=click.IntRange(min=0, max=1000),
     default=0,
     show_default=True,
     metavar="N",
@@ -463,6 +467,8 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     also = _listed("--also", options.pop("also"))
     if ours := set(also) & {f"retention_{kind}" for kind in KINDS}:
         raise UsageError(f"--also names {min(ours)}, a kind of question of our own. Give it with --tasks.")
+    if not kinds and not also:
+        raise UsageError(f"--tasks and --also name nothing to ask. Give --tasks some of {', '.join(KINDS)}.")
     manifested = [] if manifest is None else read_manifest(manifest)
     references, unreadable = read_references([*checkpoints, *manifested], say_error)
     if not references and not unreadable:

@@ -35,11 +35,13 @@ def locate(path: Path | str) -> Path | None:
     Raises:
         UsageError: It holds a NUL, begins with `~` where there is no home folder, or cannot be looked at.
     """
+    if not str(path):
+        raise UsageError("A path must not be empty.")
     try:
         found = Path(path).expanduser()
         found.stat()
     except (ValueError, RuntimeError) as error:  # NUL; "~" without a home
-        raise UsageError(f"No path can be {shortened(str(path))}: {error}. Correct it.") from error
+        raise UsageError(f"No path can be {shortened(str(path))}: {str(error).rstrip('.')}. Correct it.") from error
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             return None
@@ -112,7 +114,8 @@ def find_file(path: Path | str, what: str = "file") -> Path:
         found = Path(path).expanduser()
         mode = found.stat().st_mode
     except (ValueError, RuntimeError) as error:  # NUL; "~" without a home
-        raise UsageError(f"There is no {what} at {shown!r}: {error}. Correct the path.") from error
+        reason = str(error).rstrip(".")
+        raise UsageError(f"There is no {what} at {shown!r}: {reason}. Correct the path.") from error
     except FileNotFoundError as error:
         raise UsageError(f"There is no {what} at {shown}. Correct the path, or put the file there.") from error
     except OSError as error:

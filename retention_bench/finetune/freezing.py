@@ -40,7 +40,7 @@ class Freeze(NamedTuple):
         if self.kind == "window":
             centre, width = self.numbers
             first = centre - width // 2
-            chosen = set(range(first, first + width))
+            chosen: Collection[int] = range(first, first + width)  # not a set: a width may be anything
         else:
             centre = self.numbers[0] if self.numbers else 0
             chosen = {
@@ -105,7 +105,7 @@ def parse_freeze(text: str) -> Freeze:
     """
     if text in ("none", "edited", "unedited"):
         return Freeze(text)
-    found = re.fullmatch(r"(below):(\d+)|(window):(\d+):(\d+)", text, re.ASCII)
+    found = re.fullmatch(r"(below):(\d{1,9})|(window):(\d{1,9}):(\d{1,9})", text, re.ASCII)
     if found is None or (found[3] and int(found[5]) == 0):
         raise UsageError(
             f"--freeze {text!r} is not known. Allowed: {FORMS}; layers are counted from 0. below:K trains the layers "

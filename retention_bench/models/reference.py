@@ -12,6 +12,7 @@ from pathlib import Path
 import pydantic
 
 from retention_bench.data import checked, locate, parse_json, read_lines
+from retention_bench.display import line
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import adapter as adapters
 
@@ -117,8 +118,8 @@ def read_manifest(path: Path | str) -> list[Named]:
         UsageError: There is no such file.
         RetentionBenchError: It is not UTF-8, or an object is malformed; the line is named.
     """
-    lines = ((number, line.strip()) for number, line in read_lines(path, "manifest"))
-    return [_named(line, f"{path}, line {number}") for number, line in lines if not line.startswith("#")]
+    texts = ((number, text.strip()) for number, text in read_lines(path, "manifest"))
+    return [_named(text, f"{path}, line {number}") for number, text in texts if not text.startswith("#")]
 
 
 def _named(text: str, place: str) -> Named:
@@ -160,6 +161,9 @@ def read_references(
                     f"The name {named.name!r} stands for {len(texts_of)} checkpoints that fit {named.text!r}."
                 )
         for one in texts_of:
+            if any("\ud800" <= c <= "\udfff" for c in one):
+                unreadable[named.name or line(one)] = "Its name is not UTF-8. Rename the folder."
+                continue
             try:
                 references.append(parse_reference(one, named.name))
             except (RetentionBenchError, OSError) as error:

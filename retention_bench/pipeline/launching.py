@@ -106,8 +106,8 @@ def launcher(named: str, device: str) -> Launcher:
             raise UsageError(f"{path} asks for {processes} processes and {count} GPUs are visible. Set num_processes.")
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 2:
         raise UsageError(
-            f"{path} starts {shortened(processes)} processes with --device {device}. Allowed: num_processes from 2; for "
-            "one, leave --accelerate-config out. Without a GPU one process uses all cores."
+            f"{path} starts {shortened(processes)} processes with --device {device}. Allowed: num_processes from 2; "
+            "for one, leave --accelerate-config out. Without a GPU one process uses all cores."
         )
     return Launcher(path, content, processes)
 

@@ -43,7 +43,8 @@ def _placed(path: str) -> str:
 
 Name = Annotated[str, pydantic.AfterValidator(_named)]
 Place = Annotated[str, pydantic.AfterValidator(_placed)]
-Count = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, pydantic.Field(strict=True, ge=1, le=2**31 - 1)]
+Facts = Annotated[int, pydantic.Field(strict=True, ge=1, le=MOST_FACTS)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -74,9 +75,9 @@ class FactsConfig(Source):
         keywords: Relation keywords for the contamination filter, by relation.
     """
 
-    margin: float = pydantic.Field(0.1, ge=0, lt=1)
-    edited: int = pydantic.Field(50, ge=1, le=MOST_FACTS)
-    intrinsic: int = pydantic.Field(100, ge=1, le=MOST_FACTS)
+    margin: float = pydantic.Field(0.1, strict=True, ge=0, lt=1)
+    edited: Facts = 50
+    intrinsic: Facts = 100
     keywords: dict[str, tuple[str, ...]] = {}
 
 
