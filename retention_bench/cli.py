@@ -562,14 +562,14 @@ def _folder(planned: Plan) -> Path:
 
 
 def _model_folder(name: str, given: str | None, path: str, planned: Plan) -> str:
-    """A model's part of that; folders of one name, given by their paths, are told apart by what is in them."""
+    """A model's part of that; folders of one name are told apart by where they lie and what is in them."""
     if given in (None, *planned.cell.suite.models) or not Path(path).is_dir():
         return _part(name)
     from retention_bench.pipeline.inputs import model_fingerprint
     from retention_bench.pipeline.store import canonical
 
-    content = hashlib.sha256(canonical(model_fingerprint(path, None)).encode()).hexdigest()
-    return f"{_part(name)}-{content[:8]}"
+    told_apart = hashlib.sha256(canonical([path, model_fingerprint(path, None)]).encode()).hexdigest()
+    return f"{_part(name)}-{told_apart[:8]}"
 
 
 def _part(name: str) -> str:

@@ -240,7 +240,10 @@ def shortened(value: Any) -> str:
         return f"an object with {len(value)} keys"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    return cut(repr(value), 60)
+    try:
+        return cut(repr(value), 60)
+    except ValueError:  # Python writes out no more than some thousand digits
+        return "a number of thousands of digits"
 
 
 def cut(text: str, length: int = 300) -> str:

@@ -33,7 +33,7 @@ NUMERICS = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", 
 def default_root() -> Path:
     """`$RETENTION_BENCH_STORE`, or a folder in the user's cache; below the working folder where there is no home."""
     if named := os.environ.get("RETENTION_BENCH_STORE"):
-        return Path(named)
+        return Path(named).expanduser()
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # neither $HOME nor an entry in the password file, as in a container

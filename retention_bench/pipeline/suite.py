@@ -111,6 +111,17 @@ class ModelConfig(_Strict):
     editors: dict[Name, dict[str, Any]]
     finetunes: dict[Name, dict[str, Any]]
 
+    @pydantic.field_validator("editors", "finetunes")
+    @classmethod
+    def _sources(cls, entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in entries.items():
+            if isinstance(source := settings.get("source"), str):
+                try:
+                    _placed(source)
+                except ValueError as error:
+                    raise ValueError(f"the source of {name}: {error}") from error
+        return entries
+
     @property
     def registered(self) -> dict[str, str]:
         """The registered editor of each entry of `editors`."""

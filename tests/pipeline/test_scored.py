@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError, UsageError
@@ -241,3 +244,89 @@ def test_edits_of_one_model_are_clustered_where_there_are_enough_models(models, 
     assert (high - low > 0.8) == (by == "experiment")
     assert (found["detectable"]["gap"] is None) == (by == "experiment")  # six models, all or nothing, show none
     assert found["detectable"]["paired"] < found["detectable"]["paired_one_in_20"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = [*score_line("c", 1), "error", "metrics", "sha256", *sample(FACTS[0], True), "stage", "experiment", "x"]
+CHANGES = st.lists(st.tuples(st.booleans(), st.sampled_from(NAMES), VALUES), max_size=3)
+BYTES = st.binary(max_size=3)
+FUZZ = {"deadline": 5000, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+def read_whatever(reader):
+    """What a reader finds, as JSON; None where it refuses in one line."""
+    try:
+        found, said = reader(), ""
+    except RetentionBenchError as error:
+        found, said = None, str(error)
+    assert "\n" not in said
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def score_whatever(folder, changes, intact, at, noise):
+    line = score_line("c", 2)
+    first = line["samples"][0]
+    for inner, name, value in changes:
+        (first if inner else line)[name] = value
+    try:
+        text = hashed(line) if intact else json.dumps(line) + "\n"
+    except UnicodeEncodeError:
+        return
+    data = (hashed(score_line("first", 8)) + text).encode("utf-8", "surrogatepass")
+    place = at % (len(data) + 1)
+    data = data[:place] + noise + data[place + len(noise) :]
+    path = folder / "s.jsonl"
+    path.write_bytes(data)
+    read_whatever(lambda: compared([str(path)]))
+    read_whatever(lambda: inspected("f0", [str(path)]))
+    if read_whatever(lambda: list(ScoreFile(path))) is None:
+        assert path.read_bytes() == data
+
+
+def run_whatever(folder, file, changes, at, noise):
+    write_run(folder / "run", 3)
+    path = folder / "run" / file
+    lines = path.read_text().splitlines(keepends=True)
+    row = json.loads(lines[0])
+    for _, name, value in changes:
+        row[name] = value
+    data = (json.dumps(row) + "\n" + "".join(lines[1:])).encode()
+    place = at % (len(data) + 1)
+    path.write_bytes(data[:place] + noise + data[place + len(noise) :])
+    read_whatever(lambda: compared([f"{folder / 'run'}:post_edit", str(folder / "run")]))
+    read_whatever(lambda: inspected("f0", [str(folder / "run")]))
+    shutil.rmtree(folder / "run")
+
+
+@settings(max_examples=30, **FUZZ)
+@given(changes=CHANGES, intact=st.booleans(), at=st.integers(0, 10**5), noise=BYTES)
+def test_any_file_of_scores_is_read_or_refused(tmp_path, changes, intact, at, noise):
+    score_whatever(tmp_path, changes, intact, at, noise)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **FUZZ)
+@given(changes=CHANGES, intact=st.booleans(), at=st.integers(0, 10**5), noise=BYTES)
+def test_many_files_of_scores_are_read_or_refused(tmp_path, changes, intact, at, noise):
+    score_whatever(tmp_path, changes, intact, at, noise)
+
+
+FILES = st.sampled_from(["results.json", "samples.jsonl"])
+
+
+@settings(max_examples=30, **FUZZ)
+@given(file=FILES, changes=CHANGES, at=st.integers(0, 10**5), noise=BYTES)
+def test_any_run_is_read_or_refused(tmp_path, file, changes, at, noise):
+    run_whatever(tmp_path, file, changes, at, noise)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **FUZZ)
+@given(file=FILES, changes=CHANGES, at=st.integers(0, 10**5), noise=BYTES)
+def test_many_runs_are_read_or_refused(tmp_path, file, changes, at, noise):
+    run_whatever(tmp_path, file, changes, at, noise)
