@@ -42,7 +42,7 @@ class _Commands(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             more = f" See `{context.command_path} --help`." if context else ""
-            say_error(f"Error: {line(_cut(error.format_message()))}{more}")
+            say_error(f"Error: {line(_cut(" ".join(error.format_message().split())))}{more}")
             sys.exit(error.exit_code)
         sys.exit(code)
 
