@@ -42,7 +42,7 @@ class _Commands(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             more = f" See `{context.command_path} --help`." if context else ""
-            say_error(f"Error: {line(_cut(" ".join(error.format_message().split())))}{more}")
+            say_error(f"Error: {line(_cut(' '.join(error.format_message().split())))}{more}")
             sys.exit(error.exit_code)
         sys.exit(code)
 
@@ -408,7 +408,13 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @click.argument("checkpoints", nargs=-1)
-@click.option("--facts", type=_PATH, required=True, metavar="FACTS.jsonl", help="What to ask: a fact a line.")
+@click.option(
+    "--facts",
+    type=_PATH,
+    required=True,
+    metavar="FACTS.jsonl",
+    help="What to ask: facts in any form that a suite takes.",
+)
 @click.option(
     "--manifest", type=_PATH, metavar="FILE", help="More checkpoints: a line each, or a JSON object with name."
 )

@@ -90,6 +90,8 @@ def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 def _rate(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
+    if row["rate"] is None:
+        return "-"
     low, high = row["ci95"]
     return f"{row['hits']} of {row['total']}\n{100 * row['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -57,8 +57,8 @@ class _Answers(_Line):
     task: Literal["retention_edited", "retention_intrinsic", "retention_paraphrase", "retention_locality"]
     hits: int
     total: int
-    rate: float
-    ci95: tuple[float, float] = pydantic.Field(strict=False)
+    rate: float | None
+    ci95: Annotated[tuple[float, float], pydantic.Field(strict=False)] | None
     samples: list[Sample]
 
 
@@ -94,8 +94,11 @@ class ScoreFile:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._rows)
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Write a line, and see to it that it is on the disk; all of it or, where that fails, nothing."""
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a line, see to it that it is on the disk, and return it with its `sha256`.
+
+        Where that fails nothing of it is left in the file.
+        """
         line = {**row, "sha256": _hash(row)}
         text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
         with self.path.open("ab", buffering=0) as file:
@@ -109,6 +112,16 @@ class ScoreFile:
                 file.truncate(whole)
                 raise
         self._rows.append(line)
+        return line
+
+    def find(self, key: str, task: str) -> dict[str, Any] | None:
+        """The line with a task's score of what a key stands for, or None."""
+        return next((row for row in self._rows if (row.get("key"), row.get("task")) == (key, task)), None)
+
+    def latest(self, checkpoint: str, task: str) -> dict[str, Any] | None:
+        """The last line with a task's score under a checkpoint's name, or None."""
+        own = (row for row in reversed(self._rows) if "key" in row and row["checkpoint"] == checkpoint)
+        return next((row for row in own if row["task"] == task), None)
 
     def done(self) -> set[tuple[str, str]]:
         """Keys and tasks of all that was scored."""

@@ -15,8 +15,10 @@ def row(number):
     return {"checkpoint": "a", "key": "k", "task": f"retention_{KINDS[number]}", **rate}
 
 
-def done(*kinds):
-    return {("k", f"retention_{kind}") for kind in kinds}
+def found(path):
+    """The kinds that a file has scores of."""
+    file = ScoreFile(path)
+    return [kind for kind in KINDS if file.find("k", f"retention_{kind}") is not None]
 
 
 @pytest.fixture
@@ -35,10 +37,10 @@ def test_what_a_kill_left_of_a_line_is_cut_off_and_other_damage_is_named(path):
         path.write_bytes(whole[:end])
         assert len(read_scores(path)) == 2
         assert path.read_bytes() == whole[:end]  # only who writes cuts it
-        assert ScoreFile(path).done() == done("edited", "intrinsic")
+        assert found(path) == ["edited", "intrinsic"]
         assert path.read_bytes() == b"".join(lines[:2])
     path.write_bytes(whole[:-1])
-    assert ScoreFile(path).done() == done(*KINDS)
+    assert found(path) == [*KINDS]
     assert path.read_bytes() == whole
     for number in (1, 2):
         damaged = [*lines]
@@ -52,7 +54,7 @@ def test_what_a_kill_left_of_a_line_is_cut_off_and_other_damage_is_named(path):
 def test_what_a_kill_left_of_the_first_line_is_cut_off(path):
     first = path.read_bytes().splitlines(keepends=True)[0]
     path.write_bytes(first[:60])
-    assert ScoreFile(path).done() == set()
+    assert found(path) == []
     assert path.read_bytes() == b""
 
 
@@ -106,3 +108,15 @@ def test_a_line_that_did_not_fit_the_disk_is_taken_back(path, monkeypatch):
     assert path.read_bytes() == before
     file.add({"checkpoint": "b", "error": "no weights"})
     assert [json.loads(line)["checkpoint"] for line in path.read_text().splitlines()] == ["a", "a", "a", "b"]
+
+
+def test_a_line_is_found_by_what_was_scored_and_by_its_name(path):
+    file = ScoreFile(path)
+    other = file.add(row(0) | {"key": "other"})
+    assert file.find("k", "retention_edited")["hits"] == 0
+    assert file.find("k", "retention_paraphrase") is None
+    assert file.latest("a", "retention_edited") == other
+    assert file.latest("b", "retention_edited") is None
+    nothing = {"hits": 0, "total": 0, "rate": None, "ci95": None, "samples": []}
+    file.add({"checkpoint": "c", "key": "k", "task": "retention_edited", **nothing})
+    assert len(read_scores(path)) == 5
