@@ -521,3 +521,20 @@ def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(place
     assert result.exit_code == 0, result.output
     assert [fact.subject for fact in seen] == ["Ann"]
     assert "2 rows read, 1 dropped" in result.stderr
+
+
+def test_without_a_home_the_store_is_below_the_working_folder(places, monkeypatch):
+    import pwd
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "RETENTION_BENCH_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    result = run(*CELL.split(" "), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["store"] == str(places / ".cache" / "retention-bench")
+    result = run(*CELL.split(" "), env={"RETENTION_BENCH_STORE": "~nobody-of-this-name/store"})
+    assert (result.exit_code, "there is no such home" in result.stderr) == (2, True)
+    assert run("list", "editors", "--suite", "~/x.yaml").exit_code == 2

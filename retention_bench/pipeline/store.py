@@ -24,21 +24,29 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from retention_bench import __version__
-from retention_bench.errors import RetentionBenchError
+from retention_bench.errors import RetentionBenchError, UsageError
 
 NUMERICS = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "lm-eval", "datasets")
 """The packages whose version is a part of every key: another version may compute another result."""
 
 
 def default_root() -> Path:
-    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache; below the working folder where there is no home."""
-    if named := os.environ.get("RETENTION_BENCH_STORE"):
-        return Path(named).expanduser()
+    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache; below the working folder where there is no home.
+
+    Raises:
+        UsageError: `$RETENTION_BENCH_STORE` begins with a `~` that stands for nothing.
+    """
+    named = os.environ.get("RETENTION_BENCH_STORE")
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # neither $HOME nor an entry in the password file, as in a container
-        cache = Path.cwd() / ".cache"
-    return cache / "retention-bench"
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retention-bench"
+    except RuntimeError as error:
+        if named:
+            raise UsageError(
+                f"RETENTION_BENCH_STORE is {named!r}, and there is no such home. Name a folder."
+            ) from error
+        return Path.cwd() / ".cache" / "retention-bench"  # as in a container without $HOME and without the user's name
 
 
 @functools.cache
