@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,11 +14,22 @@ if TYPE_CHECKING:
 
 
 def prepare_streams() -> None:
-    r"""Have the standard streams write what their encoding lacks as `\u2026`, where they would raise an error."""
+    r"""Have the standard streams write what their encoding lacks as `\u2026`, where they would raise an error.
+
+    Warnings that the package logs are said on standard error.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             with contextlib.suppress(ValueError):  # it was detached, or closed
                 stream.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("retention_bench")
+    if not log.handlers:
+        log.addHandler(_Said())
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say_error(record.getMessage())
 
 
 def say(text: object) -> None:

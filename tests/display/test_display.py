@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_json_stays_json_in_any_encoding(output, encoding):
     raw = output(encoding)
     say_json({"é": "…\U0001f600\x1b\ud800"})
     assert json.loads(raw.getvalue().decode(encoding)) == {"é": "…\U0001f600\x1b\ud800"}
+
+
+def test_what_is_logged_drives_nothing(monkeypatch):
+    raw = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", raw)
+    prepare_streams()
+    prepare_streams()
+    logging.getLogger("retention_bench.some").warning("%s is damaged", EVIL)
+    assert raw.getvalue() == f"{plain(EVIL)} is damaged\n"
 
 
 def test_a_stream_that_is_not_there_takes_everything(monkeypatch):
