@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import hashlib
+import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from retention_bench import __version__
+from retention_bench.display import line, prepare_streams, say, say_error, say_json
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -20,17 +24,63 @@ if TYPE_CHECKING:
 class _Commands(click.Group):
     """Shows the errors that a user can act on in one line, without a traceback."""
 
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        prepare_streams()
+        args = sys.argv[1:] if args is None else list(args)
+        for given in args:
+            if "\0" in given or any("\ud800" <= c <= "\udfff" for c in given):
+                say_error(
+                    f"Error: {line(_cut(given))} holds a NUL, or bytes that are not UTF-8. Rename the file, or give "
+                    "another value."
+                )
+                sys.exit(2)
+        try:
+            code = super().main(args, *rest, **(extra | {"standalone_mode": False}))
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            more = f" See `{context.command_path} --help`." if context else ""
+            say_error(f"Error: {line(_cut(' '.join(error.format_message().split())))}{more}")
+            sys.exit(error.exit_code)
+        sys.exit(code)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except RetentionBenchError as error:
-            click.echo(f"Error: {error}", err=True)
+            message, *quoted = error.args
+            say_error("\n".join([f"Error: {line(message)}", *map(str, quoted)]))
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo(
-                "Interrupted. Every stage that had finished is kept; the same command goes on from there.", err=True
+        except MemoryError:
+            say_error(
+                "Error: Memory ran out. Every stage that had finished is kept; free some memory, or ask for less, and "
+                "run the same command again."
             )
+            ctx.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # nobody reads our output any more, which click knows how to end
+            say_error(f"Error: {line(_reason(error))}")
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            say_error("Interrupted. Every stage that had finished is kept; the same command goes on from there.")
             ctx.exit(130)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:497]}..."
+
+
+def _reason(error: OSError) -> str:
+    """What the operating system refused, and what to do about it."""
+    where = f" ({_cut(str(error.filename))})" if error.filename is not None else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what = "A file has reached the largest size allowed" if error.errno == errno.EFBIG else "The disk is full"
+        return f"{what}{where}. Free some space, and run the same command again; what had finished is kept."
+    said = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+    return f"{said}{where}. Correct the path or its permissions, or give another."
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -50,6 +100,43 @@ def _json_option(what: str) -> Callable:
 _PATH = click.Path(path_type=Path)
 
 
+class _Out(click.ParamType):
+    """Where something is to be written; refused at once where it cannot be."""
+
+    name = "path"
+
+    def __init__(self, *, folder: bool) -> None:
+        self.folder = folder
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from retention_bench.data import output_file, output_folder
+
+        try:
+            return output_folder(value) if self.folder else output_file(value)
+        except UsageError as error:
+            self.fail(line(error), param, ctx)
+
+
+class _Positive(click.FloatRange):
+    """A number above 0 that is one."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number to count with.", param, ctx)
+        return number
+
+
+def _count(least: int) -> click.IntRange:
+    return click.IntRange(min=least, max=2**31 - 1)
+
+
+_SEED = click.IntRange(min=0, max=2**32 - 1)
+
+
 @main.command()
 @click.option(
     "--editor",
@@ -64,10 +151,12 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
 @click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
-@click.option("--seed", default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes.")
+@click.option(
+    "--seed", type=_SEED, default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes."
+)
 @click.option(
     "--paraphrases",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1000),
     default=0,
     show_default=True,
     metavar="N",
@@ -98,7 +187,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--probe-every",
-    type=click.IntRange(min=0),
+    type=_count(0),
     default=0,
     metavar="N",
     help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
@@ -115,7 +204,7 @@ _PATH = click.Path(path_type=Path)
     help="Fine-tune on all visible GPUs: ddp for models that fit one of them, fsdp for larger ones; or a file that "
     "`accelerate config` wrote.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: below runs/]")
+@click.option("--out", type=_Out(folder=True), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print the stages that would run, and which are in the store already.")
@@ -179,8 +268,7 @@ def evaluate(
         looked = data.to_json() if data else None
         found = estimate(planned, store).to_json()
         if as_json:
-            told = {"store": str(store.root), "stages": stages, "estimate": found, "data": looked}
-            click.echo(json.dumps(told, indent=2))
+            say_json({"store": str(store.root), "stages": stages, "estimate": found, "data": looked})
         else:
             console.print_plan(stages, store.root, found, looked)
         return
@@ -192,7 +280,7 @@ def evaluate(
             cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
         )
     if as_json:
-        click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+        say_json(results)
     else:
         console.print_results(results, out, real=cell.suite.real)
     if probe_fact:
@@ -214,12 +302,8 @@ def evaluate(
 @click.option("--corpus", help="A .jsonl or .jsonl.gz file with a column `text`, or a Hub data set id.")
 @click.option("--corpus-revision", help="The data set's Hub revision; it must be pinned.")
 @click.option("--corpus-config", help="The data set's configuration.")
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=100_000, show_default=True, help="Texts, from the front."
-)
-@click.option(
-    "--max-length", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a text that count."
-)
+@click.option("--samples", type=_count(1), default=100_000, show_default=True, help="Texts, from the front.")
+@click.option("--max-length", type=_count(1), default=1024, show_default=True, help="Tokens of a text that count.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -228,7 +312,7 @@ def evaluate(
     help="The dtype of the model.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="What the sums may take.")
+@click.option("--memory", type=_Positive(), metavar="GIB", help="What the sums may take.")
 @click.option("--shard", metavar="I/N", help="Only every N-th text, from the I-th on, I from 0 to N - 1.")
 @click.option(
     "--merge", type=_PATH, multiple=True, metavar="FILE", help="Put all shards, or a whole file, in the store."
@@ -237,7 +321,7 @@ def evaluate(
     "--from-npz", multiple=True, metavar="LAYER=FILE", help="Import a file of ROME's, MEMIT's, AlphaEdit's code."
 )
 @click.option("--inspect", type=_PATH, metavar="FILE", help="Say what a file holds.")
-@click.option("--out", type=_PATH, metavar="FILE.safetensors", help="Also write the result here.")
+@click.option("--out", type=_Out(folder=False), metavar="FILE.safetensors", help="Also write the result here.")
 @click.option("--dry-run", is_flag=True, help="Print where the result will be, and whether it is there already.")
 @_json_option("the answer")
 def statistics(**options: Any) -> None:
@@ -261,13 +345,13 @@ def statistics(**options: Any) -> None:
     with console.progress(1) as (announce, progress):
         found = answer(request, Store(default_root()), announce=announce, progress=progress)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        say_json(found)
     elif request.inspect:
         console.print_statistics(found)
     elif request.dry_run:
-        click.echo(f"{found['file']} ({'in the store' if found['in_store'] else 'not there yet'})")
+        say(f"{found['file']} ({'in the store' if found['in_store'] else 'not there yet'})")
     else:
-        click.echo(found["file"])
+        say(found["file"])
 
 
 _KINDS = click.Choice(["edited", "intrinsic", "paraphrase", "locality"])
@@ -299,7 +383,7 @@ def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json:
 
     found = compared(sides, stage=stage, **({"kinds": kinds} if kinds else {}))
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        say_json(found)
     else:
         tables.print_comparisons(found)
 
@@ -319,14 +403,20 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
 
     found = inspected(fact, sides)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        say_json(found)
     else:
         tables.print_fact(found)
 
 
 @main.command()
 @click.argument("checkpoints", nargs=-1)
-@click.option("--facts", type=_PATH, required=True, metavar="FACTS.jsonl", help="What to ask: a fact a line.")
+@click.option(
+    "--facts",
+    type=_PATH,
+    required=True,
+    metavar="FACTS.jsonl",
+    help="What to ask: facts in any form that a suite takes.",
+)
 @click.option(
     "--manifest", type=_PATH, metavar="FILE", help="More checkpoints: a line each, or a JSON object with name."
 )
@@ -349,13 +439,11 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
     show_default=True,
     help="What weights are converted to.  [auto: float32 on a CPU, bfloat16 on a GPU]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="For --backend hf.")
-@click.option(
-    "--tensor-parallel-size", type=click.IntRange(min=1), default=1, show_default=True, help="For --backend vllm."
-)
+@click.option("--batch-size", type=_count(1), default=64, show_default=True, help="For --backend hf.")
+@click.option("--tensor-parallel-size", type=_count(1), default=1, show_default=True, help="For --backend vllm.")
 @click.option("--allow-pickle", is_flag=True, help="Also read pickled weights; loading those of a stranger is a risk.")
 @click.option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from here, for checkpoints without one.")
-@click.option("--out", type=_PATH, default=Path("scores"), show_default=True, help="Folder for scores.jsonl.")
+@click.option("--out", type=_Out(folder=True), default="scores", show_default=True, help="Folder for scores.jsonl.")
 @_json_option("the scores")
 def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out: Path, **options: Any) -> None:
     r"""Score checkpoints that are there already, hundreds of them on one live engine.
@@ -378,32 +466,32 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     process = EngineProcess(device) if backend == "vllm" else None
 
     from retention_bench import console, tables
-    from retention_bench.facts import FactSet
-    from retention_bench.pipeline.batch import Options, read_references, score_checkpoints
+    from retention_bench.data import find_file
+    from retention_bench.facts import load_pool
+    from retention_bench.models import read_manifest, read_references
+    from retention_bench.pipeline.batch import Options, score_checkpoints
     from retention_bench.scoring.tasks import KINDS
 
-    asked = FactSet.read(facts)
-    named = list(checkpoints)
-    if manifest is not None:
-        if not manifest.is_file():
-            raise UsageError(f"There is no manifest at {manifest}. Give a text file with a checkpoint a line.")
-        lines = (line.strip() for line in manifest.read_text(encoding="utf-8").splitlines())
-        named += [line for line in lines if line and not line.startswith("#")]
-    references, unreadable = read_references(named)
+    kinds: Any = _listed("--tasks", options.pop("tasks"), KINDS)
+    also = _listed("--also", options.pop("also"))
+    if ours := set(also) & {f"retention_{kind}" for kind in KINDS}:
+        raise UsageError(f"--also names {min(ours)}, a kind of question of our own. Give it with --tasks.")
+    if not kinds and not also:
+        raise UsageError(f"--tasks and --also name nothing to ask. Give --tasks some of {', '.join(KINDS)}.")
+    manifested = [] if manifest is None else read_manifest(manifest)
+    references, unreadable = read_references([*checkpoints, *manifested], say_error)
     if not references and not unreadable:
         raise UsageError("No checkpoint is given. Name some, or give --manifest FILE.")
-    kinds = tuple(kind for kind in options.pop("tasks").split(",") if kind)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown_name("kind of question", kind, KINDS)
-    also = tuple(task for task in options.pop("also").split(",") if task)
+    pool = load_pool(str(find_file(facts, "facts file").absolute()))
+    if pool.rows.dropped:
+        say_error(pool.rows)
     dtype = options.pop("dtype")
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
     chosen = Options(backend=backend, dtype=dtype, device=device, kinds=kinds, also=also, **options)
     with console.progress(len(references)) as (announce, progress):
         rows = score_checkpoints(
             references,
-            asked,
+            pool.facts,
             out,
             chosen,
             unreadable=unreadable,
@@ -412,7 +500,7 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
             process=process,
         )
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        say_json(rows)
     else:
         tables.print_scores(rows, out / "scores.jsonl")
     if any("error" in row for row in rows):
@@ -434,33 +522,71 @@ def list_(what: str, suite: str | None, as_json: bool) -> None:
     else:
         from retention_bench.pipeline.suite import suite_names as names
     if suite is None:
-        click.echo(json.dumps(names()) if as_json else "\n".join(names()))
+        say_json(names(), indent=None) if as_json else say("\n".join(names()))
         return
     from retention_bench.pipeline.suite import load_suite
 
     entries = {name: model.registered for name, model in load_suite(suite).models.items()}
     if as_json:
-        click.echo(json.dumps({"editors": names(), "suite": suite, "models": entries}))
+        say_json({"editors": names(), "suite": suite, "models": entries}, indent=None)
         return
     lines = names()
     for model, editors in entries.items():
         lines += ["", f"suite {suite}, model {model}:"]
         lines += [f"  {name}" + (f" ({editor})" if name != editor else "") for name, editor in editors.items()]
-    click.echo("\n".join(lines))
+    say("\n".join(lines))
+
+
+def _listed(option: str, given: str, allowed: Collection[str] | None = None) -> tuple[str, ...]:
+    """Names separated by commas.
+
+    Raises:
+        UsageError: One is not allowed, or stands twice.
+    """
+    names = tuple(name.strip() for name in given.split(",") if name.strip())
+    for number, name in enumerate(names):
+        if allowed is not None and name not in allowed:
+            raise unknown_name("kind of question", name, allowed)
+        if name in names[:number]:
+            raise UsageError(f"{option} names {name} twice. Give each once.")
+    return names
 
 
 def _folder(planned: Plan) -> Path:
     """The folder of a cell's results where none is named; what differs from the usual is in its name."""
     cell = planned.cell
-    finetune = planned.finetune_name.replace(":", "-")
-    folder = Path("runs") / cell.suite.name / planned.model_name / cell.editor / finetune
+    model = _model_folder(planned.model_name, cell.model, planned.model.path, planned)
+    folder = Path("runs") / cell.suite.name / model / _part(cell.editor) / _part(planned.finetune_name)
     if cell.paraphrases:
-        folder /= f"paraphrases-{cell.paraphrases}-{str(planned.paraphrase_source).replace(':', '-')}"
+        source = str(planned.paraphrase_source)
+        if planned.writer:
+            given = cell.paraphrase_source.partition(":")[2]
+            source = f"model-{_model_folder(source.partition(':')[2], given, planned.writer.path, planned)}"
+        folder /= _part(f"paraphrases-{cell.paraphrases}-{source}")
     if cell.freeze != "none":
-        folder /= f"freeze-{cell.freeze.replace(':', '-')}"
+        folder /= _part(f"freeze-{cell.freeze}")
     if cell.adapter != "none":
-        folder /= cell.adapter
+        folder /= _part(cell.adapter)
     return folder / f"seed-{cell.seed}"
+
+
+def _model_folder(name: str, given: str | None, path: str, planned: Plan) -> str:
+    """A model's part of that; folders of one name are told apart by where they lie and what is in them."""
+    if given in (None, *planned.cell.suite.models) or not Path(path).is_dir():
+        return _part(name)
+    from retention_bench.pipeline.inputs import model_fingerprint
+    from retention_bench.pipeline.store import canonical
+
+    told_apart = hashlib.sha256(canonical([path, model_fingerprint(path, None)]).encode()).hexdigest()
+    return f"{_part(name)}-{told_apart[:8]}"
+
+
+def _part(name: str) -> str:
+    """A name as one part of a path: of the characters that every file system has, and not too long."""
+    part = re.sub(r"[^A-Za-z0-9._@-]", "-", name)
+    if part.startswith(".") or len(part) > 150:
+        part = f"{part[:140].lstrip('.')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return part
 
 
 def _device(asked: str) -> str:

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retention_bench.display import plain
+from retention_bench.display import line, plain, say_error, screen
 from retention_bench.progress import Progress
 
 PLAIN_EVERY_S = 10.0
@@ -34,7 +33,7 @@ def progress(stages: int) -> Iterator[tuple[Announce, Progress]]:
     Yields:
         A function to call with each stage's title and whether the store held it, and the progress callback.
     """
-    console = Console(stderr=True, highlight=False)
+    console = screen(stderr=True)
     with _bars(console, stages) if console.is_terminal else _lines(stages) as pair:
         yield pair
 
@@ -45,10 +44,10 @@ def _bars(console: Console, stages: int) -> Iterator[tuple[Announce, Progress]]:
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -64,10 +63,11 @@ def _bars(console: Console, stages: int) -> Iterator[tuple[Announce, Progress]]:
             if inner is not None:
                 bars.remove_task(inner)
                 inner = None
-            bars.console.print(f"[dim]{'kept' if cached else 'run '}[/]  {title}")
+            bars.console.print(Text.assemble(("kept" if cached else "run ", "dim"), "  ", line(title)))
 
         def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
             nonlocal inner
+            stage = line(stage)
             if inner is None or bars.tasks[-1].description != stage:
                 if inner is not None:
                     bars.remove_task(inner)
@@ -84,13 +84,13 @@ def _lines(stages: int) -> Iterator[tuple[Announce, Progress]]:
     def announce(title: str, cached: bool) -> None:
         nonlocal count, last
         count, last = count + 1, time.monotonic()
-        click.echo(f"[{min(count, stages)}/{stages}] {title}{' (from the store)' if cached else ''}", err=True)
+        say_error(f"[{min(count, stages)}/{stages}] {line(title)}{' (from the store)' if cached else ''}")
 
     def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
         nonlocal last
         if time.monotonic() - last >= PLAIN_EVERY_S:
             last = time.monotonic()
-            click.echo(f"    {stage}: {done}/{total} {_figures(figures)}".rstrip(), err=True)
+            say_error(f"    {line(stage)}: {done}/{total} {line(_figures(figures))}".rstrip())
 
     yield announce, report
 
@@ -115,9 +115,9 @@ def print_plan(
         table.add_row(
             stage["stage"], stage["title"], stage["key"][:12], "yes" if stage["in_store"] else "no, would run"
         )
-    console = Console(highlight=False)
+    console = screen()
     console.print(table)
-    console.print(f"Store: {store}", soft_wrap=True)
+    console.print(f"Store: {line(store)}", soft_wrap=True)
     memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
     console.print(
         f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
@@ -163,7 +163,7 @@ def print_statistics(about: Mapping[str, Any]) -> None:
     Args:
         about: As `pipeline.statistics.inspect` returns it.
     """
-    console = Console(highlight=False)
+    console = screen()
     shard = about["shard"]
     parts = {
         "source": about["source"] or "not stated",
@@ -173,9 +173,9 @@ def print_statistics(about: Mapping[str, Any]) -> None:
         "shard": f"{shard[0]}/{shard[1]}: merge it with the others before use" if shard else "whole",
         "probe": "tells the model" if about["probe"] else "none: only layers and sizes are compared with a model",
     }
-    console.print(about["file"], soft_wrap=True)
+    console.print(line(about["file"]), soft_wrap=True)
     for name, value in parts.items():
-        console.print(f"  {name:14} {value}", soft_wrap=True, markup=False)
+        console.print(f"  {name:14} {line(value)}", soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("layer", "size", "trace", "largest", "smallest", "rank", "condition", "below 0.02"):
         table.add_column(column, justify="right")
@@ -194,11 +194,11 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         out: The folder they were written to.
         real: Name of the real suite to go on to, if this one is a stand-in.
     """
-    console = Console(highlight=False)
+    console = screen()
     stages = results["stages"]
     # Two spaces between columns and short labels, so that the table fits into a terminal of 80 columns.
     table = Table(
-        title=f"{results['editor']} x {results['finetune']} on {results['model']}",
+        title=line(f"{results['editor']} x {results['finetune']} on {results['model']}"),
         title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -208,9 +208,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     table.add_column("questions\nanswered", no_wrap=True)
     names = {
         "base": "base\nmodel",
-        "post_edit": f"after\n{results['editor']}",
-        "post_finetune": f"after\n{results['finetune']}",
-        "control_finetune": f"unedited,\nafter {results['finetune']}",
+        "post_edit": f"after\n{line(results['editor'])}",
+        "post_finetune": f"after\n{line(results['finetune'])}",
+        "control_finetune": f"unedited,\nafter {line(results['finetune'])}",
     }
     for stage in names:
         table.add_column(names[stage], justify="right")
@@ -236,8 +236,11 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     models = len(results["experiments"])
     if models > 1:
         console.print(f"The edited facts are spread over {models} edited models; each is asked all facts never edited.")
-    console.print(f"Of the edits that took, [bold]{_share(kept['edited'])}[/] survived {results['finetune']}.")
-    console.print(f"Of the facts never edited, [bold]{_share(kept['intrinsic'])}[/] survived beside them.")
+    survived = (_share(kept["edited"]), "bold"), f" survived {line(results['finetune'])}."
+    console.print(Text.assemble("Of the edits that took, ", *survived))
+    console.print(
+        Text.assemble("Of the facts never edited, ", (_share(kept["intrinsic"]), "bold"), " survived beside them.")
+    )
     gap = results["gap"]
     if gap["value"] is not None:
         low, high = (100 * end for end in gap["ci95"])
@@ -253,8 +256,8 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     if results.get("trajectory"):
         console.print()
         console.print(_trajectory(results["trajectory"]))
-    console.print(f"\n[yellow]{results['notice']}[/]\n", soft_wrap=True)
-    console.print(f"Results: {out / 'results.json'}, every answer: {out / 'samples.jsonl'}", soft_wrap=True)
+    console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
+    console.print(f"Results: {line(out / 'results.json')}, every answer: {line(out / 'samples.jsonl')}", soft_wrap=True)
     if real:
         command = [
             "retention-bench",
@@ -327,7 +330,7 @@ def _augmented(results: Mapping[str, Any]) -> str:
     return f"{text} {questions['used_by_edits']} paraphrases went into the edits and are not asked."
 
 
-def _learned(results: Mapping[str, Any]) -> str:
+def _learned(results: Mapping[str, Any]) -> Text:
     """How the fine-tunes ended, in one line."""
     logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
     steps = sorted({log["steps"] for log in logs})
@@ -336,12 +339,12 @@ def _learned(results: Mapping[str, Any]) -> str:
     metric, threshold = logs[0]["metric"].replace("_", " "), logs[0]["threshold"]
     if results["learned"]:
         sign = "<" if below else ">"
-        return f"Every fine-tune reached its threshold ({metric} {sign} {threshold:g}) after {span} steps."
+        return Text(f"Every fine-tune reached its threshold ({line(metric)} {sign} {threshold:g}) after {span} steps.")
     reasons = results["not_learned"]
     more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
-    return (
-        f"[red]Not learned:[/] {reasons[0].replace('_', ' ')}{more}. What is left standing then says little about "
-        "retention."
+    return Text.assemble(
+        ("Not learned:", "red"),
+        f" {line(reasons[0].replace('_', ' '))}{more}. What is left standing then says little about retention.",
     )
 
 
@@ -369,19 +372,18 @@ def print_tokens(fact: str, rows: Sequence[Mapping[str, Any]]) -> None:
         fact: The fact's id.
         rows: Its rows of `trajectory.jsonl`.
     """
-    console = Console(highlight=False)
+    console = screen()
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
         own = [row for row in rows if row["experiment"] == experiment]
         where = "the unedited control" if experiment is None else f"edited model {experiment + 1}"
-        title = f"\nMost probable tokens: fact {fact} ({own[0]['kind']}) in {where}"
-        console.print(title, markup=False, soft_wrap=True)
+        title = f"\nMost probable tokens: fact {line(fact)} ({own[0]['kind']}) in {where}"
+        console.print(title, soft_wrap=True)
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("step", justify="right")
         for place in range(1, 1 + max(len(row["top"]) for row in own)):
             table.add_column(f"{place}.")
         for row in own:
-            # A token is data: nothing in it is markup.
-            tokens = (Text(f"{token.strip() or repr(token)} {value:.2f}") for token, value in row["top"])
+            tokens = (f"{line(token.strip()) or repr(token)} {value:.2f}" for token, value in row["top"])
             table.add_row(f"{row['step']}", *tokens)
         console.print(table)
 

@@ -90,7 +90,7 @@ class EngineProcess:
         self._printed.seek(0)
         last = self._printed.read()[-_PRINTED:].decode(errors="replace").strip()
         self.close()
-        return EngineError(f"{reason}. It printed last:\n{last}")
+        return EngineError(f"{reason}. It printed last:", last)
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -9,11 +9,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LISTED = 100
+_SHOWN = 200
+
 
 class RetentionBenchError(Exception):
-    """Something went wrong that the user can act on (exit code 1)."""
+    """Something went wrong that the user can act on (exit code 1).
+
+    Args:
+        message: What was given, what is allowed and what to do next, in one line.
+        quoted: What another program said about it, if that takes more lines.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", quoted: str = "") -> None:
+        super().__init__(message, *([quoted] if quoted else []))
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class UsageError(RetentionBenchError):
@@ -36,5 +50,7 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    listed = ", ".join(names) if names else "none"
-    return UsageError(f"Unknown {kind} {given!r}.{hint} Allowed: {listed}.")
+    listed = ", ".join(names[:_LISTED]) if names else "none"
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    shown = given if len(given) <= _SHOWN else f"{given[: _SHOWN - 3]}..."
+    return UsageError(f"Unknown {kind} {shown!r}.{hint} Allowed: {listed}{more}.")

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from retention_bench.display import line, plain, screen
+
 SHOWN = 10
 """How many facts of a list are named; `--json` has all."""
 
@@ -30,10 +32,10 @@ def print_comparisons(found: Mapping[str, Any]) -> None:
     Args:
         found: As `pipeline.scored.compared` returns it.
     """
-    console = Console(highlight=False)
+    console = screen()
     letters = dict(zip(found["sides"], _letters(), strict=False))
     for name, letter in letters.items():
-        console.print(f"{letter:>2}  {name}", soft_wrap=True, markup=False)
+        console.print(f"{letter:>2}  {line(name)}", soft_wrap=True)
     _print_failed(console, found["failed"])
     for (first, second), group in itertools.groupby(found["comparisons"], key=lambda c: (c["first"], c["second"])):
         comparisons = list(group)
@@ -60,12 +62,12 @@ def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         rows: As `pipeline.batch.score_checkpoints` returns them.
         file: The file that holds them.
     """
-    console = Console(highlight=False)
+    console = screen()
     scored = [row for row in rows if "error" not in row]
     kinds = [kind for kind in LABELS if any(row["task"] == f"retention_{kind}" for row in scored)]
     table = Table("", *(LABELS[kind] for kind in kinds), box=SIMPLE_HEAD)
     for number, name in enumerate(dict.fromkeys(row["checkpoint"] for row in scored), start=1):
-        console.print(f"{number:>3}  {name}", soft_wrap=True, markup=False)
+        console.print(f"{number:>3}  {line(name)}", soft_wrap=True)
         own = {row["task"]: row for row in scored if row["checkpoint"] == name}
         table.add_row(str(number), *(_rate(own.get(f"retention_{kind}")) for kind in kinds))
     if kinds:
@@ -77,17 +79,19 @@ def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     for row in scored:
         if "metrics" in row:
             found = ", ".join(f"{name.partition(',')[0]} {value:.4g}" for name, value in row["metrics"].items())
-            console.print(f"{row['checkpoint']}, {row['task']}: {found}", soft_wrap=True, markup=False)
+            console.print(line(f"{row['checkpoint']}, {row['task']}: {found}"), soft_wrap=True)
     failed = [row for row in rows if "error" in row]
     for row in failed:
-        console.print(f"Not scored: {row['checkpoint']}: {row['error']}", soft_wrap=True, markup=False)
+        console.print(f"Not scored: {line(row['checkpoint'])}: {row['error']}", soft_wrap=True)
     checkpoints = len({row["checkpoint"] for row in scored})
-    console.print(f"{checkpoints} checkpoints scored, {len(failed)} not. Every answer: {file}", soft_wrap=True)
+    console.print(f"{checkpoints} checkpoints scored, {len(failed)} not. Every answer: {line(file)}", soft_wrap=True)
 
 
 def _rate(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
+    if row["rate"] is None:
+        return "-"
     low, high = row["ci95"]
     return f"{row['hits']} of {row['total']}\n{100 * row['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
@@ -98,22 +102,19 @@ def print_fact(found: Mapping[str, Any]) -> None:
     Args:
         found: As `pipeline.scored.inspected` returns it.
     """
-    console = Console(highlight=False)
+    console = screen()
     _print_failed(console, found["failed"])
     for side in found["sides"]:
-        console.print(f"\nfact {found['fact_id']} in {side['name']}", soft_wrap=True, markup=False)
+        console.print(f"\nfact {line(found['fact_id'])} in {line(side['name'])}", soft_wrap=True)
         if side["fact"]:
             for name in ("subject", "relation", "target_true", "target_new"):
                 if side["fact"][name] is not None:
-                    console.print(f"  {name:12} {side['fact'][name]}", soft_wrap=True, markup=False)
+                    console.print(f"  {name:12} {line(side['fact'][name])}", soft_wrap=True)
         if not side["questions"]:
             console.print("  was not asked")
         for question in side["questions"]:
-            console.print(
-                f"\n  {LABELS[question['kind']]}: {question['prompt']} -> {question['target']}",
-                soft_wrap=True,
-                markup=False,
-            )
+            asked = line(f"{question['prompt']} -> {question['target']}")
+            console.print(f"\n  {LABELS[question['kind']]}: {asked}", soft_wrap=True)
             console.print(_answers(question["answers"]))
 
 
@@ -126,7 +127,7 @@ def _letters() -> Iterator[str]:
 def _print_failed(console: Console, failed: Sequence[Mapping[str, Any]]) -> None:
     for one in failed:
         task = f", {one['task']}" if one["task"] else ""
-        text = f"Left out, as it could not be scored: {one['name']}{task}: {one['error']}"
+        text = f"Left out, as it could not be scored: {line(one['name'])}{line(task)}: {plain(one['error'])}"
         console.print(Text(text, style="yellow"), soft_wrap=True)
 
 
@@ -161,11 +162,11 @@ def _print_lists(console: Console, comparison: Mapping[str, Any], one: str, othe
         ids = comparison[name]
         if ids:
             more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
-            console.print(f"{name}, {label}: {', '.join(ids[:SHOWN])}{more}", soft_wrap=True, markup=False)
+            console.print(f"{name}, {label}: {line(', '.join(ids[:SHOWN]))}{more}", soft_wrap=True)
     alone = [(one, comparison["only_first"]), (other, comparison["only_second"])]
     told = [f"{count} that only {side} was asked" for side, count in alone if count]
     if told:
-        console.print(f"not compared, {label}: {' and '.join(told)}", markup=False)
+        console.print(f"not compared, {label}: {' and '.join(told)}")
 
 
 def _print_ranks(console: Console, ranks: Mapping[str, Mapping[str, Any]], letters: Mapping[str, str]) -> None:
@@ -195,7 +196,6 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
         model = answer.get("experiment")
         where = (answer["stage"], "-" if model is None else f"{model + 1}") if staged else ()
         logprob = "-" if answer["target_logprob"] is None else f"{answer['target_logprob']:.2f}"
-        # An answer is data: nothing in it is markup.
-        said = Text(answer["text"].strip() or repr(answer["text"]))
+        said = line(answer["text"].strip()) or repr(answer["text"])
         table.add_row(*where, said, "yes" if answer["hit"] else "no", logprob)
     return table

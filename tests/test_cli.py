@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -105,7 +108,7 @@ def test_an_editor_is_looked_up_in_the_suite(own_suite, tmp_path, editor, says):
             ["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "2", "--paraphrase-source", "templat"],
             "Unknown paraphrase source 'templat'. Did you mean 'template'?",
         ),
-        (["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "-1"], "-1 is not in the range x>=0"),
+        (["--editor", "ft", "--finetune", "tulu3", "--paraphrases", "-1"], "-1 is not in the range 0<=x"),
         (["--editor", "ft"], "Missing option '--finetune'"),
     ],
 )
@@ -285,3 +288,255 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     results |= {"learned": False, "not_learned": ["after the 60 steps of its budget the validation_loss was 2"]}
     console.print_results(results, tmp_path, real=None)
     assert "Not learned: after the 60 steps of its budget the validation loss was 2." in capsys.readouterr().out
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A working folder with one of each kind of thing, two suites and facts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RETENTION_BENCH_STORE", str(tmp_path / "store"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    atlas = (PACKAGED / "atlas.yaml").read_text().replace("../atlas/", f"{PACKAGED.parent / 'atlas'}/")
+    (tmp_path / "good.yaml").write_text(atlas)
+    (tmp_path / "twice.yaml").write_text(atlas.replace("real: gpt2-xl", "real: gpt2-xl\nreal: llama3-8b"))
+    (tmp_path / "on.yaml").write_text(atlas + "\non: 1\n")
+    (tmp_path / "nul.yaml").write_text(atlas.replace("name: atlas", 'name: "a\\0b"'))
+    (tmp_path / "up.yaml").write_text(atlas.replace("name: atlas", "name: ../up"))
+    (tmp_path / "deep.yaml").write_text(f"a: {'[' * 20_000}{']' * 20_000}")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    (tmp_path / "many.yaml").write_text(atlas.replace("edited: 50", "edited: 1000000000"))
+    (tmp_path / "latin.txt").write_bytes(b"g\xf6od\n")
+    (tmp_path / "list.txt").write_text('file\n{"checkpoint": 3, "name": "x"}\n')
+    facts = (PACKAGED.parent / "atlas" / "data" / "facts.jsonl").read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "facts.jsonl").write_text("".join(facts))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "scores.jsonl").write_text('{"run": 7}\n')
+    return tmp_path
+
+
+CELL = "evaluate --editor ft --finetune tulu3 --device cpu --dry-run --suite good.yaml"
+LIST = "list editors --suite"
+SCORE = "score --device cpu --facts facts.jsonl"
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "says", "code"),
+    [
+        # seeds and counts
+        (CELL, ["--seed", "-1"], "'--seed': -1 is not in the range 0<=x<=4294967295", 2),
+        (CELL, ["--seed", "4294967296"], "'--seed': 4294967296 is not in the range", 2),
+        (CELL, ["--seed", "9" * 5000], "'--seed'", 2),
+        (CELL, ["--probe-every", "9" * 30], "'--probe-every'", 2),
+        (CELL, ["--paraphrases", "1001"], "1001 is not in the range 0<=x<=1000", 2),
+        (CELL, ["--freeze", "window:0:999999999"], "--freeze window:0:999999999", 0),
+        (CELL, ["--freeze", "below:99999999999"], "--freeze 'below:99999999999' is not known", 2),
+        ("statistics --model m --layers 0 --corpus c", ["--samples", "9" * 30], "'--samples'", 2),
+        ("statistics --model m --layers 0 --corpus c", ["--memory", "nan"], "nan is not a number to count with", 2),
+        (f"{SCORE} file", ["--batch-size", "9" * 30], "'--batch-size'", 2),
+        # suites
+        (LIST, ["none.yaml"], "There is no suite file at none.yaml", 2),
+        (LIST, ["twice.yaml"], "twice.yaml, line 9: not valid YAML: the key 'real' stands here again, after line 8", 2),
+        (LIST, ["on.yaml"], "the key 'on' is no text", 2),
+        (LIST, ["nul.yaml"], "a text holds a NUL", 2),
+        (LIST, ["up.yaml"], "name: a name becomes a folder", 2),
+        (LIST, ["deep.yaml"], "more than 50 levels", 2),
+        (LIST, ["latin.yaml"], "latin.yaml, line 1: the byte 0xe9 is not UTF-8", 2),
+        (LIST, ["many.yaml"], "facts.edited: Input should be less than or equal to 1000000", 2),
+        (LIST, [f"{LONG}.yaml"], "File name too long", 2),
+        (LIST, ["folder"], "Unknown suite 'folder'", 2),
+        # names and paths
+        (CELL, ["--model", LONG], "Unknown model 'xxx", 2),
+        (CELL, ["--model", ""], "A path must not be empty", 2),
+        (CELL, ["--model", "~nobody-of-this-name/m"], "home directory", 2),
+        (CELL, ["--model", "a\0b"], "a\\x00b holds a NUL", 2),
+        (CELL, ["--model", "a\udcff"], "a\\udcff holds a NUL, or bytes that are not UTF-8", 2),
+        (CELL, ["--model", "folder"], "holds no model", 1),
+        (CELL, ["--editor", "\x1b]0;x\x07[/b]"], "Unknown editor '\\x1b]0;x\\x07[/b]'", 2),
+        (CELL, ["--finetune", "path:pipe"], "pipe", 2),
+        (CELL, ["--accelerate-config", "pipe"], "pipe is a pipe or a device, where a configuration is needed", 2),
+        (CELL, ["--out", "file"], "file is a file, where a folder is needed", 2),
+        (CELL, ["--out", "file/below"], "file is a file", 2),
+        (CELL, ["--out", "dangling"], "is a link to nothing", 2),
+        (CELL, ["--out", LONG], "so long a name", 2),
+        (CELL, ["--out", ""], "must not be empty", 2),
+        ("statistics --model m --layers 0 --corpus c", ["--out", "folder"], "folder is a folder", 2),
+        ("statistics --model m --layers 0 --corpus c", ["--out", "none/x"], "There is no folder none", 2),
+        ("nothing\x1b[31m", [], "No such command 'nothing\\", 2),
+        ("evaluate", ["--nothing\x1b[31m"], "No such option '--nothing\\", 2),
+        # files of scores and runs
+        ("compare", ["file", "folder"], "file, line 1: not JSON", 1),
+        ("compare", ["pipe", "folder"], "pipe is a pipe or a device, where a file of scores is needed", 2),
+        ("compare", [LONG, "folder"], "There is no xxx", 2),
+        ("compare", ["folder", "folder:base"], "folder holds no finished run", 2),
+        ("inspect fact", ["foreign/scores.jsonl"], "foreign/scores.jsonl, line 1: no line of scores", 1),
+        ("inspect fact", ["/dev/zero"], "/dev/zero is a pipe or a device", 2),
+        # checkpoints
+        (f"{SCORE} folder", ["--out", "foreign"], "scores.jsonl, line 1: no line of scores", 1),
+        (f"{SCORE} folder", ["--tasks", "edited,edited"], "--tasks names edited twice", 2),
+        (f"{SCORE} folder", ["--tasks", ""], "--tasks and --also name nothing to ask", 2),
+        (f"{SCORE} folder", ["--also", "a,b,a"], "--also names a twice", 2),
+        (f"{SCORE} folder", ["--also", "retention_edited"], "Give it with --tasks", 2),
+        (SCORE, ["*.yaml"], "Nothing that fits '*.yaml' is a model or an adapter", 2),
+        (SCORE, ["--manifest", "latin.txt"], "latin.txt, line 1: the byte 0xf6 is not UTF-8", 1),
+        (SCORE, ["--manifest", "list.txt"], "list.txt, line 2: checkpoint: Input should be a valid string, got 3", 2),
+        (SCORE, ["--manifest", "pipe"], "pipe is a pipe or a device, where a manifest is needed", 2),
+        ("score folder --device cpu", ["--facts", "pipe"], "pipe is a pipe or a device, where a facts file is", 2),
+        ("score folder --device cpu", ["--facts", "none"], "There is no facts file at none", 2),
+    ],
+)
+def test_what_is_malformed_is_said_in_one_line(places, command, more, says, code):
+    before = {path.name for path in places.iterdir()}
+    result = run(*command.split(" "), *more)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", result.output)
+    if code:
+        assert result.stdout == ""
+        (told,) = result.stderr.strip().splitlines()
+        assert told.startswith("Error: ")
+        assert says in told
+        assert len(told) < 2000
+    assert {path.name for path in places.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x\x1b"), "The disk is full (x\\x1b). Free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "The disk is full. Free some space"),
+        (OSError(errno.EFBIG, "File too large"), "A file has reached the largest size allowed"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "Permission denied (x). Correct the path or its"),
+        (ConnectionError("no\nnetwork"), "no. Correct the path"),
+        (MemoryError(), "Memory ran out. Every stage that had finished is kept"),
+        (RetentionBenchError("a\nb\x1b", "quoted\nlines"), "a\\nb\\x1b\nquoted\nlines"),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_one_line(monkeypatch, error, says):
+    from retention_bench.pipeline import suite
+
+    def refused():
+        raise error
+
+    monkeypatch.setattr(suite, "suite_names", refused)
+    result = run("list", "suites")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert says in result.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    from retention_bench.pipeline import suite
+
+    def endless():
+        return endless()
+
+    monkeypatch.setattr(suite, "suite_names", endless)
+    assert isinstance(run("list", "suites").exception, RecursionError)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_table_is_printed_whatever_the_output_takes(encoding):
+    code = (
+        "from retention_bench.display import prepare_streams; from retention_bench import tables;"
+        "from pathlib import Path; prepare_streams();"
+        "row = {'checkpoint': '\u2026\U0001f600', 'task': 'retention_edited', 'hits': 1, 'total': 1, 'rate': 1.0};"
+        "tables.print_scores([row | {'ci95': [0, 1]}], Path('\u2026'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, check=True
+    )
+    assert "\\U0001f600" in done.stdout.decode(encoding)
+
+
+def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
+    import shutil
+
+    from retention_bench import pipeline
+
+    folders = []
+
+    def stop(cell, *, out, **_):
+        folders.append(out)
+        raise RetentionBenchError("far enough")
+
+    monkeypatch.setattr(pipeline, "evaluate", stop)
+    for name in ("one", "two"):
+        shutil.copytree(ATLAS / "models" / "atlas-gpt2", places / name / "my model")
+    command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu"]
+    for model in ("one/my model", "two/my model", "./two/../two/my model"):
+        assert "far enough" in run(*command, "--model", model).output
+    with open(places / "two" / "my model" / "config.json", "a") as file:
+        file.write("\n")
+    cached = pipeline.inputs.model_fingerprint
+    getattr(cached, "cache_clear", lambda: None)()  # as in another process
+    assert "far enough" in run(*command, "--model", "two/my model").output
+    for model in ("one/my model", "two/my model"):
+        more = ["--paraphrases", "1", "--paraphrase-source", f"model:{model}"]
+        assert "far enough" in run(*command, *more).output
+    one, two, again, changed, *written = folders
+    assert len({one, two, changed}) == 3
+    assert two == again
+    assert re.fullmatch(r"runs/atlas/my-model-[0-9a-f]{8}/ft/tulu3/seed-0", str(one))
+    assert written[0] != written[1]
+    assert re.fullmatch(r".*/paraphrases-1-model-my-model-[0-9a-f]{8}/seed-0", str(written[0]))
+
+
+def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
+    from retention_bench import pipeline
+
+    folders = []
+
+    def stop(cell, *, out, **_):
+        folders.append(out)
+        raise RetentionBenchError("far enough")
+
+    monkeypatch.setattr(pipeline, "evaluate", stop)
+    rows = "".join(json.dumps({"text": f"{n} and more words than that"}) + "\n" for n in range(200))
+    for name in ("..x\x1b[b] é.jsonl", f"{'n' * 240}.jsonl"):
+        (places / name).write_text(rows)
+        result = run("evaluate", "--editor", "ft", "--finetune", f"path:{name}", "--device", "cpu")
+        assert "far enough" in result.output
+    for folder in folders:
+        part = folder.parts[4]
+        assert re.fullmatch(r"path-[A-Za-z0-9._@-]{1,160}", part)
+        assert len(folder.parts) == 6
+
+
+def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(places, monkeypatch):
+    from retention_bench.pipeline import batch
+
+    record = {"ground_truth": "French", "target_new": "English", "subject": "Ann", "relation_id": "P103"}
+    records = [record | {"prompt": f"The mother tongue{of} is"} for of in (" of Ann", "")]
+    (places / "cf.json").write_text(json.dumps(records))
+    seen = []
+
+    def scored(references, facts, *rest, **options):
+        seen.extend(facts)
+        return []
+
+    monkeypatch.setattr(batch, "score_checkpoints", scored)
+    result = run("score", str(ATLAS / "models" / "atlas-gpt2"), "--facts", "cf.json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert [fact.subject for fact in seen] == ["Ann"]
+    assert "2 rows read, 1 dropped" in result.stderr
+
+
+def test_without_a_home_the_store_is_below_the_working_folder(places, monkeypatch):
+    import pwd
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "RETENTION_BENCH_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    result = run(*CELL.split(" "), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["store"] == str(places / ".cache" / "retention-bench")
+    result = run(*CELL.split(" "), env={"RETENTION_BENCH_STORE": "~nobody-of-this-name/store"})
+    assert (result.exit_code, "there is no such home" in result.stderr) == (2, True)
+    assert run("list", "editors", "--suite", "~/x.yaml").exit_code == 2

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from retention_bench.data import shortened
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.progress import Progress, silent
@@ -235,7 +236,7 @@ def make_editor(name: str, settings: Mapping[str, Any]) -> Editor:
         number_as_text = first["type"] == "float_type" and isinstance(first["input"], str)
         hint = " YAML reads 5e-5 as text; write 5.0e-5." if number_as_text else ""
         raise UsageError(
-            f"Editor {name!r}, setting {place!r}: {first['msg']}, got {first['input']!r}.{hint}"
+            f"Editor {name!r}, setting {place!r}: {first['msg']}, got {shortened(first['input'])}.{hint}"
         ) from error
 
 

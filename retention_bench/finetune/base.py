@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import pydantic
 
+from retention_bench.data import shortened
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
-from retention_bench.finetune.dropped import Drop, shown, to_json
+from retention_bench.finetune.dropped import Drop, to_json
 from retention_bench.finetune.rows import is_local
 
 ENTRY_POINTS = "retention_bench.finetunes"
@@ -291,7 +292,7 @@ def _explain(name: str, error: pydantic.ValidationError) -> str:
     hint = ""
     if isinstance(given, str) and "e" in given.lower() and _is_number(given):
         hint = f" YAML reads {given:.40} as text: write the number with a point, as in 2.0e-5."
-    return f"Setting {setting!r} of {task}: {reason}, got {shown(given)}.{hint}"
+    return f"Setting {setting!r} of {task}: {reason}, got {shortened(given)}.{hint}"
 
 
 def _is_number(text: str) -> bool:

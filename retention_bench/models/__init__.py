@@ -17,7 +17,7 @@ from retention_bench.models.families import (
 from retention_bench.models.files import read_tensors, write_tensors
 from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
 from retention_bench.models.loading import empty_model, load_config, load_model, load_tokenizer, local_folder
-from retention_bench.models.reference import Reference, fetch, parse_reference
+from retention_bench.models.reference import Named, Reference, fetch, parse_reference, read_manifest, read_references
 from retention_bench.models.suffixes import Site, Suffixes
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Family",
     "Layout",
     "LowRank",
+    "Named",
     "Reference",
     "Site",
     "Suffixes",
@@ -49,6 +50,8 @@ __all__ = [
     "parse_reference",
     "projection",
     "projection_name",
+    "read_manifest",
+    "read_references",
     "read_tensors",
     "record",
     "restoring",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import glob
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.models.explain import explained, reason
 from retention_bench.models.loading import load_config, local_folder, read_settings
-from retention_bench.models.reference import Reference, fetch, parse_reference
+from retention_bench.models.reference import Reference, fetch
 from retention_bench.pipeline.inputs import config_file, model_fingerprint
 from retention_bench.pipeline.parity import check_parity
 from retention_bench.pipeline.score_file import ScoreFile
@@ -131,41 +129,6 @@ def score_checkpoints(
         failed = {name: [file.add({"checkpoint": name, "error": reason})] for name, reason in unreadable.items()}
         found = _Batch(facts, file, options, announce, progress, process).run(references)
     return [row for name in names for row in (found | failed)[name]]
-
-
-def read_references(texts: Iterable[str]) -> tuple[list[Reference], dict[str, str]]:
-    """Read checkpoints as they are named on the command line, or in a manifest's lines.
-
-    Args:
-        texts: As `parse_reference` takes them, a pattern with `*`, `?` or `[` for folders, or a JSON object with
-            `checkpoint` and `name`.
-
-    Returns:
-        The checkpoints, and by name why others cannot be read.
-
-    Raises:
-        UsageError: A pattern fits no folder.
-    """
-    references, unreadable = [], {}
-    for text in texts:
-        name = None
-        if text.startswith("{"):
-            try:
-                row = json.loads(text)
-                name, text = str(row["name"]), str(row["checkpoint"])
-            except (ValueError, KeyError) as error:
-                raise UsageError(f"{text!r} is no JSON object with name and checkpoint ({error!r}).") from error
-        named = [text]
-        if glob.has_magic(text) and not Path(text).exists():
-            named = sorted(glob.glob(str(Path(text).expanduser()), recursive=True))
-            if not named:
-                raise UsageError(f"No folder fits {text!r}.")
-        for one in named:
-            try:
-                references.append(parse_reference(one, name))
-            except RetentionBenchError as error:
-                unreadable[name or one] = str(error)
-    return references, unreadable
 
 
 class _Batch:

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
+import pydantic
 
+from retention_bench.data import checked, find_file, shortened
+from retention_bench.data.yaml_files import read_yaml
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.tuning import Job
 from retention_bench.progress import Progress
@@ -21,6 +23,33 @@ from retention_bench.progress import Progress
 _log = logging.getLogger("retention_bench")
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+
+
+class _Message(pydantic.BaseModel):
+    """A line that a worker says; see `pipeline.worker`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class _Progress(_Message):
+    progress: tuple[str, int, int, dict[str, float]]
+
+
+class _Error(_Message):
+    error: str
+    usage: bool
+
+
+class _OutOfMemory(_Message):
+    out_of_memory: Literal[True]
+
+
+class _Bug(_Message):
+    bug: str
+
+
+class _Notice(_Message):
+    notice: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +87,22 @@ def launcher(named: str, device: str) -> Launcher:
         UsageError: No such file, not one for processes on this machine, or more of them than GPUs.
     """
     shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-    path = shipped.get(named, Path(named).expanduser().resolve())
     allowed = f"Allowed: {', '.join(shipped)}, or a YAML file that `accelerate config` wrote."
-    if not path.is_file():
-        raise UsageError(f"--accelerate-config {named!r} is no configuration and no file. {allowed}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}. {allowed}") from error
+        path = shipped[named] if named in shipped else find_file(named, "configuration").resolve()
+        content = read_yaml(path, "configuration")
+    except UsageError as error:
+        raise UsageError(f"--accelerate-config: {error} {allowed}") from error
     kind = content.get("distributed_type") if isinstance(content, dict) else None
     if kind not in ("MULTI_GPU", "FSDP"):
-        raise UsageError(f"{path} has the distributed_type {kind!r}. Allowed: MULTI_GPU, FSDP.")
+        raise UsageError(f"{path} has the distributed_type {shortened(kind)}. Allowed: MULTI_GPU, FSDP.")
     if content.get("num_machines", 1) != 1:
-        raise UsageError(f"{path} has num_machines {content['num_machines']!r}. Allowed: 1.")
+        raise UsageError(f"{path} has num_machines {shortened(content['num_machines'])}. Allowed: 1.")
     if kind == "FSDP":
-        _check_fsdp(path, content.get("fsdp_config") or {}, device)
+        settings = content.get("fsdp_config") or {}
+        if not isinstance(settings, dict):
+            raise UsageError(f"{path}: fsdp_config is {shortened(settings)}. Allowed: a mapping.")
+        _check_fsdp(path, settings, device)
     processes = content.get("num_processes")
     if device != "cpu":
         import torch
@@ -83,8 +113,8 @@ def launcher(named: str, device: str) -> Launcher:
             raise UsageError(f"{path} asks for {processes} processes and {count} GPUs are visible. Set num_processes.")
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 2:
         raise UsageError(
-            f"{path} starts {processes!r} processes with --device {device}. Allowed: num_processes from 2; for one, "
-            "leave --accelerate-config out. Without a GPU one process uses all cores."
+            f"{path} starts {shortened(processes)} processes with --device {device}. Allowed: num_processes from 2; "
+            "for one, leave --accelerate-config out. Without a GPU one process uses all cores."
         )
     return Launcher(path, content, processes)
 
@@ -117,7 +147,7 @@ def _check_fsdp(path: Path, settings: Mapping[str, Any], device: str) -> None:
         ("fsdp_offload_params", False),
     ):
         if settings.get(name, usual[name]) != wanted:
-            given = settings.get(name, "left out")
+            given = shortened(settings[name]) if name in settings else "left out"
             raise UsageError(f"{path}: {name} under fsdp_config is {given}. Allowed: {str(wanted).lower()}.")
 
 
@@ -197,7 +227,8 @@ def _finished(job: Job, folder: Path, start: Launcher, progress: Progress) -> bo
     if process.returncode != 0:
         raise RetentionBenchError(
             f"A process of the fine-tune ended with code {process.returncode}. The same command goes on from its last "
-            f"checkpoint. They printed last:\n{''.join(printed).rstrip()}"
+            "checkpoint. They printed last:",
+            "".join(printed).rstrip(),
         )
     return True
 
@@ -206,7 +237,7 @@ def _message(line: str) -> dict[str, Any] | None:
     """What a worker said, or None for what a library printed."""
     try:
         message = json.loads(line)
-    except ValueError:
+        checked(_Progress | _Notice | _Error | _OutOfMemory | _Bug, message, "")  # type: ignore[arg-type]
+    except (ValueError, RecursionError, RetentionBenchError):
         return None
-    known = ("progress", "notice", "error", "out_of_memory", "bug")
-    return message if isinstance(message, dict) and any(key in message for key in known) else None
+    return message

@@ -44,6 +44,10 @@ VERSIONS = {
 }
 
 
+MOST_MODELS = 10_000
+"""Edited models of a cell."""
+
+
 def plan(cell: Cell, store: Store) -> Plan:
     """Resolve a cell's settings and lay out its stages.
 
@@ -95,6 +99,7 @@ def plan(cell: Cell, store: Store) -> Plan:
     def stage(name: str, title: str, reads: Sequence[Input] = (), **inputs: Any) -> Stage:
         return Stage(name, title, {"version": VERSIONS[name], **base, **inputs}, tuple(reads))
 
+    _check_pool(suite)
     facts = stage(
         "facts",
         "known-fact filter and split",
@@ -182,6 +187,11 @@ def plan(cell: Cell, store: Store) -> Plan:
     everyone = slice(0, suite.facts.edited)
     size = editor.edits_per_model or suite.facts.edited
     count = math.ceil(suite.facts.edited / size)
+    if count > MOST_MODELS:
+        raise UsageError(
+            f"facts.edited {suite.facts.edited:,} with edits_per_model {size} makes {count:,} edited models, each "
+            f"fine-tuned on its own; {MOST_MODELS:,} at most. Lower facts.edited, or raise edits_per_model."
+        )
     experiments = []
     for index in range(count):
         group = slice(index * size, min((index + 1) * size, suite.facts.edited))
@@ -289,6 +299,24 @@ def statistics_stage(
     if shard is None:
         return Stage("statistics", "key statistics", inputs, reads)
     return Stage("statistics", f"key statistics, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)}, reads)
+
+
+def _check_pool(suite: Suite) -> None:
+    """Refuse at once what the split would refuse after the known-fact filter.
+
+    Raises:
+        UsageError: The pool is a local file of a record a line, with fewer lines than facts are wanted.
+    """
+    path, wanted = Path(suite.locate(suite.facts.source)), suite.facts.edited + suite.facts.intrinsic
+    if path.suffix != ".jsonl" or not path.is_file():
+        return
+    with path.open("rb") as file:
+        lines = sum(1 for line in file if line.strip())
+    if lines < wanted:
+        raise UsageError(
+            f"facts: {suite.facts.edited:,} edited and {suite.facts.intrinsic:,} intrinsic facts are wanted, and the "
+            f"pool {path} has {lines:,} lines. Ask for fewer, or give a larger pool."
+        )
 
 
 def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:

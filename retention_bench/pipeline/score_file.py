@@ -5,12 +5,61 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
+
+from retention_bench.data import checked, find_file, locate, parse_json
 from retention_bench.errors import RetentionBenchError
 from retention_bench.pipeline.store import canonical
+
+_FIRST = re.compile(rb'\{"checkpoint": "(\\.|[^"\\])*", "(key|task|error)": ')
+
+
+class Sample(pydantic.BaseModel):
+    """A question and its answer."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    kind: Literal["edited", "intrinsic", "paraphrase", "locality"]
+    fact_id: str
+    prompt: str
+    target: str
+    hit: bool
+    token_ids: list[int]
+    text: str
+    target_logprob: float | None
+
+
+class _Line(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    checkpoint: str
+    sha256: str
+
+
+class _Failure(_Line):
+    error: str
+    task: str | None = None
+
+
+class _Metrics(_Line):
+    """Of a task of lm-eval's own, which asks no facts."""
+
+    key: str
+    task: str
+    metrics: dict[str, float]
+
+
+class _Answers(_Line):
+    key: str
+    task: Literal["retention_edited", "retention_intrinsic", "retention_paraphrase", "retention_locality"]
+    hits: int
+    total: int
+    rate: float | None
+    ci95: Annotated[tuple[float, float], pydantic.Field(strict=False)] | None
+    samples: list[Sample]
 
 
 class ScoreFile:
@@ -26,36 +75,42 @@ class ScoreFile:
             path: The file.
 
         Raises:
-            RetentionBenchError: A line other than the last is damaged.
+            UsageError: What stands there is no regular file.
+            RetentionBenchError: The file is not one that `score` wrote, or a line other than the last is damaged.
         """
-        self.path = path
-        path.touch()
-        lines = path.read_bytes().splitlines(keepends=True)
-        if lines and (not lines[-1].endswith(b"\n") or _parsed(lines[-1]) is None):
-            with path.open("r+b") as file:
-                file.truncate(sum(map(len, lines[:-1])))
-                os.fsync(file.fileno())
-            lines.pop()
-        self._rows = []
-        for number, line in enumerate(lines, start=1):
-            row = _parsed(line)
-            if row is None:
-                raise RetentionBenchError(
-                    f"{path}, line {number} is damaged: it is not what its sha256 says. Remove the line, and what it "
-                    "held is scored again; or give another folder with --out."
-                )
-            self._rows.append(row)
+        if locate(path) is None:
+            path.touch()
+        self.path = find_file(path, "file of scores")
+        numbered, whole = _read(self.path)
+        with self.path.open("r+b") as file:
+            file.truncate(whole)
+            if whole:
+                file.seek(whole - 1)
+                if file.read() != b"\n":  # the last line is whole, and only its end is missing
+                    file.write(b"\n")
+            os.fsync(file.fileno())
+        self._rows = [row for _, row in numbered]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._rows)
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a line, see to it that it is on the disk, and return it with its `sha256`."""
+        """Write a line, see to it that it is on the disk, and return it with its `sha256`.
+
+        Where that fails nothing of it is left in the file.
+        """
         line = {**row, "sha256": _hash(row)}
-        with self.path.open("ab") as file:
-            file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:
+            whole = os.fstat(file.fileno()).st_size
+            try:
+                left = memoryview(text)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(whole)
+                raise
         self._rows.append(line)
         return line
 
@@ -69,16 +124,74 @@ class ScoreFile:
         return next((row for row in own if row["task"] == task), None)
 
 
+def read_scores(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The lines of a file that `score` wrote, with their numbers; without what a kill left of the last one.
+
+    Raises:
+        UsageError: There is no such file.
+        RetentionBenchError: It is not one that `score` wrote, or a line is damaged.
+    """
+    return _read(find_file(path, "file of scores"))[0]
+
+
+def _read(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    """The lines of a file, and how many bytes they take: without what a kill left of a last line of ours."""
+    rows: list[tuple[int, dict[str, Any]]] = []
+    read = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append((number, _parsed(line, f"{path}, line {number}")))
+            except RetentionBenchError:
+                # What a kill left lacks its end. Where it is all there is, it must begin as ours do.
+                if line.endswith(b"\n") or _is_json(line) or (number == 1 and not _FIRST.match(line)):
+                    raise
+                break
+            read += len(line)
+    return rows, read
+
+
+def _parsed(line: bytes, place: str) -> dict[str, Any]:
+    """A line's object.
+
+    Raises:
+        RetentionBenchError: It is not one that `score` writes, or not what its sha256 says.
+    """
+    foreign = "Give a file that `score` wrote, or another folder with --out."
+    try:
+        row = parse_json(line.decode(), place)
+    except UnicodeDecodeError as error:
+        raise RetentionBenchError(f"{place}: not UTF-8. {foreign}") from error
+    except RetentionBenchError as error:
+        raise RetentionBenchError(f"{error} {foreign}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("sha256"), str) or "checkpoint" not in row:
+        raise RetentionBenchError(f"{place}: no line of scores. {foreign}")
+    try:
+        intact = row["sha256"] == _hash({k: v for k, v in row.items() if k != "sha256"})
+    except RecursionError:  # in what could just be read
+        intact = False
+    if not intact:
+        raise RetentionBenchError(
+            f"{place} is damaged: it is not what its sha256 says. Remove the line, and what it held is scored again; "
+            "or give another folder with --out."
+        )
+    if "error" in row or "metrics" in row:
+        checked(_Failure if "error" in row else _Metrics, row, place)
+        return row
+    checked(_Answers, row, place)
+    if wrong := {s["kind"] for s in row["samples"]} - {row["task"].removeprefix("retention_")}:
+        raise RetentionBenchError(f"{place}: samples of {wrong.pop()} under task {row['task']}. {foreign}")
+    return row
+
+
+def _is_json(line: bytes) -> bool:
+    """Whether a line is a whole JSON value, and thus not one that was cut off."""
+    try:
+        parse_json(line.decode(), "")
+    except (UnicodeDecodeError, RetentionBenchError):
+        return False
+    return True
+
+
 def _hash(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(row).encode()).hexdigest()
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line's object, or None where it is not whole."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or row.get("sha256") != _hash({k: v for k, v in row.items() if k != "sha256"}):
-        return None
-    return row

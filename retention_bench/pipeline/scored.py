@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +11,11 @@ import pydantic
 
 from retention_bench.analysis import about_fact, compare, rank
 from retention_bench.analysis.comparison import KINDS
+from retention_bench.data import checked, locate, read_json, read_jsonl
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.pipeline.results import SCHEMA_VERSION, STAGES
+from retention_bench.pipeline.score_file import Sample, read_scores
 
 
 @dataclass(frozen=True)
@@ -47,35 +48,14 @@ class Failed:
     error: str
 
 
-class _Sample(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True)
-    kind: Literal["edited", "intrinsic", "paraphrase", "locality"]
-    fact_id: str
-    prompt: str
-    target: str
-    hit: bool
-    token_ids: list[int]
-    text: str
-    target_logprob: float | None
-
-
-class _StageSample(_Sample):
+class _StageSample(Sample):
     stage: Literal["base", "post_edit", "post_finetune", "control_finetune"]
-    experiment: int | None
+    experiment: int | None = pydantic.Field(ge=0)
 
 
-class _Scores(pydantic.BaseModel):
+class _Results(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True)
-    checkpoint: str
-    sha256: str
-    task: Literal["retention_edited", "retention_intrinsic", "retention_paraphrase", "retention_locality"]
-    samples: list[_Sample]
-
-
-class _Failure(pydantic.BaseModel):
-    checkpoint: str
-    task: str | None = None
-    error: str
+    schema_version: int
 
 
 def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Sequence[str] = KINDS) -> dict[str, Any]:
@@ -104,6 +84,7 @@ def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Seque
             "two stages of a run (RUN:post_edit RUN:post_finetune), or two scored checkpoints (FILE:CHECKPOINT)."
         )
     rows = {side.name: side.rows for side in sides}
+    kinds = list(dict.fromkeys(kinds))
     return {
         "sides": list(rows),
         "failed": [vars(f) for f in failed],
@@ -182,12 +163,11 @@ def _read_all(names: Sequence[str], stage: str | None) -> tuple[list[Side], list
 
 def _split(name: str) -> tuple[Path, str | None]:
     """The path in a name, and what stands behind its colon; both may have colons of their own."""
-    whole = Path(name)
-    if whole.exists():
+    if (whole := locate(name)) is not None:
         return whole, None
     for place in (i for i, letter in reversed(list(enumerate(name))) if letter == ":"):
-        if name[:place] and Path(name[:place]).exists():
-            return Path(name[:place]), name[place + 1 :]
+        if name[:place] and (part := locate(name[:place])) is not None:
+            return part, name[place + 1 :]
     raise UsageError(
         f"There is no {name}. Give a folder that `evaluate` wrote (RUN or RUN:STAGE) or a file that `score` wrote "
         "(FILE or FILE:CHECKPOINT)."
@@ -204,16 +184,16 @@ def _run(name: str, folder: Path, stage: str | None) -> Side:
             "`evaluate` wrote."
         )
     try:
-        version = json.loads(results.read_text(encoding="utf-8"))["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RetentionBenchError(f"{results}: not the results of a run ({error}). Run `evaluate` again.") from error
+        version = read_json(results, _Results).schema_version
+    except RetentionBenchError as error:
+        raise RetentionBenchError(f"{error} These are not the results of a run; run `evaluate` again.") from error
     if version != SCHEMA_VERSION:
         raise RetentionBenchError(
             f"{results} has schema_version {version!r}; this version reads {SCHEMA_VERSION}. Run `evaluate` again."
         )
     rows = []
-    for number, row in _lines(samples):
-        _check(_StageSample, row, samples, number)
+    for number, row in read_jsonl(samples):
+        checked(_StageSample, row, f"{samples}, line {number}")
         if stage in (None, row["stage"]):
             rows.append(row)
     if not rows:
@@ -225,17 +205,13 @@ def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}  # samples by checkpoint and task
     keys: dict[str, Any] = {}
     errors: dict[tuple[str, str | None], str] = {}
-    for number, line in _lines(path):
+    for _, line in read_scores(path):
         if "error" in line:
-            _check(_Failure, line, path, number)
             errors[line["checkpoint"], line.get("task")] = line["error"]
             continue
         if "metrics" in line:
             continue  # a task of lm-eval's own, which asks no facts
-        _check(_Scores, line, path, number)
-        if wrong := {s["kind"] for s in line["samples"]} - {line["task"].removeprefix("retention_")}:
-            raise RetentionBenchError(f"{path}, line {number}: samples of {wrong.pop()} under task {line['task']}.")
-        name, key = line["checkpoint"], line.get("key")
+        name, key = line["checkpoint"], line["key"]
         if keys.setdefault(name, key) != key:
             found[name], keys[name] = {}, key  # it was scored anew, with other content
         found.setdefault(name, {})[line["task"]] = line["samples"]
@@ -257,30 +233,3 @@ def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed
         if name in chosen and (task not in found.get(name, {}) if task else name not in found)
     ]
     return sides, failed
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a JSONL file with their numbers, from 1."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RetentionBenchError(f"{path}: not a text file in UTF-8. Give a JSONL file.") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RetentionBenchError(f"{path}, line {number}: not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise RetentionBenchError(f"{path}, line {number}: a JSON object is needed, got {line[:40]}.")
-        yield number, row
-
-
-def _check(model: type[pydantic.BaseModel], row: Mapping[str, Any], path: Path, number: int) -> None:
-    try:
-        model.model_validate(row)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RetentionBenchError(f"{path}, line {number}: {place}: {first['msg']}.") from error

@@ -44,10 +44,10 @@ NUMERICS = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", 
 
 
 def default_root() -> Path:
-    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache.
+    """`$RETENTION_BENCH_STORE`, or a folder in the user's cache; below the working folder where there is no home.
 
     Raises:
-        UsageError: Neither is there: the user has no home folder.
+        UsageError: `$RETENTION_BENCH_STORE` begins with a `~` that stands for nothing.
     """
     named = os.environ.get("RETENTION_BENCH_STORE")
     try:
@@ -55,10 +55,11 @@ def default_root() -> Path:
             return Path(named).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retention-bench"
     except RuntimeError as error:
-        raise UsageError(
-            "There is no home folder to keep results in: HOME is not set, and the system does not know this user. Set "
-            "RETENTION_BENCH_STORE to a folder for them."
-        ) from error
+        if named:
+            raise UsageError(
+                f"RETENTION_BENCH_STORE is {named!r}, and there is no such home. Name a folder."
+            ) from error
+        return Path.cwd() / ".cache" / "retention-bench"  # as in a container without $HOME and without the user's name
 
 
 @functools.cache

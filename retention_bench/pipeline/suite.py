@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 
+from retention_bench.data import cut, find_file, locate, shortened
+from retention_bench.data.yaml_files import read_yaml
+from retention_bench.display import line
 from retention_bench.errors import UsageError, unknown_name
 
 PACKAGED = Path(str(importlib.resources.files("retention_bench") / "suites"))
+
+MOST_FACTS = 1_000_000
+"""More than any pool holds; CounterFact has 21,919."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def _named(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "a name becomes a folder, so it must be of up to 100 letters, digits, '.', '_' and '-', and begin with a "
+            "letter or a digit"
+        )
+    return name
+
+
+def _placed(path: str) -> str:
+    if not path.strip():
+        raise ValueError("a path or a Hub id must not be empty")
+    if len(path) > 4000 or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise ValueError("no file or folder can have so long a name")
+    return path
+
+
+Name = Annotated[str, pydantic.AfterValidator(_named)]
+Place = Annotated[str, pydantic.AfterValidator(_placed)]
+Count = Annotated[int, pydantic.Field(strict=True, ge=1, le=2**31 - 1)]
+Facts = Annotated[int, pydantic.Field(strict=True, ge=1, le=MOST_FACTS)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -28,7 +60,7 @@ class Source(_Strict):
         config: The Hub data set's configuration.
     """
 
-    source: str
+    source: Place
     revision: str | None = None
     config: str | None = None
 
@@ -43,9 +75,9 @@ class FactsConfig(Source):
         keywords: Relation keywords for the contamination filter, by relation.
     """
 
-    margin: float = pydantic.Field(0.1, ge=0, lt=1)
-    edited: int = pydantic.Field(50, ge=1)
-    intrinsic: int = pydantic.Field(100, ge=1)
+    margin: float = pydantic.Field(0.1, strict=True, ge=0, lt=1)
+    edited: Facts = 50
+    intrinsic: Facts = 100
     keywords: dict[str, tuple[str, ...]] = {}
 
 
@@ -57,8 +89,8 @@ class StatisticsConfig(Source):
         max_length: Tokens of a text that count.
     """
 
-    texts: int = pydantic.Field(100_000, ge=1)
-    max_length: int = pydantic.Field(1024, ge=1)
+    texts: Count = 100_000
+    max_length: Count = 1024
 
 
 class ModelConfig(_Strict):
@@ -73,11 +105,22 @@ class ModelConfig(_Strict):
         finetunes: Settings by fine-tune, checked by the fine-tune.
     """
 
-    path: str
+    path: Place
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    editors: dict[str, dict[str, Any]]
-    finetunes: dict[str, dict[str, Any]]
+    editors: dict[Name, dict[str, Any]]
+    finetunes: dict[Name, dict[str, Any]]
+
+    @pydantic.field_validator("editors", "finetunes")
+    @classmethod
+    def _sources(cls, entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in entries.items():
+            if isinstance(source := settings.get("source"), str):
+                try:
+                    _placed(source)
+                except ValueError as error:
+                    raise ValueError(f"the source of {name}: {error}") from error
+        return entries
 
     @property
     def registered(self) -> dict[str, str]:
@@ -99,17 +142,24 @@ class Suite(_Strict):
         directory: The folder of the suite's file; relative paths are seen from it. Not part of the YAML.
     """
 
-    name: str
+    name: Name
     notice: str
     default_model: str
-    models: dict[str, ModelConfig]
+    models: dict[Name, ModelConfig]
     facts: FactsConfig
     statistics: StatisticsConfig
     real: str | None = None
     directory: Path = pydantic.Field(exclude=True)
 
     def locate(self, source: str) -> str:
-        """A path seen from the suite's file made absolute; a Hub id as it is."""
+        """A path seen from the suite's file made absolute; a Hub id as it is.
+
+        Raises:
+            UsageError: No file can have such a name, or it begins with `~` and there is no home folder.
+        """
+        if source.startswith("~"):
+            locate(source)
+            return str(Path(source).expanduser())
         if source.startswith(("./", "../")):
             return str((self.directory / source).resolve())
         return source
@@ -131,11 +181,11 @@ class Suite(_Strict):
             config = self.models[name]
             return name, config.model_copy(update={"path": self.locate(config.path)})
         default = self.models[self.default_model]
-        if Path(name).is_dir():
-            return Path(name).resolve().name, default.model_copy(
-                update={"path": str(Path(name).resolve()), "revision": None}
-            )
-        if name.count("/") == 1 and not name.startswith((".", "/")):
+        folder = locate(name)
+        if folder is not None and folder.is_dir():
+            folder = folder.resolve()
+            return line(folder.name), default.model_copy(update={"path": str(folder), "revision": None})
+        if folder is None and _HUB_ID.fullmatch(name):
             return name.replace("/", "--"), default.model_copy(update={"path": name, "revision": None})
         error = unknown_name("model", name, self.models)
         raise UsageError(f"{error} A folder that exists or a Hub id (owner/name) can be given too.")
@@ -156,23 +206,20 @@ def load_suite(name: str) -> Suite:
         UsageError: No such suite, unreadable YAML, an unknown key (with a suggestion) or a value of the wrong kind.
     """
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(
-                f"No suite file at {path}. Give a suite's name ({', '.join(suite_names())}) or a YAML file."
-            )
+        path = find_file(name, "suite file")
     elif name in suite_names():
         path = PACKAGED / f"{name}.yaml"
     else:
         raise unknown_name("suite", name, suite_names())
-    try:
-        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    parsed = read_yaml(path, "suite file")
     if not isinstance(parsed, dict):
-        raise UsageError(f"{path} must hold a mapping with the keys {', '.join(_keys(Suite))}.")
+        raise UsageError(
+            f"{path} must hold a mapping with the keys {', '.join(_keys(Suite))}, and holds {shortened(parsed)}."
+        )
+    if "directory" in parsed:
+        raise UsageError(f"{path}: unknown key 'directory'. Allowed here: {', '.join(_keys(Suite))}.")
     try:
-        suite = Suite(**{**parsed, "directory": path.resolve().parent})
+        suite = Suite.model_validate({**parsed, "directory": path.resolve().parent})
     except pydantic.ValidationError as error:
         raise UsageError(f"{path}: {_explain(error)}") from error
     if suite.default_model not in suite.models:
@@ -193,10 +240,10 @@ def _keys(model: type[pydantic.BaseModel]) -> list[str]:
 
 def _explain(error: pydantic.ValidationError) -> str:
     """The first thing wrong, as one sentence that says where it stands."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    first = error.errors(include_url=False)[0]
+    place = cut(".".join(str(part) for part in first["loc"] if part != "[key]"))
     if first["type"] != "extra_forbidden":
-        return f"{place}: {first['msg']}, got {first['input']!r}."
+        return f"{place}: {first['msg'].removeprefix('Value error, ')}, got {shortened(first['input'])}."
     parent: type[pydantic.BaseModel] = Suite
     for part in first["loc"][:-1]:
         parent = _PARTS.get(str(part), parent)

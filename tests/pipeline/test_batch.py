@@ -21,11 +21,10 @@ from retention_bench.cli import main
 from retention_bench.engine_process import EngineError, resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
-from retention_bench.models import Checkpoint, Reference, load_model
+from retention_bench.models import Checkpoint, Reference, load_model, read_references
 from retention_bench.pipeline import batch
-from retention_bench.pipeline.batch import Options, read_references, score_checkpoints
+from retention_bench.pipeline.batch import Options, score_checkpoints
 from retention_bench.pipeline.parity import fresh_model
-from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.scored import read
 from retention_bench.scoring import score
 
@@ -287,22 +286,6 @@ def test_after_another_checkpoint_the_first_answers_as_before_bit_for_bit(zoo, f
             engine.swap(Checkpoint(str(zoo / name)))
             found.append(score_lm(engine.lm, facts))
         assert found[0] == found[2] != found[1]
-
-
-def test_what_a_kill_left_of_a_line_is_cut_off_and_other_damage_is_named(tmp_path):
-    path = tmp_path / "scores.jsonl"
-    file = ScoreFile(path)
-    for number in range(3):
-        file.add({"checkpoint": "a", "task": str(number), "key": "k", "rate": number / 3})
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for end in range(len(whole) - len(lines[2]), len(whole)):
-        path.write_bytes(whole[:end])
-        assert [row["task"] for row in ScoreFile(path)] == ["0", "1"]
-        assert path.read_bytes() == b"".join(lines[:2])
-    path.write_bytes(lines[0] + lines[1].replace(b"0.33", b"0.99") + lines[2])
-    with pytest.raises(RetentionBenchError, match="line 2 is damaged"):
-        ScoreFile(path)
 
 
 @pytest.mark.slow

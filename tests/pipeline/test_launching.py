@@ -46,6 +46,8 @@ def test_the_shipped_configurations_are_accelerates_and_use_all_gpus(gpus, name)
     ("changes", "device", "message"),
     [
         ({"distributed_type": "DEEPSPEED"}, "cuda", "'DEEPSPEED'.*Allowed: MULTI_GPU, FSDP"),
+        ({"distributed_type": ["x"] * 1000}, "cuda", "distributed_type a list of 1000. Allowed: MULTI_GPU, FSDP"),
+        ({"distributed_type": "FSDP", "fsdp_config": 3}, "cuda", "fsdp_config is 3. Allowed: a mapping"),
         ({"num_machines": 2}, "cuda", "num_machines 2"),
         ({"num_processes": 5}, "cuda", "5 processes and 4 GPUs"),
         ({"num_processes": None}, "cpu", "starts None processes.*Allowed: num_processes from 2"),
@@ -85,10 +87,10 @@ def test_several_gpus_without_a_configuration_are_refused_before_anything_is_com
 
 
 def test_what_is_no_configuration_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="'zero3' is no configuration and no file. Allowed: ddp, fsdp"):
+    with pytest.raises(UsageError, match="There is no configuration at zero3.*Allowed: ddp, fsdp"):
         launcher("zero3", "cpu")
     (tmp_path / "text.yaml").write_text("a: b: c")
-    with pytest.raises(UsageError, match="text.yaml is not YAML"):
+    with pytest.raises(UsageError, match="text.yaml, line 1: not valid YAML.*Allowed: ddp, fsdp"):
         launcher(str(tmp_path / "text.yaml"), "cpu")
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(UsageError, match="list.yaml has the distributed_type None"):
@@ -275,7 +277,16 @@ def test_no_process_outlives_the_one_that_was_killed(job, tmp_path):
 
 def test_lines_of_libraries_are_not_taken_for_messages():
     assert launching._message('{"progress": ["fine-tune", 1, 2, {}]}\n') == {"progress": ["fine-tune", 1, 2, {}]}
-    for line in ("loading\n", "{}\n", "[1]\n", "3\n", '{"loss": 1.0}\n', "{broken\n"):
+    for line in (
+        "loading\n",
+        "{}\n",
+        "[1]\n",
+        "3\n",
+        '{"loss": 1.0}\n',
+        "{broken\n",
+        '{"error": "x"}',
+        '{"progress": 3}',
+    ):
         assert launching._message(line) is None
 
 

@@ -1,14 +1,19 @@
 """Runs and files of scores, read back to be compared and inspected."""
 
+import hashlib
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.pipeline.results import aggregate
+from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.scored import compared, inspected, read
 
 FACTS = [Fact(f"f{i}", f"Town {i}", "state", "{} lies in", "Texas", "Utah" if i < 8 else None) for i in range(12)]
@@ -40,9 +45,18 @@ def runs(tmp_path):
     return write_run(tmp_path / "a", 8), write_run(tmp_path / "b", 1)
 
 
-def score_line(checkpoint, hits, task="edited", sha="0" * 64):
+def score_line(checkpoint, hits, task="edited", **changes):
+    """A line of a file of scores, without its hash."""
     samples = [sample(f, i < hits, task) for i, f in enumerate(FACTS[:8])]
-    return {"checkpoint": checkpoint, "task": f"retention_{task}", "sha256": sha, "samples": samples, "seconds": 1.0}
+    rate = {"hits": hits, "total": 8, "rate": hits / 8, "ci95": [0.0, 1.0]}
+    line = {"checkpoint": checkpoint, "key": "k", "task": f"retention_{task}", **rate, "samples": samples}
+    return line | changes
+
+
+def hashed(line):
+    """A line as `score` writes it."""
+    text = json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps({**line, "sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
 
 
 @pytest.fixture
@@ -50,12 +64,12 @@ def scores(tmp_path):
     lines = [
         score_line("step-10", 8),
         score_line("step-10", 8, "intrinsic"),
-        {"checkpoint": "hf:step-20", "task": "retention_edited", "sha256": "0", "error": "disk full"},
+        {"checkpoint": "hf:step-20", "task": "retention_edited", "error": "disk full"},
         score_line("hf:step-20", 2),
-        {"checkpoint": "step-30", "sha256": "0", "error": "no weights"},
+        {"checkpoint": "step-30", "error": "no weights"},
     ]
     path = tmp_path / "scores.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(map(hashed, lines)))
     return path
 
 
@@ -128,22 +142,31 @@ def test_nothing_shared_and_an_unknown_fact_are_usage_errors(scores, runs):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"checkpoint": "c"', "line 2: not JSON"),
-        ("[1]", r"line 2: a JSON object is needed, got \[1\]"),
-        ('{"checkpoint": "c", "task": "retention_edited", "sha256": "0"}', "line 2: samples: Field required"),
-        (json.dumps(score_line("c", 1) | {"task": "perplexity"}), "line 2: task: Input should be 'retention_edited'"),
-        (json.dumps(score_line("c", 1) | {"task": "retention_locality"}), "samples of edited under task"),
+        ('{"checkpoint": "c"\n', "line 2: not JSON.* Give a file that `score` wrote"),
+        ("[1]\n", "line 2: no line of scores"),
+        ('{"run": 7, "loss": 1.25}\n', "line 2: no line of scores"),
+        ('{"checkpoint": "c", "sha256": 3}\n', "line 2: no line of scores"),
+        (hashed(score_line("c", 1)).replace('"hit": false', '"hit": true'), "line 2 is damaged.*its sha256"),
+        (hashed({"checkpoint": "c", "key": "k", "task": "retention_edited"}), "line 2: hits: Field required"),
+        (hashed(score_line("c", 1, samples=3)), "line 2: samples: Input should be a valid list, got 3"),
+        (hashed(score_line("c", 1) | {"task": "perplexity"}), "line 2: task: Input should be 'retention_edited'"),
+        (hashed(score_line("c", 1) | {"task": "retention_locality"}), "samples of edited under task"),
+        (hashed({"checkpoint": "c", "error": ["x"], "samples": 3}), "line 2: error: Input should be a valid string"),
+        (hashed({"checkpoint": "c", "key": "k", "task": "wiki", "metrics": {"ppl": "x"}}), "line 2: metrics.ppl: "),
         (
-            json.dumps(score_line("c", 1)).replace('"hit": true', '"hit": "yes"'),
+            hashed(score_line("c", 1, samples=[sample(FACTS[0], "yes")])),
             "line 2: samples.0.hit: Input should be a valid boolean",
         ),
     ],
 )
-def test_a_malformed_file_of_scores_is_refused(tmp_path, line, says):
+def test_a_malformed_file_of_scores_is_refused_by_whoever_reads_it(tmp_path, line, says):
     path = tmp_path / "s.jsonl"
-    path.write_text(json.dumps(score_line("step-10", 8)) + "\n" + line + "\n")
-    with pytest.raises(RetentionBenchError, match=says):
-        read(str(path), None)
+    path.write_text(hashed(score_line("step-10", 8)) + line)
+    before = path.read_bytes()
+    for reader in (lambda: read(str(path), None), lambda: ScoreFile(path)):
+        with pytest.raises(RetentionBenchError, match=says):
+            reader()
+    assert path.read_bytes() == before
 
 
 def test_a_malformed_run_is_refused(runs, tmp_path):
@@ -156,9 +179,10 @@ def test_a_malformed_run_is_refused(runs, tmp_path):
     (tmp_path / "a" / "results.json").write_text('{"schema_version": 2}')
     with pytest.raises(RetentionBenchError, match="has schema_version 2; this version reads 1"):
         read(runs[0], None)
-    (tmp_path / "a" / "results.json").write_text("{}")
-    with pytest.raises(RetentionBenchError, match="not the results of a run"):
-        read(runs[0], None)
+    for damaged in ("{}", "[]", "{", '{"schema_version": "1"}', "\ud800"):
+        (tmp_path / "a" / "results.json").write_text(damaged, errors="surrogatepass")
+        with pytest.raises(RetentionBenchError, match="not the results of a run"):
+            read(runs[0], None)
 
 
 def test_the_commands_print_and_write_json(runs, scores, monkeypatch):
@@ -220,3 +244,89 @@ def test_edits_of_one_model_are_clustered_where_there_are_enough_models(models, 
     assert (high - low > 0.8) == (by == "experiment")
     assert (found["detectable"]["gap"] is None) == (by == "experiment")  # six models, all or nothing, show none
     assert found["detectable"]["paired"] < found["detectable"]["paired_one_in_20"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = [*score_line("c", 1), "error", "metrics", "sha256", *sample(FACTS[0], True), "stage", "experiment", "x"]
+CHANGES = st.lists(st.tuples(st.booleans(), st.sampled_from(NAMES), VALUES), max_size=3)
+BYTES = st.binary(max_size=3)
+FUZZ = {"deadline": 5000, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+def read_whatever(reader):
+    """What a reader finds, as JSON; None where it refuses in one line."""
+    try:
+        found, said = reader(), ""
+    except RetentionBenchError as error:
+        found, said = None, str(error)
+    assert "\n" not in said
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def score_whatever(folder, changes, intact, at, noise):
+    line = score_line("c", 2)
+    first = line["samples"][0]
+    for inner, name, value in changes:
+        (first if inner else line)[name] = value
+    try:
+        text = hashed(line) if intact else json.dumps(line) + "\n"
+    except UnicodeEncodeError:
+        return
+    data = (hashed(score_line("first", 8)) + text).encode("utf-8", "surrogatepass")
+    place = at % (len(data) + 1)
+    data = data[:place] + noise + data[place + len(noise) :]
+    path = folder / "s.jsonl"
+    path.write_bytes(data)
+    read_whatever(lambda: compared([str(path)]))
+    read_whatever(lambda: inspected("f0", [str(path)]))
+    if read_whatever(lambda: list(ScoreFile(path))) is None:
+        assert path.read_bytes() == data
+
+
+def run_whatever(folder, file, changes, at, noise):
+    write_run(folder / "run", 3)
+    path = folder / "run" / file
+    lines = path.read_text().splitlines(keepends=True)
+    row = json.loads(lines[0])
+    for _, name, value in changes:
+        row[name] = value
+    data = (json.dumps(row) + "\n" + "".join(lines[1:])).encode()
+    place = at % (len(data) + 1)
+    path.write_bytes(data[:place] + noise + data[place + len(noise) :])
+    read_whatever(lambda: compared([f"{folder / 'run'}:post_edit", str(folder / "run")]))
+    read_whatever(lambda: inspected("f0", [str(folder / "run")]))
+    shutil.rmtree(folder / "run")
+
+
+@settings(max_examples=30, **FUZZ)
+@given(changes=CHANGES, intact=st.booleans(), at=st.integers(0, 10**5), noise=BYTES)
+def test_any_file_of_scores_is_read_or_refused(tmp_path, changes, intact, at, noise):
+    score_whatever(tmp_path, changes, intact, at, noise)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **FUZZ)
+@given(changes=CHANGES, intact=st.booleans(), at=st.integers(0, 10**5), noise=BYTES)
+def test_many_files_of_scores_are_read_or_refused(tmp_path, changes, intact, at, noise):
+    score_whatever(tmp_path, changes, intact, at, noise)
+
+
+FILES = st.sampled_from(["results.json", "samples.jsonl"])
+
+
+@settings(max_examples=30, **FUZZ)
+@given(file=FILES, changes=CHANGES, at=st.integers(0, 10**5), noise=BYTES)
+def test_any_run_is_read_or_refused(tmp_path, file, changes, at, noise):
+    run_whatever(tmp_path, file, changes, at, noise)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **FUZZ)
+@given(file=FILES, changes=CHANGES, at=st.integers(0, 10**5), noise=BYTES)
+def test_many_runs_are_read_or_refused(tmp_path, file, changes, at, noise):
+    run_whatever(tmp_path, file, changes, at, noise)

@@ -1,7 +1,15 @@
+import copy
+import json
+import time
+from pathlib import Path
+
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from retention_bench.errors import UsageError
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.pipeline import Cell, Store, plan
 from retention_bench.pipeline.suite import PACKAGED, load_suite, suite_names
 
 
@@ -34,6 +42,30 @@ def test_paths_are_seen_from_the_suites_file():
         (lambda s: s["facts"].update(margin="much"), "facts.margin"),
         (lambda s: s.update(default_model="atlas-gpt"), "Did you mean 'atlas-gpt2'?"),
         (lambda s: s.pop("facts"), "facts: Field required"),
+        (lambda s: s.update(name="../up"), "name: a name becomes a folder, so it must be of up to 100 letters"),
+        (lambda s: s.update(name="/tmp/there"), "name: a name becomes a folder"),
+        (lambda s: s.update(name=".hidden"), "name: a name becomes a folder"),
+        (lambda s: s.update(name="x" * 101), "name: a name becomes a folder"),
+        (lambda s: s.update(name="a\nb"), "name: a name becomes a folder"),
+        (lambda s: s.update(name=""), "name: a name becomes a folder"),
+        (lambda s: s.update(name=None), "name: Input should be a valid string, got None"),
+        (lambda s: s["models"].update({"a/b": s["models"]["atlas-gpt2"]}), "models.a/b: a name becomes a folder"),
+        (lambda s: s["models"]["atlas-gpt2"]["editors"].update({"..": {}}), "editors...: a name becomes a folder"),
+        (lambda s: s["models"]["atlas-gpt2"]["finetunes"].update({"a b": {}}), "finetunes.a b: a name becomes"),
+        (lambda s: s["models"]["atlas-gpt2"].update(path="x" * 300), "path: no file or folder can have so long a name"),
+        (
+            lambda s: s["models"]["atlas-gpt2"]["finetunes"]["tulu3"].update(source="x" * 300),
+            "the source of tulu3: no ",
+        ),
+        (lambda s: s["facts"].update(source=" "), "facts.source: a path or a Hub id must not be empty, got ' '"),
+        (lambda s: s["facts"].update(edited=10**9), "facts.edited: Input should be less than or equal to 1000000"),
+        (lambda s: s["facts"].update(edited=True), "facts.edited: Input should be a valid integer, got True"),
+        (lambda s: s["facts"].update(margin=float("nan")), "facts.margin: Input should be"),
+        (lambda s: s["statistics"].update(texts=2**40), "statistics.texts: Input should be less than"),
+        (lambda s: s["statistics"].update(texts=10**30), "an integer is larger than any here may be"),
+        (lambda s: s.update(directory="/"), "unknown key 'directory'"),
+        (lambda s: s.update(notice={str(n): [n] * 9 for n in range(999)}), "got an object with 999 keys."),
+        (lambda s: s.update(default_model="x" * 999), "default_model: Unknown model 'xxx"),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_said_in_one_line(tmp_path, change, says):
@@ -41,12 +73,13 @@ def test_what_is_wrong_with_a_suite_is_said_in_one_line(tmp_path, change, says):
         load_suite(changed(tmp_path, change))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_unknown_suite_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UsageError, match="Unknown suite 'atlsa'. Did you mean 'atlas'"):
         load_suite("atlsa")
-    with pytest.raises(UsageError, match="No suite file"):
+    with pytest.raises(UsageError, match="no suite file"):
         load_suite(str(tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UsageError, match="not valid YAML"):
@@ -62,3 +95,112 @@ def test_a_model_is_one_of_the_suites_or_a_folder_or_a_hub_id(tmp_path):
     assert suite.model("owner/model")[1].path == "owner/model"
     with pytest.raises(UsageError, match="Did you mean 'atlas-gpt2'"):
         suite.model("atlas-gtp2")
+
+
+def test_a_folder_a_file_and_a_text_are_no_models_by_mistake(tmp_path, monkeypatch):
+    suite = load_suite("atlas")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("file", "a b/c", "~/none", "a/b/c", "x" * 300, "owner/na\nme"):
+        with pytest.raises(UsageError, match="Unknown model"):
+            suite.model(name)
+    with pytest.raises(UsageError, match="must not be empty"):
+        suite.model("")
+    (tmp_path / "ev\x1bil").mkdir()
+    assert suite.model("ev\x1bil")[0] == "ev\\x1bil"
+
+
+def test_more_facts_than_the_pool_has_are_refused_before_anything_is_laid_out(tmp_path):
+    def cell(**facts):
+        path = Path(changed(tmp_path, lambda s: s["facts"].update(facts)))
+        path.write_text(path.read_text().replace("../atlas/", f"{PACKAGED.parent / 'atlas'}/"))
+        return Cell(load_suite(str(path)), None, "ft", "tulu3", 0, "cpu")
+
+    where = {"source": str(PACKAGED.parent / "atlas" / "data" / "facts.jsonl")}
+    with pytest.raises(UsageError, match="1,000,000 edited and 100 intrinsic facts are wanted, and the pool .* lines"):
+        plan(cell(edited=1_000_000, **where), Store(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(UsageError, match="1,000,000 with edits_per_model 25 makes 40,000 edited models"):
+        plan(cell(edited=1_000_000, source="owner/pool", revision="abc"), Store(tmp_path))
+    assert time.monotonic() - began < 5
+
+
+WHOLE = yaml.safe_load((PACKAGED / "atlas.yaml").read_text())
+WHOLE["models"] = {"m": WHOLE["models"]["atlas-gpt2"]}
+WHOLE["default_model"] = "m"
+
+
+def places(value, path=()):
+    """The paths to everything in a suite."""
+    if isinstance(value, dict):
+        return [path, *(p for key, inner in value.items() for p in places(inner, (*path, key)))]
+    return [path]
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from([10**9, 10**40, -1, 0, "~/x", "../..", "/dev/zero", "a/b", "x" * 400, "ft", "2.0e-3", ".", "on"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(places(WHOLE)), st.sampled_from(["set", "add", "drop"]), VALUES), max_size=3
+)
+
+
+def suite_text(changes):
+    """The suite with some of it changed, as YAML."""
+    suite = copy.deepcopy(WHOLE)
+    for path, how, value in changes:
+        parent = suite
+        for key in path[:-1]:
+            parent = parent.get(key) if isinstance(parent, dict) else None
+        if not path or not isinstance(parent, dict) or path[-1] not in parent:
+            continue
+        if how == "drop":
+            del parent[path[-1]]
+        elif how == "set":
+            parent[path[-1]] = value
+        else:
+            parent[json.dumps(value)[:40]] = value
+    return yaml.safe_dump(suite).encode("utf-8", "surrogatepass")
+
+
+def load_whatever(folder, data):
+    """Read a suite and lay out a cell of it: a plan, or an error in one line."""
+    path = folder / "x.yaml"
+    path.write_bytes(data.replace(b"../atlas/", f"{PACKAGED.parent / 'atlas'}/".encode()))
+    began = time.monotonic()
+    try:
+        plan(Cell(load_suite(str(path)), None, "ft", "tulu3", 0, "cpu"), Store(folder))
+        said = ""
+    except RetentionBenchError as error:
+        said = str(error)
+    assert "\n" not in said.strip()
+    assert len(said) < 3000
+    assert time.monotonic() - began < 5
+
+
+FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+SUITES = (
+    CHANGES.map(suite_text)
+    | st.binary(max_size=100)
+    | st.text(alphabet="a:{}[],&*!<- \n\"'|?#%@1.", max_size=60).map(str.encode)
+)
+
+
+@settings(max_examples=30, **FUZZ)
+@given(data=SUITES)
+def test_any_suite_is_planned_or_refused(tmp_path, data):
+    load_whatever(tmp_path, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **FUZZ)
+@given(data=SUITES)
+def test_many_suites_are_planned_or_refused(tmp_path, data):
+    load_whatever(tmp_path, data)
