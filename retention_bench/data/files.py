@@ -153,17 +153,20 @@ def checked(schema: type[T], value: Any, place: str) -> T:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise RetentionBenchError(
-            f"{place}: {f'{where}: ' if where else ''}{first['msg']}, got {_shortened(first['input'])}."
+            f"{place}: {f'{where}: ' if where else ''}{first['msg']}, got {shortened(first['input'])}."
         ) from error
 
 
-def _shortened(value: Any) -> str:
-    """A value in a few words, however large it is."""
+def shortened(value: Any) -> str:
+    """A value in a few words, however large it is, for an error."""
     if isinstance(value, dict):
         return f"an object with {len(value)} keys"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no more than some thousand digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -14,7 +14,7 @@ from retention_bench.models.families import (
     projection,
     projection_name,
 )
-from retention_bench.models.files import read_tensors, write_tensors
+from retention_bench.models.files import check_place, kind_of, read_tensors, replacing, set_aside, write_tensors
 from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
 from retention_bench.models.loading import empty_model, load_model
 from retention_bench.models.reference import Reference, fetch, parse_reference
@@ -31,12 +31,14 @@ __all__ = [
     "Suffixes",
     "WeightDelta",
     "block",
+    "check_place",
     "empty_model",
     "family",
     "fetch",
     "frozen",
     "is_in_out",
     "key_size",
+    "kind_of",
     "last_hidden",
     "load_model",
     "log_probabilities",
@@ -48,6 +50,8 @@ __all__ = [
     "projection_name",
     "read_tensors",
     "record",
+    "replacing",
     "restoring",
+    "set_aside",
     "write_tensors",
 ]

@@ -85,7 +85,21 @@ ONES = numpy.ones((3, 3), dtype=numpy.float32)
         (ONES * numpy.nan, 5, "not finite"),
         (ONES * 0, 5, "it is zero"),
         (numpy.triu(ONES), 5, "not symmetric"),
-        (ONES - 2 * numpy.eye(3), 5, "an eigenvalue below"),
+        (2 * ONES - numpy.eye(3), 5, "an eigenvalue below"),
+        (ONES - 2 * numpy.eye(3), 5, "on its diagonal is negative"),
+        (-ONES, 5, "on its diagonal is negative"),
+        (ONES * 1e300, 5, "not finite"),  # in float32
+        (ONES.astype(complex), 5, "the dtype complex128"),
+        (ONES.astype(bool), 5, "the dtype bool"),
+        (numpy.array([[{"a": 1}]], dtype=object), 5, "the dtype object"),
+        (numpy.ones((0, 0)), 5, r"the shape \[0, 0\]"),
+        (numpy.ones((2, 2, 2)), 5, r"the shape \[2, 2, 2\]"),
+        (ONES, [5, 6], r"mom2.count should be the number of tokens and has the shape \[2\]"),
+        (ONES, "x", "mom2.count should be the number of tokens and has .* the dtype <U1"),
+        (ONES, numpy.inf, "is inf"),
+        (ONES, 1e300, "is 1e.300"),
+        (ONES, 1.5, "is 1.5"),
+        (ONES, -3, "is -3"),
         (ONES, 0, "mom2.count should be the number of tokens and is 0"),
         (ONES, numpy.nan, "mom2.count should be the number of tokens and is nan"),
     ],
@@ -105,14 +119,14 @@ def test_files_of_another_form_are_refused(tmp_path):
     with pytest.raises(UsageError, match="No .npz files"):
         KeyStatistics.from_npz({})
     path = tmp_path / "f.npz"
-    with pytest.raises(RetentionBenchError, match="There is no file"):
+    with pytest.raises(RetentionBenchError, match="There is no file with a layer's covariance"):
         KeyStatistics.from_npz({0: path})
     numpy.savez(path, **{"mean.mean": ONES, "mom2.count": 3})
     with pytest.raises(RetentionBenchError, match="lacks mom2.mom2; it has mean.mean, mom2.count"):
         KeyStatistics.from_npz({0: path})
     numpy.savez(path, **{"mom2.mom2": numpy.array([{"a": 1}], dtype=object), "mom2.count": 3})
-    with pytest.raises(RetentionBenchError, match="is no .npz file"):
-        KeyStatistics.from_npz({0: path})
+    with pytest.raises(RetentionBenchError, match="mom2.mom2 should be a square matrix .* the dtype object"):
+        KeyStatistics.from_npz({0: path})  # a pickle, which is not loaded
     path.write_bytes(write(tmp_path / "g.npz", ONES, 3).read_bytes()[:-40])
     with pytest.raises(RetentionBenchError, match="is no .npz file, or is cut off"):
         KeyStatistics.from_npz({0: path})

@@ -85,7 +85,7 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path):
     with pytest.raises(RetentionBenchError, match="no file"):
         KeyStatistics.load(path)
     WeightDelta({"w": torch.ones(1)}).save(path)
-    with pytest.raises(RetentionBenchError, match="should hold a set of key statistics.*holds weight delta"):
+    with pytest.raises(RetentionBenchError, match="should hold a set of key statistics.*holds 'weight delta'"):
         KeyStatistics.load(path)
 
 

@@ -170,7 +170,7 @@ def test_a_file_is_inspected(measured):
         ({"model": "/there/is/no/model"}, "model"),
         ({"from_npz": ("0",)}, "--from-npz is '0'. Give LAYER=FILE"),
         ({"from_npz": ("0=a", "0=b")}, "names layer 0 twice"),
-        ({"from_npz": ("0=/no/such.npz",)}, "There is no file /no/such.npz"),
+        ({"from_npz": ("0=/no/such.npz",)}, "There is no .npz file at /no/such.npz"),
         ({"from_npz": ("0=a",), "inspect": "b"}, "--inspect and --from-npz were given together"),
         ({"inspect": "b", "dry_run": True}, "--dry-run and --inspect were given together"),
     ],

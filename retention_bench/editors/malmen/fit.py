@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from retention_bench.editors.malmen.hypernetwork import HyperNetwork
 from retention_bench.editors.malmen.steps import Networks
-from retention_bench.errors import UsageError
+from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import is_in_out, projection, read_tensors, write_tensors
 
 _KIND = "MALMEN hyper-network"
@@ -160,7 +160,7 @@ def _read(
     path: Path, model: PreTrainedModel, about: Mapping[str, Any]
 ) -> tuple[dict[int, tuple[HyperNetwork, int]], dict[str, Tensor], dict[str, Any]]:
     """Networks, all tensors, and what stands beside them; checked against what is wanted."""
-    tensors, found = read_tensors(path, kind=_KIND, version=_VERSION)
+    tensors, found = read_tensors(path, dict[str, Any], kind=_KIND, version=_VERSION, also=("I64", "U8"))
     for name, wanted in about.items():
         if found.get(name) != wanted:
             raise UsageError(
@@ -168,6 +168,8 @@ def _read(
                 "or fit again into an empty folder."
             )
     for layer in about["layers"]:
+        if f"model.{layer}" not in tensors:
+            raise RetentionBenchError(f"{path} is damaged: it lacks model.{layer}. Fit MALMEN again.")
         sample, here = tensors[f"model.{layer}"], _sample(model, layer)
         if sample.shape != here.shape or (sample - here).norm() > _SAME * sample.norm():
             raise UsageError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -28,7 +28,9 @@ from retention_bench.editors.settings import Count, Layers, NonNegative, Positiv
 from retention_bench.editors.subject import check_requests
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.models import WeightDelta, frozen
+from retention_bench.models import WeightDelta, frozen, set_aside
+
+T = TypeVar("T")
 
 RESULT = "malmen.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
@@ -96,12 +98,12 @@ class MALMEN:
         generator = context.generator.clone_state()
         about = {**self._fit_settings(), "facts": facts.sha256, "seed": generator.initial_seed()}
         result, checkpoint = folder / RESULT, folder / CHECKPOINT
-        if result.is_file():
-            load_networks(result, model, about)
+        if result.is_file() and _usable(result, lambda: load_networks(result, model, about)) is not None:
             return
+        training = None
         if checkpoint.is_file():
-            training = Training.load(checkpoint, model, about, self.meta_lr)
-        else:
+            training = _usable(checkpoint, lambda: Training.load(checkpoint, model, about, self.meta_lr))
+        if training is None:
             networks = new_networks(
                 model, self.layers, rank=self.rank, n_blocks=self.n_blocks, lr=self.lr, generator=generator
             )
@@ -207,6 +209,17 @@ class MALMEN:
                 f"Fact {fact.id!r} has no target_new, so MALMEN cannot train on writing it. Leave it out, or give it "
                 "one."
             )
+
+
+def _usable(path: Path, read: Callable[[], T]) -> T | None:
+    """What a file of a fit holds, or None where it is damaged: it is set aside then."""
+    try:
+        return read()
+    except UsageError:  # it is another fit's
+        raise
+    except RetentionBenchError as error:
+        set_aside(path, error, "MALMEN's fit goes on without it")
+        return None
 
 
 def _draw(
