@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from retention_bench.data import shortened
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.progress import Progress, silent
@@ -218,11 +219,16 @@ def make_editor(name: str, settings: Mapping[str, Any]) -> Editor:
         UsageError: An unknown name or setting, a missing one, or a value of the wrong kind or out of range.
         RetentionBenchError: The package that registers the editor cannot be imported.
     """
-    editor = _load(name)
+    editor: Any = _load(name)
+    if not dataclasses.is_dataclass(editor):
+        raise RetentionBenchError(
+            f"The editor {name!r} is registered as {editor!r}, which is no dataclass. Repair or uninstall the package "
+            "that registers it."
+        )
     fields = {field.name: field for field in dataclasses.fields(editor) if field.init}
     for setting in settings:
         if setting not in fields:
-            raise unknown_name(f"setting of editor {name!r}:", setting, fields)
+            raise unknown_name(f"setting of editor {name!r}:", str(setting), fields)
     import pydantic
 
     try:
@@ -235,7 +241,7 @@ def make_editor(name: str, settings: Mapping[str, Any]) -> Editor:
         number_as_text = first["type"] == "float_type" and isinstance(first["input"], str)
         hint = " YAML reads 5e-5 as text; write 5.0e-5." if number_as_text else ""
         raise UsageError(
-            f"Editor {name!r}, setting {place!r}: {first['msg']}, got {first['input']!r}.{hint}"
+            f"Editor {name!r}, setting {place!r}: {first['msg']}, got {shortened(first['input'])}.{hint}"
         ) from error
 
 

@@ -10,6 +10,9 @@ MOST_LAYERS = 10_000
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 """A whole number from 1 on that a loop or a tensor may have."""
 
+Rank = Annotated[int, Field(strict=True, ge=1, le=2**16)]
+"""A rank, or a number of blocks: memory is set aside for each of them."""
+
 Layer = Annotated[int, Field(strict=True, ge=0, le=MOST_LAYERS - 1)]
 """The index of a layer, counted from 0."""
 

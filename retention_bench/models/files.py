@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -139,10 +140,10 @@ def check_place(path: Path | str) -> None:
             writable, or no file can have such a name.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise UsageError(f"{path} is no file, and is not written over. Give the path of a file.")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(Path(path).stat().st_mode):
+                raise UsageError(f"{path} is no file, and is not written over. Give the path of a file.")
         partial = _partial(Path(path))
-        Path(path).is_symlink()  # a name that is too long
         partial.touch()
         partial.unlink()
     except (OSError, ValueError) as error:

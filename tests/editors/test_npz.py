@@ -88,7 +88,7 @@ ONES = numpy.ones((3, 3), dtype=numpy.float32)
         (2 * ONES - numpy.eye(3), 5, "an eigenvalue below"),
         (ONES - 2 * numpy.eye(3), 5, "on its diagonal is negative"),
         (-ONES, 5, "on its diagonal is negative"),
-        (ONES * 1e300, 5, "not finite"),  # in float32
+        (ONES.astype(float) * 1e300, 5, "not finite"),  # in float32
         (ONES.astype(complex), 5, "the dtype complex128"),
         (ONES.astype(bool), 5, "the dtype bool"),
         (numpy.array([[{"a": 1}]], dtype=object), 5, "the dtype object"),
