@@ -48,9 +48,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], *, kind: str,
     """
     # One metadata entry: safetensors writes several in no fixed order, and the same tensors shall be the same bytes.
     about = {"kind": kind, "version": version, "sha256": _sha256(tensors), **about}
-    contents = save(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, {_ABOUT: json.dumps(about, sort_keys=True)}
-    )
+    contents = save(_apart(tensors), {_ABOUT: json.dumps(about, sort_keys=True)})
     with replacing(path) as partial:
         partial.write_bytes(contents)
 
@@ -184,6 +182,19 @@ def _tensor(file: Any, name: str, also: Collection[str], path: Path | str) -> Te
     if not tensor.isfinite().all():
         raise RetentionBenchError(f"{path}: {shortened(name)} has numbers that are not finite. Make the file again.")
     return tensor
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous and none in another's memory: safetensors writes no others."""
+    apart: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        if tensor.untyped_storage().data_ptr() in places:
+            tensor = tensor.clone()
+        places.add(tensor.untyped_storage().data_ptr())
+        apart[name] = tensor
+    return apart
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from retention_bench.data import read_jsonl
 from retention_bench.errors import RetentionBenchError
@@ -49,13 +49,19 @@ class Texts:
 
 
 def is_local(source: str) -> bool:
-    """Whether a corpus is meant as a file, be it there or not; else it is a Hub data set id."""
+    """Whether a corpus is meant as a file, be it there or not; else it is a Hub data set id.
+
+    What is there under the name is meant: `datasets`, too, would take a folder for the data set, whatever its revision.
+    """
     if source.startswith(("/", ".", "~")) or source.endswith((".jsonl", ".gz")):
         return True
     try:
-        return Path(source).is_file()
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except (OSError, ValueError):  # no Hub id is so long, or has such characters
         return True
+    return True
 
 
 def _local(source: str) -> Iterator[tuple[int, object]]:

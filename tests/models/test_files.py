@@ -295,6 +295,14 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert about["kind"] == "thing"
 
 
+def test_tensors_in_one_memory_are_written(tmp_path):
+    shared = torch.ones(3, 4)
+    tensors = {"a": shared, "b": shared, "c": shared[1:], "d": shared.T}
+    write_tensors(tmp_path / "t", tensors, kind="thing", version=1)
+    found, _ = read_tensors(tmp_path / "t", dict, kind="thing", version=1)
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in tensors.items()}
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / ("n" * 250)  # as long as a name may be, nearly
     DELTA.save(path)
