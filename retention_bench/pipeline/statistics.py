@@ -122,12 +122,12 @@ def answer(
         corpus = _corpus(request) if request.corpus else None
         texts = Texts(corpus.source, corpus.revision, corpus.config, COMPARED) if corpus else None
         files = _files(request.from_npz)
-        _check_layers(model, files)
+        _check_config(model, files)
         file = import_npz(store, model, request.device, files, lambda: _load(model, request.device), texts)
     else:
         model, corpus = _model(request), _corpus(request)
         layers, shard = _layers(request.layers), _shard(request.shard, request.samples)
-        _check_layers(model, layers)
+        _check_config(model, layers, request.max_length)
         stage = statistics_stage(model, request.device, corpus, layers, shard)
         held = store.find(stage.name, stage.inputs) is not None
         if request.dry_run:
@@ -177,9 +177,10 @@ def measure(
         from retention_bench.editors import collect_key_statistics
 
         texts = Texts(corpus.source, corpus.revision, corpus.config, corpus.texts)
-        if is_local(corpus.source):
-            for _ in texts:  # a bad row is found before hours of work are done, and before the model is loaded
-                pass
+        # What is wrong with a file is found before hours of work are done, and before the model is loaded; of a data
+        # set of the Hub, whether there is one.
+        for _ in texts if is_local(corpus.source) else itertools.islice(texts, 1):
+            pass
         model, tokenizer = loader()
         index, count = shard or (0, 1)
         # A file is passed round: where the corpus lay on one machine means nothing on another.
@@ -387,12 +388,15 @@ def _corpus(request: Request) -> StatisticsConfig:
     )
 
 
-def _check_layers(model: ModelConfig, layers: Iterable[int]) -> None:
-    """Refuse layers that the model lacks before it is loaded; where its config does not say, that comes later."""
+def _check_config(model: ModelConfig, layers: Iterable[int], max_length: int = 1) -> None:
+    """Refuse what the model lacks before it is loaded; where its config does not say, that comes later."""
     config = read_json(config_file(model.path, model.revision), dict[str, Any], "model configuration")
     count = config.get("num_hidden_layers", config.get("n_layer"))
     if isinstance(count, int) and max(layers) >= count:
         raise UsageError(f"There is no layer {max(layers)}: the model has {count} layers, 0 to {count - 1}.")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(positions, int) and max_length > positions:
+        raise UsageError(f"--max-length is {max_length}; the model has {positions} positions. Give 1 to {positions}.")
 
 
 def _check_out(out: Path, merged: Sequence[Path]) -> None:

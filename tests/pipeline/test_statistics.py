@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import numpy
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_a_file_is_inspected(measured):
         ({"from_npz": ("99999999999=a",)}, "--from-npz is '99999999999=a'"),
         ({"from_npz": ("99=/dev/null",)}, "no layer 99"),
         ({"from_npz": ("0=/dev/zero",)}, "/dev/zero is a pipe or a device"),
-        ({"max_length": 4096}, "max_length is 4096; the model has"),
+        ({"max_length": 4096}, "--max-length is 4096; the model has"),
         ({"shard": "2/2"}, "--shard is '2/2'. Of N shards"),
         ({"shard": "1"}, "--shard is '1'"),
         ({"memory": 1e-6}, "take .* bytes, and memory is 1073"),
@@ -288,6 +289,28 @@ def test_one_file_given_twice_is_not_merged(measured, tmp_path):
         answer(Request(merge=(measured[1], measured[1])), Store(tmp_path))
     with pytest.raises(UsageError, match="which is one of the files to merge"):
         answer(Request(merge=(Path(measured[1]),), out=Path(measured[1])), Store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "why"),
+    [
+        ("[]", {}, "config.json: .*got a list of 0"),
+        ("{", {}, "config.json: not JSON"),
+        (None, {"max_length": 4096}, "--max-length is 4096"),
+        (None, {"layers": "2,99"}, "no layer 99"),
+        (None, {"corpus": "some/corpus", "corpus_revision": "abc"}, "'some/corpus' at revision abc cannot be read"),
+    ],
+)
+def test_what_can_be_known_is_known_before_the_model_is_loaded(request_, tmp_path, monkeypatch, changed, options, why):
+    def offline(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(module, "load", None)
+    config = (Path(request_.model) / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config if changed is None else changed)
+    with pytest.raises(RetentionBenchError, match=why):
+        answer(dataclasses.replace(request_, model=str(tmp_path), **options), Store(tmp_path / "store"))
 
 
 def test_a_bad_row_is_found_before_the_model_is_loaded(request_, tmp_path, monkeypatch):
