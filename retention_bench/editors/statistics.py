@@ -435,8 +435,8 @@ def _check_alike(first: KeyStatistics, other: KeyStatistics) -> None:
         ours, theirs = (getattr(measured, field.name) for measured in plain)
         if ours != theirs:
             raise UsageError(
-                f"Key statistics that were measured differently cannot be merged: {field.name} is {ours} in one and "
-                f"{theirs} in another."
+                f"Key statistics that were measured differently cannot be merged: {field.name} is {str(ours)[:200]} in "
+                f"one and {str(theirs)[:200]} in another."
             )
     if set(first.probe) != set(other.probe):
         raise UsageError("Key statistics with and without a probe of their model cannot be merged: collect them anew.")

@@ -478,6 +478,21 @@ def test_a_fit_that_was_cut_off_ends_as_one_that_was_not(llama, tmp_path, monkey
     assert fit(*llama, tmp_path / "whole", editor) == []  # there is nothing left to do
 
 
+@pytest.mark.parametrize("stop_after", [2, None])  # a checkpoint, or a result
+def test_a_damaged_file_of_a_fit_is_set_aside_and_the_fit_begins_anew(llama, tmp_path, monkeypatch, stop_after):
+    monkeypatch.setattr(malmen, "CHECKPOINT_SECONDS", 0.0)
+    fit(*llama, tmp_path, stop_after=stop_after)
+    [path] = tmp_path.iterdir()
+    contents = bytearray(path.read_bytes())
+    contents[-9] ^= 1
+    for damaged in (contents, contents[:-50], b""):
+        path.write_bytes(damaged)
+        with pytest.warns(RuntimeWarning, match=f"set aside as .*{path.name}.damaged, and MALMEN's fit"):
+            fit(*llama, tmp_path, stop_after=stop_after)
+    fit(*llama, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted({malmen.RESULT, f"{path.name}.damaged"})
+
+
 def test_a_fit_leaves_the_generator(llama, tmp_path):
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
