@@ -219,11 +219,16 @@ def make_editor(name: str, settings: Mapping[str, Any]) -> Editor:
         UsageError: An unknown name or setting, a missing one, or a value of the wrong kind or out of range.
         RetentionBenchError: The package that registers the editor cannot be imported.
     """
-    editor = _load(name)
+    editor: Any = _load(name)
+    if not dataclasses.is_dataclass(editor):
+        raise RetentionBenchError(
+            f"The editor {name!r} is registered as {editor!r}, which is no dataclass. Repair or uninstall the package "
+            "that registers it."
+        )
     fields = {field.name: field for field in dataclasses.fields(editor) if field.init}
     for setting in settings:
         if setting not in fields:
-            raise unknown_name(f"setting of editor {name!r}:", setting, fields)
+            raise unknown_name(f"setting of editor {name!r}:", str(setting), fields)
     import pydantic
 
     try:

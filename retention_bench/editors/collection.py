@@ -5,19 +5,35 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.data import shortened
+from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.editors.statistics import KeyStatistics, describe, distance, probe_keys
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.models import frozen, key_size, pad, read_tensors, record, write_tensors
+from retention_bench.models import (
+    check_place,
+    frozen,
+    key_size,
+    pad,
+    read_tensors,
+    record,
+    set_aside,
+    write_tensors,
+)
 from retention_bench.progress import Progress, silent
+
+_Whole = Annotated[int, pydantic.Field(strict=True, ge=0, le=sys.maxsize)]
 
 _KIND = "checkpoint of key statistics"
 _VERSION = 1
@@ -64,7 +80,8 @@ def collect_key_statistics(
             the texts must be such that they can be gone through again.
         shard: (i, n) to take only the texts whose index is i modulo n; see `KeyStatistics.merged`.
         checkpoint: A file to go on from where an earlier call with the same arguments was cut off; what it ends with
-            has the same bits. It is written by this, and left to the caller to delete once the result is safe.
+            has the same bits. It is written by this, and left to the caller to delete once the result is safe. One
+            that is damaged is set aside with a warning, and the measurement begins anew.
         checkpoint_every: Seconds between two checkpoints, at least; writing them takes 1/20 of the time at most. 0 for
             one after each 100 texts, however long it takes.
         source: What the texts are, for people; kept in the result.
@@ -77,11 +94,19 @@ def collect_key_statistics(
 
     Raises:
         UsageError: No layers, a layer that the model lacks, `max_length` beyond the model's positions, no such shard,
-            too little `memory` for one layer, or texts that can be read once where several passes are needed.
+            another number out of range, too little `memory` for one layer, texts that can be read once where several
+            passes are needed, or a `checkpoint` where no file can be.
         RetentionBenchError: The texts hold no token, a key is not finite, or the checkpoint is of another run.
     """
-    layers = sorted(set(layers))
     _check(model, layers, max_length, shard)
+    for name, value in (("batch_tokens", batch_tokens), ("memory", memory)):
+        if value is not None and not 1 <= value <= sys.maxsize:
+            raise UsageError(f"{name} is {shortened(value)}. Give a whole number from 1 on, or None.")
+    if not (checkpoint_every >= 0 and math.isfinite(checkpoint_every)):
+        raise UsageError(f"checkpoint_every is {checkpoint_every}. Give seconds, 0 or more.")
+    if checkpoint is not None:
+        check_place(checkpoint)
+    layers = sorted(set(layers))
     index, count = shard or (0, 1)
     if total is None and isinstance(texts, Sized):
         total = len(range(index, len(texts), count))
@@ -106,6 +131,7 @@ def collect_key_statistics(
             "shard": list(shard) if shard else None,
             "settings": dict(settings or {}),
         },
+        dtype,
         checkpoint,
         checkpoint_every,
     )
@@ -193,11 +219,41 @@ class _Sums:
         return found
 
 
+class _State(pydantic.BaseModel):
+    """How far a run was: texts and tokens of its pass, those of a whole pass, finished layers, blocks of the others."""
+
+    done: _Whole
+    tokens: _Whole
+    digest: str
+    whole: tuple[_Whole, _Whole, str]
+    finished: list[_Whole]
+    summed: dict[int, _Whole]
+
+
+class _About(pydantic.BaseModel):
+    """What stands beside a checkpoint's tensors."""
+
+    run: dict[str, Any]
+    state: _State
+
+
+class _OtherRunError(RetentionBenchError):
+    """A checkpoint is good, and another run's."""
+
+
 class _Run:
     """What a run has so far: the moments of finished passes, and the sums of the pass that it is in."""
 
-    def __init__(self, probe: dict[int, Tensor], about: Mapping[str, Any], path: Path | None, every: float) -> None:
+    def __init__(
+        self,
+        probe: dict[int, Tensor],
+        about: Mapping[str, Any],
+        dtype: torch.dtype,
+        path: Path | None,
+        every: float,
+    ) -> None:
         self.probe = probe
+        self.dtype = dtype
         self.about = json.loads(json.dumps(about))  # as a checkpoint gives it back
         self.path = path
         self.every = every
@@ -254,26 +310,52 @@ class _Run:
         """Go on from the checkpoint, where there is one.
 
         Raises:
-            RetentionBenchError: It is of another run, or broken.
+            RetentionBenchError: It is of another run.
         """
         if self.path is None or not self.path.exists():
             return
-        tensors, about = read_tensors(self.path, kind=_KIND, version=_VERSION)
-        for name, ours in self.about.items():
-            if about["run"][name] != ours:
-                raise self._other(f"its {name} is {about['run'][name]}, this one's {ours}")
+        try:
+            tensors, about = read_tensors(self.path, _About, kind=_KIND, version=_VERSION)
+            for name, ours in self.about.items():
+                if about.run.get(name) != ours:
+                    raise self._other(f"its {name} is {str(about.run.get(name))[:200]}, this one's {ours}")
+            state = about.state
+            if {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} != self._contents(state):
+                raise RetentionBenchError(f"{self.path} is damaged: it lacks tensors, or has others.")
+        except _OtherRunError:
+            raise
+        except RetentionBenchError as error:
+            # What is wrong with it would be so for ever: the next run would stop here as well.
+            set_aside(self.path, error, "the key statistics are measured from the start")
+            return
         if not all(distance(tensors[f"probe.{layer}"], keys) < _SAME for layer, keys in self.probe.items()):
             raise self._other("its model has other weights")
-        state = about["state"]
-        self.done, self.tokens, self.digest = state["done"], state["tokens"], state["digest"]
-        self.whole = tuple(state["whole"])
-        self.moments = {layer: tensors[f"moment.{layer}"] for layer in state["finished"]}
+        self.done, self.tokens, self.digest = state.done, state.tokens, state.digest
+        self.whole = state.whole
+        self.moments = {layer: tensors[f"moment.{layer}"] for layer in state.finished}
         self.sums = _Sums(
             {
-                int(layer): [tensors[f"sum.{layer}.{number}"].to(device) for number in range(blocks)]
-                for layer, blocks in state["summed"].items()
+                layer: [tensors[f"sum.{layer}.{number}"].to(device) for number in range(blocks)]
+                for layer, blocks in sorted(state.summed.items())
             }
         )
+
+    def _contents(self, state: _State) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """What a checkpoint in a state holds: dtype and shape by name; nothing where there is no such state.
+
+        It is in one of the passes, with the moments of those before.
+        """
+        for number, part in enumerate(self.about["passes"]):
+            if part != sorted(state.summed) or state.finished != list(itertools.chain(*self.about["passes"][:number])):
+                continue
+            sizes = {layer: len(keys) for layer, keys in self.probe.items()}
+            found = {f"probe.{layer}": (torch.float32, [size]) for layer, size in sizes.items()}
+            found |= {f"moment.{layer}": (torch.float32, [sizes[layer]] * 2) for layer in state.finished}
+            for layer in part:
+                shapes = enumerate(_shapes(sizes[layer]))
+                found |= {f"sum.{layer}.{block}": (self.dtype, list(shape)) for block, shape in shapes}
+            return {name: (dtype, torch.Size(shape)) for name, (dtype, shape) in found.items()}
+        return {}
 
     def _save(self, path: Path) -> None:
         began = time.monotonic()
@@ -294,8 +376,8 @@ class _Run:
         now = time.monotonic()
         self.due = now + (max(self.every, _SHARE * (now - began)) if self.every else 0)
 
-    def _other(self, why: str) -> RetentionBenchError:
-        return RetentionBenchError(
+    def _other(self, why: str) -> _OtherRunError:
+        return _OtherRunError(
             f"The checkpoint {self.path} is of another run: {why}. Delete it to begin anew, or name another file."
         )
 
@@ -304,11 +386,17 @@ def _check(model: PreTrainedModel, layers: Sequence[int], max_length: int, shard
     """Refuse what cannot be measured."""
     if not layers:
         raise UsageError("No layers were given to collect key statistics for.")
+    if len(layers) > MOST_LAYERS:
+        raise UsageError(f"{len(layers)} layers were given to collect key statistics for. Give those of the model.")
     positions = model.config.max_position_embeddings
     if not 1 <= max_length <= positions:
-        raise UsageError(f"max_length is {max_length}; the model has {positions} positions. Give 1 to {positions}.")
-    if shard and not 0 <= shard[0] < shard[1]:
-        raise UsageError(f"There is no shard {shard[0]}/{shard[1]}. Of N shards, give 0/N to (N - 1)/N.")
+        raise UsageError(
+            f"max_length is {shortened(max_length)}; the model has {positions} positions. Give 1 to {positions}."
+        )
+    if shard and not 0 <= shard[0] < shard[1] <= sys.maxsize:
+        raise UsageError(
+            f"There is no shard {shortened(shard[0])}/{shortened(shard[1])}. Of N shards, give 0/N to (N - 1)/N."
+        )
 
 
 def _shapes(size: int) -> list[tuple[int, int]]:

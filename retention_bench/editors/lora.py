@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from retention_bench.editors.base import EditContext, EditRequest
 from retention_bench.editors.descent import descend
-from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
+from retention_bench.editors.settings import Count, Layers, NonNegative, Positive, Rank
 from retention_bench.editors.subject import check_requests
 from retention_bench.models import (
     LowRank,
@@ -59,7 +59,7 @@ class LoRA:
 
     layers: Layers | None = None
     modules: Literal["projection", "all-linear"] = "projection"
-    r: Count = 8
+    r: Rank = 8
     lora_alpha: Count = 16
     lora_dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     lr: Positive = 5e-3

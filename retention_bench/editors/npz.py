@@ -7,15 +7,23 @@ Nothing in the file names the model.
 
 from __future__ import annotations
 
+import io
+import lzma
+import math
+import os
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.data import find_file, shortened
+from retention_bench.editors.solve import what_is_wrong
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen, pad, record
 
@@ -47,55 +55,52 @@ SAMPLE = (
 )
 """Ordinary English to compare on where nothing nearer to the files' own corpus is at hand."""
 
-_ROUNDING = 1e-4  # of the largest entry or the norm: float32 sums over tens of millions of tokens
+_HEADER = 1 << 14  # bytes that an array's header may take; the references' take 128
+_SQUEEZED = 20  # how many times smaller than its contents a member may be; noisy floats hardly get smaller
+_SMALL = 1 << 20  # below this many bytes it may be anything
+_MOST_TOKENS = 2**63 - 1
+_HEADERS = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}
 
 
 def read_second_moment(path: Path | str) -> tuple[Tensor, int]:
     """Read one file of the references.
 
     Args:
-        path: The `.npz` file. Pickles in it are not loaded.
+        path: The `.npz` file. Pickles in it are not loaded, and no more memory is taken than its size tells.
 
     Returns:
         E[k k^T], float32 [d_mlp, d_mlp], and the number of tokens.
 
     Raises:
-        RetentionBenchError: There is no such file, it is not of that form, or the matrix is not square, finite,
-            symmetric and positive semidefinite.
+        UsageError: There is no such file, or it is a folder, a pipe or a device.
+        RetentionBenchError: It is not of that form, or the matrix is not square, finite, symmetric and positive
+            semidefinite.
     """
-    if not Path(path).is_file():
-        raise RetentionBenchError(
-            f"There is no file {path}; it should hold a layer's covariance of a reference editor."
-        )
+    found = find_file(path, "file with a layer's covariance of a reference editor")
     try:
-        if not zipfile.is_zipfile(path):  # numpy would read a lone array, and has nothing to close then
-            raise zipfile.BadZipFile("not an archive")
-        with numpy.load(path, allow_pickle=False) as archive:
-            names = sorted(archive.files)
+        with zipfile.ZipFile(found) as archive:
+            names = sorted(name.removesuffix(".npy") for name in archive.namelist())
             missing = [name for name in ("mom2.mom2", "mom2.count") if name not in names]
             if missing:
                 raise RetentionBenchError(
-                    f"{path} lacks {' and '.join(missing)}; it has {', '.join(names) or 'nothing'}. Give a file that "
+                    f"{path} lacks {' and '.join(missing)}; it has {_listed(names)}. Give a file that "
                     "`layer_stats` of ROME, MEMIT or AlphaEdit wrote with `mom2` among what it collects."
                 )
-            total, count = archive["mom2.mom2"], archive["mom2.count"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            count = _array(archive, "mom2.count", path, "the number of tokens", _is_number)
+            total = _array(archive, "mom2.mom2", path, "a square matrix of floats", _is_square)
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise RetentionBenchError(
             f"{path} is no .npz file, or is cut off ({type(error).__name__}: {error}). Fetch or make it again."
         ) from error
-    if count.size != 1 or not count.item() > 0 or count.item() != int(count.item()):
-        raise RetentionBenchError(f"{path}: mom2.count should be the number of tokens and is {count.tolist()}.")
-    if total.ndim != 2 or total.shape[0] != total.shape[1] or not numpy.issubdtype(total.dtype, numpy.floating):
-        raise RetentionBenchError(
-            f"{path}: mom2.mom2 should be a square matrix of floats and has the shape {list(total.shape)} and the "
-            f"dtype {total.dtype}."
-        )
-    tokens = int(count.item())
-    moment = torch.from_numpy(total.astype(numpy.float64)) / tokens
-    wrong = _what_is_wrong(moment)
+    tokens = count.item()
+    if not (0 < tokens <= _MOST_TOKENS and tokens == int(tokens)):
+        raise RetentionBenchError(f"{path}: mom2.count should be the number of tokens and is {shortened(tokens)}.")
+    tokens = int(tokens)
+    moment = (torch.from_numpy(total.astype(numpy.float64, copy=False)) / tokens).float()
+    wrong = what_is_wrong(moment)
     if wrong:
         raise RetentionBenchError(f"{path}: mom2.mom2 is no second moment: {wrong}. Fetch or make the file again.")
-    return ((moment + moment.T) / 2).float(), tokens
+    return (moment + moment.T) / 2, tokens
 
 
 def check_resemblance(
@@ -162,18 +167,56 @@ def _beside_the_diagonal(moment: Tensor) -> Tensor:
     return entries.fill_diagonal_(0)
 
 
-def _what_is_wrong(moment: Tensor) -> str | None:
-    """Why a float64 matrix is no second moment, or None."""
-    if not moment.isfinite().all():
-        return "it has numbers that are not finite"
-    largest = moment.abs().max()
-    if largest == 0:
-        return "it is zero"
-    skew = ((moment - moment.T).abs().max() / largest).item()
-    if skew > _ROUNDING:
-        return f"it is not symmetric (by {skew:.2g} of its largest entry)"
-    shifted = (moment + moment.T) / 2
-    shifted.diagonal().add_(_ROUNDING * moment.norm())
-    if torch.linalg.cholesky_ex(shifted).info:
-        return f"it has an eigenvalue below -{_ROUNDING:g} of its norm, where none should be negative"
-    return None
+def _array(
+    archive: zipfile.ZipFile, name: str, path: Path | str, wanted: str, fits: Callable[[tuple[int, ...], Any], bool]
+) -> Any:
+    """Read an array, looking at what it says of its size first: numpy takes that memory before it reads on.
+
+    Args:
+        archive: The open archive.
+        name: The array's name.
+        path: The archive's path, for errors.
+        wanted: What the array should be, for errors.
+        fits: Whether a shape and a dtype are that.
+
+    Raises:
+        RetentionBenchError: It is something else.
+        BadZipFile: It would take far more memory than the archive has bytes.
+        ValueError: It has no header that numpy can read, or more or less data than the header says.
+    """
+    info = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
+    size = os.path.getsize(str(archive.filename))
+    if info.compress_size > size or info.file_size > _SMALL + _SQUEEZED * info.compress_size:
+        raise zipfile.BadZipFile(f"{name} would take {info.file_size} bytes, and the archive has {size}")
+    with archive.open(info) as member:
+        header = io.BytesIO(member.read(_HEADER))
+        version = numpy.lib.format.read_magic(header)
+        if version not in _HEADERS:
+            raise ValueError(f"{name} is in version {version} of numpy's format")
+        try:
+            shape, _, dtype = _HEADERS[version](header)
+        except Exception as error:  # it evaluates a text of the file, and what that can raise is not documented
+            raise ValueError(f"the header of {name} is damaged, {type(error).__name__}") from error
+        if not fits(shape, dtype):
+            raise RetentionBenchError(
+                f"{path}: {name} should be {wanted} and has the shape {str(list(shape))[:60]} and the dtype "
+                f"{str(dtype)[:60]}."
+            )
+        asked = header.tell() + math.prod(shape) * dtype.itemsize
+        if asked != info.file_size:
+            raise ValueError(f"the header of {name} asks for {asked} bytes, and there are {info.file_size}")
+        member.seek(0)
+        return numpy.lib.format.read_array(member, allow_pickle=False)
+
+
+def _is_number(shape: tuple[int, ...], dtype: numpy.dtype) -> bool:
+    return math.prod(shape) == 1 and dtype.kind in "iuf"
+
+
+def _is_square(shape: tuple[int, ...], dtype: numpy.dtype) -> bool:
+    return len(shape) == 2 and shape[0] == shape[1] > 0 and dtype.kind == "f"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(name[:60] for name in names[:10]) or "nothing"
+    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

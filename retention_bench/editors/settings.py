@@ -4,10 +4,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-"""A whole number, 1 or more."""
+MOST_LAYERS = 10_000
+"""More layers than any model has."""
 
-Layer = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+"""A whole number from 1 on that a loop or a tensor may have."""
+
+Rank = Annotated[int, Field(strict=True, ge=1, le=2**16)]
+"""A rank, or a number of blocks: memory is set aside for each of them."""
+
+Layer = Annotated[int, Field(strict=True, ge=0, le=MOST_LAYERS - 1)]
 """The index of a layer, counted from 0."""
 
 
@@ -17,7 +23,7 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
     return layers
 
 
-Layers = Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(_ascending)]
+Layers = Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS), AfterValidator(_ascending)]
 """One or more layers, ascending."""
 
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.data import shortened
 from retention_bench.editors.base import EditContext
 from retention_bench.editors.npz import SAMPLE, check_resemblance, read_second_moment
-from retention_bench.errors import UsageError
+from retention_bench.editors.settings import MOST_LAYERS
+from retention_bench.editors.solve import what_is_wrong
+from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen, key_size, projection_name, read_tensors, record, write_tensors
 
 TOLERANCE = 0.02
@@ -25,8 +33,16 @@ of fine-tuning at a learning rate of 2e-5 gave 0.014 to 0.65, one fact written b
 of the same shape over 1. A layer below everything that changed keeps its keys, and its statistics hold.
 """
 
-_KIND = "set of key statistics"
+_Count = Annotated[int, Field(strict=True, ge=1, le=2**63 - 1)]
+_Index = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+_Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS - 1)]
+
+KIND = "set of key statistics"
+"""What a file of them says that it is."""
+
 _VERSION = 2
+_PARTS = ("moment", "probe")
+_NAME = re.compile(r"(moment|probe)\.(0|[1-9]\d{0,3})", re.ASCII)
 _PROBE = 32  # token ids 1 to this, whatever they stand for: no tokenizer has a part
 
 
@@ -43,12 +59,20 @@ class Measurement:
         settings: What the caller files the whole measurement under: JSON values.
     """
 
-    texts: int | None = None
-    max_length: int | None = None
+    texts: _Count | None = None
+    max_length: _Count | None = None
     dtype: str | None = None
-    modules: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    shard: tuple[int, int] | None = None
+    modules: Mapping[_Layer, str] = dataclasses.field(default_factory=dict)
+    shard: tuple[_Index, _Index] | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _About(pydantic.BaseModel):
+    """What stands beside the tensors of a file."""
+
+    tokens: _Count
+    source: str
+    measured: Measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +156,9 @@ class KeyStatistics:
                     f"The key statistics cover layers {sorted(self.moments)}, not layer {layer}. "
                     "Collect them for all layers that are edited."
                 )
-            if self.moments[layer].shape[0] != size:
+            if self.moments[layer].shape != (size, size):
                 raise UsageError(
-                    f"The key statistics of layer {layer} are for keys of size {self.moments[layer].shape[0]}, the "
+                    f"The key statistics of layer {layer} are for keys of size {len(self.moments[layer])}, the "
                     f"model's have {size}: they belong to another model. Collect them on the model that is edited."
                 )
         probed = [] if edited else [layer for layer in layers if layer in self.probe]
@@ -174,7 +198,7 @@ class KeyStatistics:
             parts: All shards of one measurement, in any order, or statistics over different texts.
 
         Raises:
-            UsageError: Nothing to merge, shards that are missing, given twice or of different measurements, or parts
+            UsageError: Nothing to merge, parts that are missing, given twice or of different measurements, or parts
                 of different models, layers or settings.
         """
         if not parts:
@@ -185,12 +209,15 @@ class KeyStatistics:
         shards = sorted(part.measured.shard for part in parts if part.measured.shard)
         if shards:
             count = shards[0][1]
-            if shards != [(index, count) for index in range(count)] or len(shards) != len(parts):
+            whole = len(shards) == len(parts) == count and shards == [(index, count) for index in range(count)]
+            if not whole:
                 named = ", ".join("/".join(map(str, shard)) for shard in shards)
                 raise UsageError(
                     f"The shards {named} are not the whole of one measurement. Merge 0/{count} to "
                     f"{count - 1}/{count}, each once."
                 )
+        elif any(_same(one, other) for one, other in itertools.combinations(parts, 2)):
+            raise UsageError("The same key statistics were given twice, and would count twice. Give each once.")
         tokens = sum(part.tokens for part in parts)
         moments = {}
         for layer in first.moments:
@@ -239,39 +266,77 @@ class KeyStatistics:
             )
         moments = {layer: moment for layer, (moment, _) in read.items()}
         tokens = next(iter(counts.values()))
+        found = cls(moments, tokens, source)
         if model is None:
-            return cls(moments, tokens, source)
+            return found
         if tokenizer is None:
             raise UsageError("A model without its tokenizer was given to compare key statistics with. Give both.")
-        layers = list(moments)
-        cls(moments, tokens).check(model, layers)
-        check_resemblance(model, tokenizer, moments, texts)
-        return cls(moments, tokens, source, probe_keys(model, layers), describe(model, layers))
+        return found.of_model(model, tokenizer, texts)
+
+    def of_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = SAMPLE
+    ) -> KeyStatistics:
+        """The same with the model's probe, for statistics that came without; see `from_npz`.
+
+        Raises:
+            UsageError: They are not this model's.
+        """
+        layers = list(self.moments)
+        self.check(model, layers)
+        check_resemblance(model, tokenizer, self.moments, texts)
+        return KeyStatistics(self.moments, self.tokens, self.source, probe_keys(model, layers), describe(model, layers))
 
     def save(self, path: Path | str) -> None:
-        """Write as safetensors: to a temporary name first, then renamed, so no reader sees half a file."""
+        """Write as safetensors: to a temporary name first, then renamed, so no reader sees half a file.
+
+        Raises:
+            UsageError: There can be no file of that name.
+        """
         tensors = {f"moment.{layer}": moment for layer, moment in self.moments.items()}
         tensors |= {f"probe.{layer}": keys for layer, keys in self.probe.items()}
         measured = dataclasses.asdict(self.measured)
         about: dict[str, Any] = {"tokens": self.tokens, "source": self.source, "measured": measured}
-        write_tensors(path, tensors, kind=_KIND, version=_VERSION, **about)
+        write_tensors(path, tensors, kind=KIND, version=_VERSION, **about)
 
     @classmethod
     def load(cls, path: Path | str) -> KeyStatistics:
         """Read statistics that `save` wrote.
 
         Raises:
-            RetentionBenchError: There is no such file, it holds no statistics or of another version, or it is broken.
+            UsageError: There is no such file.
+            RetentionBenchError: It holds no statistics or of another version, it is broken, or a matrix in it cannot
+                be a second moment.
         """
-        tensors, about = read_tensors(path, kind=_KIND, version=_VERSION)
-        parts: dict[str, dict[int, Tensor]] = {"moment": {}, "probe": {}}
-        for name, tensor in sorted(tensors.items(), key=lambda item: int(item[0].partition(".")[2])):
-            part, _, layer = name.partition(".")
-            parts[part][int(layer)] = tensor
-        measured = about["measured"]
-        measured["modules"] = {int(layer): name for layer, name in measured["modules"].items()}
-        measured["shard"] = tuple(measured["shard"]) if measured["shard"] else None
-        return cls(parts["moment"], about["tokens"], about["source"], parts["probe"], Measurement(**measured))
+        tensors, about = read_tensors(path, _About, kind=KIND, version=_VERSION)
+        moments, probe = ({layer: tensor.float() for layer, tensor in _part(tensors, part)} for part in _PARTS)
+        if not moments:
+            raise RetentionBenchError(f"{path} holds no second moment. Make the file again.")
+        if len(moments) + len(probe) < len(tensors):
+            other = next(name for name in tensors if not _NAME.fullmatch(name))
+            raise RetentionBenchError(
+                f"{path}: a tensor is named {shortened(other)}, where moment.LAYER and probe.LAYER are expected. Make "
+                "the file again."
+            )
+        for layer, moment in moments.items():
+            wrong = what_is_wrong(moment)
+            if wrong:
+                raise RetentionBenchError(f"{path}: moment.{layer} is no second moment: {wrong}. Make the file again.")
+        for layer, keys in probe.items():
+            if layer not in moments or keys.shape != moments[layer].shape[:1] or not keys.isfinite().all():
+                raise RetentionBenchError(
+                    f"{path}: probe.{layer} is no key of that layer: its shape is {list(keys.shape)}, its moment's "
+                    f"{list(moments[layer].shape) if layer in moments else 'not there'}. Make the file again."
+                )
+        shard = about.measured.shard
+        if shard and not 0 <= shard[0] < shard[1]:
+            raise RetentionBenchError(f"{path}: there is no shard {shard[0]}/{shard[1]}. Make the file again.")
+        return cls(moments, about.tokens, about.source, probe, about.measured)
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> list[tuple[int, Tensor]]:
+    """The tensors of a part with their layers, ascending."""
+    names = filter(None, map(_NAME.fullmatch, tensors))
+    return sorted(((int(name[2]), tensors[name[0]]) for name in names if name[1] == part), key=operator.itemgetter(0))
 
 
 def required_statistics(
@@ -350,6 +415,13 @@ def null_space_projector(moment: Tensor, threshold: float) -> Tensor:
     return unused @ unused.T
 
 
+def _same(first: KeyStatistics, other: KeyStatistics) -> bool:
+    """Whether two have the same numbers."""
+    return first.tokens == other.tokens and all(
+        torch.equal(moment, other.moments[layer]) for layer, moment in first.moments.items()
+    )
+
+
 def _check_alike(first: KeyStatistics, other: KeyStatistics) -> None:
     """Refuse parts that do not belong together."""
     shapes = [{layer: len(moment) for layer, moment in part.moments.items()} for part in (first, other)]
@@ -363,8 +435,8 @@ def _check_alike(first: KeyStatistics, other: KeyStatistics) -> None:
         ours, theirs = (getattr(measured, field.name) for measured in plain)
         if ours != theirs:
             raise UsageError(
-                f"Key statistics that were measured differently cannot be merged: {field.name} is {ours} in one and "
-                f"{theirs} in another."
+                f"Key statistics that were measured differently cannot be merged: {field.name} is {str(ours)[:200]} in "
+                f"one and {str(theirs)[:200]} in another."
             )
     if set(first.probe) != set(other.probe):
         raise UsageError("Key statistics with and without a probe of their model cannot be merged: collect them anew.")

@@ -14,7 +14,7 @@ from retention_bench.models.families import (
     projection,
     projection_name,
 )
-from retention_bench.models.files import read_tensors, write_tensors
+from retention_bench.models.files import check_place, kind_of, read_tensors, replacing, set_aside, write_tensors
 from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
 from retention_bench.models.loading import empty_model, load_config, load_model, load_tokenizer, local_folder
 from retention_bench.models.reference import Named, Reference, fetch, parse_reference, read_manifest, read_references
@@ -32,12 +32,14 @@ __all__ = [
     "WeightDelta",
     "adapted",
     "block",
+    "check_place",
     "empty_model",
     "family",
     "fetch",
     "frozen",
     "is_in_out",
     "key_size",
+    "kind_of",
     "last_hidden",
     "load_config",
     "load_model",
@@ -54,6 +56,8 @@ __all__ = [
     "read_references",
     "read_tensors",
     "record",
+    "replacing",
     "restoring",
+    "set_aside",
     "write_tensors",
 ]

@@ -8,16 +8,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from retention_bench.errors import RetentionBenchError, unknown_name
 from retention_bench.models.families import family
-from retention_bench.models.files import read_tensors, write_tensors
+from retention_bench.models.files import REAL, read_tensors, write_tensors
 
 _KIND = "weight delta"
 _VERSION = 1
+
+
+class _About(pydantic.BaseModel):
+    """What stands beside a delta's tensors."""
+
+    base: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +56,8 @@ class WeightDelta:
         base: The model it belongs to, by name or hash, for people; None where not known.
 
     Raises:
-        RetentionBenchError: Low-rank factors that do not fit, or a number that is not finite; the parameter is named.
+        RetentionBenchError: Low-rank factors that do not fit, a tensor that is empty or of other than real numbers, or
+            a number that is not finite in float32; the parameter is named.
     """
 
     entries: Mapping[str, Tensor | LowRank]
@@ -86,7 +94,7 @@ class WeightDelta:
         """
         prefix = f"{family(model.config.model_type).blocks}."
         numbers = (name[len(prefix) :].partition(".")[0] for name in self.entries if name.startswith(prefix))
-        return tuple(sorted({int(number) for number in numbers}))
+        return tuple(sorted({int(number) for number in numbers if number.isdecimal()}))
 
     def apply_(self, model: PreTrainedModel) -> None:
         """Add to a model's weights in place; the sum is taken in float32 and rounded once to the weight's dtype.
@@ -136,7 +144,11 @@ class WeightDelta:
             )
 
     def save(self, path: Path | str) -> None:
-        """Write as safetensors: to a temporary name first, then renamed, so no reader sees half a file."""
+        """Write as safetensors: to a temporary name first, then renamed, so no reader sees half a file.
+
+        Raises:
+            UsageError: There can be no file of that name.
+        """
         tensors: dict[str, Tensor] = {}
         for name, entry in self.entries.items():
             parts = {"dense": entry} if isinstance(entry, Tensor) else {"left": entry.left, "right": entry.right}
@@ -148,15 +160,16 @@ class WeightDelta:
         """Read a delta that `save` wrote.
 
         Raises:
-            RetentionBenchError: There is no such file, it is no delta or of another version, or its content is broken.
+            UsageError: There is no such file.
+            RetentionBenchError: It is no delta or of another version, or its content is broken.
         """
-        tensors, about = read_tensors(path, kind=_KIND, version=_VERSION)
+        tensors, about = read_tensors(path, _About, kind=_KIND, version=_VERSION)
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(":")
             parts.setdefault(name, {})[part] = tensor
         try:
-            return cls({name: _entry(name, found) for name, found in parts.items()}, about["base"])
+            return cls({name: _entry(name, found) for name, found in parts.items()}, about.base)
         except RetentionBenchError as error:
             raise RetentionBenchError(f"{path}: {error}") from error
 
@@ -190,7 +203,7 @@ def restoring(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
 def _checked(name: str, entry: Tensor | LowRank) -> Tensor | LowRank:
     """The entry on the CPU in float32."""
     if isinstance(entry, LowRank):
-        left, right = (_plain(factor) for factor in (entry.left, entry.right))
+        left, right = (_plain(name, factor) for factor in (entry.left, entry.right))
         if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
             raise RetentionBenchError(
                 f"The low-rank factors of {name} do not fit: {list(left.shape)} times {list(right.shape)}."
@@ -198,14 +211,20 @@ def _checked(name: str, entry: Tensor | LowRank) -> Tensor | LowRank:
         entry = LowRank(left, right)
         finite = bool(left.isfinite().all() and right.isfinite().all())
     else:
-        entry = _plain(entry)
+        entry = _plain(name, entry)
         finite = bool(entry.isfinite().all())
     if not finite:
         raise RetentionBenchError(f"The delta of {name} has numbers that are not finite.")
     return entry
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in REAL:
+        raise RetentionBenchError(
+            f"The delta of {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}. Give it in float32."
+        )
+    if not tensor.numel():
+        raise RetentionBenchError(f"The delta of {name} has the shape {list(tensor.shape)}: it is empty.")
     return tensor.detach().to("cpu", torch.float32)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
-import json
+import os
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from retention_bench.data import read_jsonl
 from retention_bench.errors import RetentionBenchError
 
 
@@ -32,11 +32,12 @@ class Texts:
         """Yield the texts.
 
         Raises:
-            RetentionBenchError: A row has no text, or there are no rows.
+            UsageError: There is no such file.
+            RetentionBenchError: The file or the data set cannot be read, a row has no text, or there are no rows.
         """
-        path, number = Path(self.source), 0
-        rows = _local(path) if path.is_file() else _hub(self.source, self.revision, self.config)
-        for number, row in enumerate(itertools.islice(rows, self.count), start=1):
+        number = 0
+        rows = _local(self.source) if is_local(self.source) else _hub(self.source, self.revision, self.config)
+        for number, row in itertools.islice(rows, min(self.count, sys.maxsize)):
             text = row.get("text") if isinstance(row, dict) else None
             if not isinstance(text, str) or not text.strip():
                 raise RetentionBenchError(
@@ -47,17 +48,36 @@ class Texts:
             raise RetentionBenchError(f"The corpus {self.source} holds no rows.")
 
 
-def _local(path: Path) -> Iterator[object]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RetentionBenchError(f"{path}, line {number}: not JSON: {error}.") from error
+def is_local(source: str) -> bool:
+    """Whether a corpus is meant as a file, be it there or not; else it is a Hub data set id.
+
+    What is there under the name is meant: `datasets`, too, would take a folder for the data set, whatever its revision.
+    """
+    if source.startswith(("/", ".", "~")) or source.endswith((".jsonl", ".gz")):
+        return True
+    try:
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):  # no Hub id is so long, or has such characters
+        return True
+    return True
 
 
-def _hub(source: str, revision: str | None, config: str | None) -> Iterator[object]:
+def _local(source: str) -> Iterator[tuple[int, object]]:
+    return read_jsonl(source, "corpus file")
+
+
+def _hub(source: str, revision: str | None, config: str | None) -> Iterator[tuple[int, object]]:
     import datasets
 
-    yield from datasets.load_dataset(source, config, split="train", revision=revision, streaming=True)
+    try:
+        rows = datasets.load_dataset(source, config, split="train", revision=revision, streaming=True)
+        yield from enumerate(rows, start=1)
+    except Exception as error:  # it is the library that goes on here, with network and parsers of its own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise RetentionBenchError(
+            f"The corpus {source!r} at revision {revision} cannot be read from the Hub ({reason}). Check the id, the "
+            "revision, the configuration, the network and HF_HUB_OFFLINE; for a gated data set run `hf auth login`; "
+            "or give a local .jsonl file."
+        ) from error

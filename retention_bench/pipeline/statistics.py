@@ -8,25 +8,32 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
+import re
 import shutil
-import stat
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retention_bench.errors import RetentionBenchError, UsageError
+import pydantic
+
+from retention_bench.data import checked, find_file, read_json, shortened
+from retention_bench.editors.settings import MOST_LAYERS
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.pipeline.cell import Stage
 from retention_bench.pipeline.disk import disk_errors
-from retention_bench.pipeline.inputs import Input, model_inputs
+from retention_bench.pipeline.inputs import Input, config_file, model_inputs
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.planning import VERSIONS, statistics_stage
-from retention_bench.pipeline.rows import Texts
+from retention_bench.pipeline.rows import Texts, is_local
 from retention_bench.pipeline.store import Store, file_sha256, versions
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig
 from retention_bench.progress import Progress, silent
 
 FILE = "statistics.safetensors"
+_DTYPES = ("float32", "bfloat16", "float16")
+_MOST_GIB = 2**30
+
 COMPARED = 20
 """Texts of a corpus that imported statistics are compared with the model on."""
 
@@ -58,6 +65,22 @@ class Request:
     out: Path | None = None
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers and names out of range.
+
+        Raises:
+            UsageError: One of them is; the option is named.
+        """
+        for option, value in (("--samples", self.samples), ("--max-length", self.max_length)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sys.maxsize:
+                raise UsageError(f"{option} is {shortened(value)}. Give a whole number from 1 to {sys.maxsize}.")
+        if self.memory is not None and not (isinstance(self.memory, int | float) and 0 < self.memory <= _MOST_GIB):
+            raise UsageError(f"--memory is {shortened(self.memory)}. Give GiB, above 0 and up to {_MOST_GIB}.")
+        if self.dtype not in _DTYPES:
+            raise unknown_name("dtype", str(self.dtype), _DTYPES)
+        if self.device not in ("cpu", "cuda", ""):  # nothing is computed to merge files
+            raise unknown_name("device", str(self.device), ["cpu", "cuda"])
+
 
 def answer(
     request: Request,
@@ -87,10 +110,12 @@ def answer(
         raise UsageError(f"{named} were given together. Give one of them.")
     if request.dry_run and ways:
         raise UsageError(f"--dry-run and --{ways[0].replace('_', '-')} were given together. It is for measuring.")
+    if request.inspect and request.out:
+        raise UsageError("--inspect and --out were given together. Give one of them.")
     if request.inspect:
         return inspect(request.inspect)
-    if request.out:
-        _check_out(request.out)
+    if request.out and not request.dry_run:
+        _check_out(request.out, request.merge)
     if request.merge:
         file = merge(store, request.merge)
     elif request.from_npz:
@@ -98,23 +123,25 @@ def answer(
         corpus = _corpus(request) if request.corpus else None
         texts = Texts(corpus.source, corpus.revision, corpus.config, COMPARED) if corpus else None
         files = _files(request.from_npz)
+        _check_config(model, files)
         file = import_npz(store, model, request.device, files, lambda: _load(model, request.device), texts)
     else:
         model, corpus = _model(request), _corpus(request)
-        stage = statistics_stage(model, request.device, corpus, _layers(request.layers), _shard(request.shard))
+        layers, shard = _layers(request.layers), _shard(request.shard, request.samples)
+        _check_config(model, layers, request.max_length)
+        stage = statistics_stage(model, request.device, corpus, layers, shard)
         held = store.holds(stage.name, stage.inputs)
         if request.dry_run:
             place = store.root / stage.name / store.key(stage.name, stage.inputs) / FILE
             return {"file": str(place), "in_store": held}
         announce(stage.title, held)
-        memory = int(request.memory * 2**30) if request.memory else None
+        memory = int(request.memory * 2**30) if request.memory is not None else None
         file = measure(store, stage, lambda: _load(model, request.device), corpus, memory=memory, progress=progress)
     if request.out:
-        with disk_errors("the file for --out", request.out.parent):
-            request.out.parent.mkdir(parents=True, exist_ok=True)
-            partial = request.out.with_name(f".{request.out.name}.{os.getpid()}")
+        from retention_bench.models import replacing
+
+        with disk_errors("the file for --out", request.out.parent), replacing(request.out) as partial:
             shutil.copyfile(file, partial)
-            partial.replace(request.out)
     return {"file": str(file), "in_store": True}
 
 
@@ -150,6 +177,11 @@ def measure(
     def compute(folder: Path) -> None:
         from retention_bench.editors import collect_key_statistics
 
+        texts = Texts(corpus.source, corpus.revision, corpus.config, corpus.texts)
+        # What is wrong with a file is found before hours of work are done, and before the model is loaded; of a data
+        # set of the Hub, whether there is one.
+        for _ in texts if is_local(corpus.source) else itertools.islice(texts, 1):
+            pass
         model, tokenizer = loader()
         index, count = shard or (0, 1)
         # A file is passed round: where the corpus lay on one machine means nothing on another.
@@ -157,7 +189,7 @@ def measure(
         collect_key_statistics(
             model,
             tokenizer,
-            Texts(corpus.source, corpus.revision, corpus.config, corpus.texts),
+            texts,
             stage.inputs["layers"],
             max_length=corpus.max_length,
             memory=memory,
@@ -165,7 +197,7 @@ def measure(
             checkpoint=store.scratch(stage.name, stage.inputs) / "checkpoint.safetensors",
             source=f"the first {corpus.texts} texts of {named}",
             settings={"inputs": inputs, "versions": versions()},
-            total=len(range(index, corpus.texts, count)),
+            total=-(-(corpus.texts - index) // count),
             progress=progress,
         ).save(folder / FILE)
 
@@ -189,15 +221,20 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
     """
     from retention_bench.editors import KeyStatistics
 
-    merged = KeyStatistics.merged([KeyStatistics.load(file) for file in files])
-    settings = merged.measured.settings
-    if "inputs" not in settings:
+    parts = [KeyStatistics.load(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if len(parts) > 1 and part.measured.shard is None:
+            raise UsageError(f"{file} is a whole measurement, not a shard. Give it alone, or all shards of one.")
+    merged = KeyStatistics.merged(parts)
+    measured = merged.measured
+    if "inputs" not in measured.settings:
         raise UsageError(
             f"{files[0]} does not say what model and corpus it was measured for, so there is no key to keep it under. "
             "Give files that `retention-bench statistics` measured."
         )
+    settings = checked(_Settings, measured.settings, f"{files[0]}, metadata, settings")
     here = {"version": VERSIONS["statistics"], **versions()}
-    there = {"version": settings["inputs"]["version"], **settings["versions"]}
+    there = {"version": settings.inputs.version, **settings.versions}
     other = {name: (there.get(name), here[name]) for name in here if there.get(name) != here[name]}
     if other:
         listed = ", ".join(f"{name} {theirs}, here {ours}" for name, (theirs, ours) in other.items())
@@ -205,7 +242,45 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
             f"The statistics were measured with other versions ({listed}), which may compute something else. "
             "Use the same versions here, or measure anew."
         )
-    return store.get("statistics", settings["inputs"], lambda folder: merged.save(folder / FILE)) / FILE
+    inputs = settings.inputs
+    for name, found, wanted in (
+        ("layers", sorted(merged.moments), inputs.layers),
+        ("modules", [measured.modules.get(layer) for layer in inputs.layers], inputs.modules),
+        ("dtype", measured.dtype, inputs.dtype),
+        ("max_length", measured.max_length, inputs.max_length),
+        ("texts", measured.texts, min(measured.texts or 0, inputs.texts)),  # a corpus may have fewer
+    ):
+        if found != wanted:
+            raise RetentionBenchError(
+                f"{files[0]} contradicts itself: it was measured for the {name} {wanted}, and holds {found}. Measure "
+                "it anew."
+            )
+    given = dict(measured.settings["inputs"])
+    return store.get("statistics", given, lambda folder: merged.save(folder / FILE)) / FILE
+
+
+class _Inputs(pydantic.BaseModel):
+    """What a measurement is filed under: the inputs of its stage, as `statistics_stage` makes them."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    version: int
+    model: dict[str, Any]
+    dtype: str
+    device: str
+    corpus: dict[str, Any]
+    config: str | None
+    texts: int
+    max_length: int
+    layers: list[int]
+    modules: list[str]
+
+
+class _Settings(pydantic.BaseModel):
+    """The settings of a measurement."""
+
+    inputs: _Inputs
+    versions: dict[str, str]
 
 
 def import_npz(
@@ -228,9 +303,7 @@ def import_npz(
         UsageError: The files are not this model's.
         RetentionBenchError: A file is missing, not of that form, or its matrix is no second moment.
     """
-    for path in files.values():
-        if not path.is_file():
-            raise UsageError(f"There is no file {path}. Give the .npz file of a layer as LAYER=FILE.")
+    files = {layer: find_file(path, ".npz file") for layer, path in files.items()}
     hashes = {str(layer): file_sha256(path) for layer, path in sorted(files.items())}
     inputs = {"version": VERSIONS["statistics"], **model_inputs(model, device), "npz": hashes}
     reads = [Input(str(path), {"sha256": hashes[str(layer)]}) for layer, path in files.items()]
@@ -238,11 +311,12 @@ def import_npz(
 
     def compute(folder: Path) -> None:
         from retention_bench.editors import KeyStatistics
+        from retention_bench.editors.npz import SAMPLE
 
+        texts = list(itertools.islice(corpus, COMPARED)) if corpus else SAMPLE
+        found = KeyStatistics.from_npz(files, source=", ".join(path.name for path in files.values()))
         loaded, tokenizer = loader()
-        given = {"texts": list(itertools.islice(corpus, COMPARED))} if corpus else {}
-        source = ", ".join(path.name for path in files.values())
-        KeyStatistics.from_npz(files, model=loaded, tokenizer=tokenizer, source=source, **given).save(folder / FILE)
+        found.of_model(loaded, tokenizer, texts).save(folder / FILE)
 
     return store.get("statistics", inputs, compute, reads) / FILE
 
@@ -281,34 +355,6 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def _check_out(path: Path) -> None:
-    """Refuse to write over a file that holds no key statistics.
-
-    Raises:
-        UsageError: There is something else, or there can be no such file.
-    """
-    from retention_bench.editors import KeyStatistics
-
-    remedy = "Give the name of a new file with --out."
-    try:
-        regular = stat.S_ISREG(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"There can be no file {str(path)!r}: {getattr(error, 'strerror', error)}. {remedy}"
-        ) from error
-    try:
-        if regular:
-            KeyStatistics.load(path)
-            return
-    except RetentionBenchError as error:
-        raise UsageError(
-            f"{path} is there already and holds no key statistics. Nothing was touched. {remedy}"
-        ) from error
-    raise UsageError(f"{path} is there already and is no regular file. Nothing was touched. {remedy}")
-
-
 def _load(model: ModelConfig, device: str) -> tuple[Any, Any]:
     return load(model.path, model.revision, dtype=model.dtype, device=device)
 
@@ -322,17 +368,20 @@ def _needed(value: str | None, option: str) -> str:
 def _model(request: Request) -> ModelConfig:
     """The model with its path absolute."""
     path = _needed(request.model, "--model")
-    if Path(path).is_dir():
-        path = str(Path(path).resolve())
-    dtype: Any = request.dtype  # checked here
+    try:
+        if Path(path).is_dir():
+            path = str(Path(path).resolve())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model is {shortened(path)}, and there can be no such folder ({error}).") from error
+    dtype: Any = request.dtype  # one of those that it allows
     return ModelConfig(path=path, revision=request.revision, dtype=dtype, editors={}, finetunes={})
 
 
 def _corpus(request: Request) -> StatisticsConfig:
     """The corpus with its path absolute."""
     source = _needed(request.corpus, "--corpus")
-    if Path(source).is_file() or source.endswith((".jsonl", ".gz")):
-        source = str(Path(source).resolve())
+    if is_local(source):
+        source = str(find_file(source, "data file").resolve())
     return StatisticsConfig(
         source=source,
         revision=request.corpus_revision,
@@ -342,35 +391,76 @@ def _corpus(request: Request) -> StatisticsConfig:
     )
 
 
+def _check_config(model: ModelConfig, layers: Iterable[int], max_length: int = 1) -> None:
+    """Refuse what the model lacks before it is loaded; where its config does not say, that comes later."""
+    config = read_json(config_file(model.path, model.revision), dict[str, Any], "model configuration")
+    count = config.get("num_hidden_layers", config.get("n_layer"))
+    if isinstance(count, int) and max(layers) >= count:
+        raise UsageError(f"There is no layer {max(layers)}: the model has {count} layers, 0 to {count - 1}.")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(positions, int) and max_length > positions:
+        raise UsageError(f"--max-length is {max_length}; the model has {positions} positions. Give 1 to {positions}.")
+
+
+def _check_out(out: Path, merged: Sequence[Path]) -> None:
+    """Refuse a file that cannot be written, or that holds something else, and make its folder."""
+    from retention_bench.editors.statistics import KIND
+    from retention_bench.models import check_place, kind_of
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out is {out}, and its folder cannot be made ({error}). Give another.") from error
+    check_place(out)
+    if not out.exists():
+        return
+    if any(file.exists() and file.samefile(out) for file in merged):
+        raise UsageError(f"--out is {out}, which is one of the files to merge. Give another.")
+    if kind_of(out) != KIND:
+        raise UsageError(f"--out is {out}, which is there and holds no key statistics. Give another, or delete it.")
+
+
 def _layers(given: str | None) -> list[int]:
     """Layers out of `0,1,2` or `13-17`."""
-    layers: list[int] = []
+    layers: set[int] = set()
     for part in _needed(given, "--layers").split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UsageError(f"--layers is {given!r}. Give numbers from 0 on, as 0,1,2 or 13-17.")
-        layers += range(int(first), int(last if dash else first) + 1)
-    return layers
+        begin, end = _whole(first), _whole(last if dash else first)
+        if begin is None or end is None or not begin <= end < MOST_LAYERS:
+            raise UsageError(
+                f"--layers is {shortened(given)}. Give numbers from 0 to {MOST_LAYERS - 1}, as 0,1,2 or 13-17."
+            )
+        layers.update(range(begin, end + 1))
+    return sorted(layers)
 
 
-def _shard(given: str | None) -> tuple[int, int] | None:
+def _shard(given: str | None, texts: int) -> tuple[int, int] | None:
     """A shard out of `I/N`."""
     if given is None:
         return None
-    index, _, count = given.partition("/")
-    if not index.isdecimal() or not count.isdecimal() or int(index) >= int(count):
-        raise UsageError(f"--shard is {given!r}. Of N shards, give 0/N to (N - 1)/N, as 0/4.")
-    return int(index), int(count)
+    first, _, second = given.partition("/")
+    index, count = _whole(first), _whole(second)
+    if index is None or count is None or index >= count:
+        raise UsageError(f"--shard is {shortened(given)}. Of N shards, give 0/N to (N - 1)/N, as 0/4.")
+    if count > texts:
+        raise UsageError(f"--shard is {given!r}, and there are {texts} texts. Give at most as many shards as texts.")
+    return index, count
 
 
 def _files(given: Sequence[str]) -> dict[int, Path]:
     """Files by layer out of `LAYER=FILE`."""
     files: dict[int, Path] = {}
     for part in given:
-        layer, _, path = part.partition("=")
-        if not layer.isdecimal() or not path:
-            raise UsageError(f"--from-npz is {part!r}. Give LAYER=FILE, as 13=layer13.npz.")
-        if int(layer) in files:
-            raise UsageError(f"--from-npz names layer {int(layer)} twice. Give one file a layer.")
-        files[int(layer)] = Path(path)
+        named, _, path = part.partition("=")
+        layer = _whole(named)
+        if layer is None or layer >= MOST_LAYERS or not path:
+            raise UsageError(f"--from-npz is {shortened(part)}. Give LAYER=FILE, as 13=layer13.npz.")
+        if layer in files:
+            raise UsageError(f"--from-npz names layer {layer} twice. Give one file a layer.")
+        files[layer] = Path(path)
     return files
+
+
+def _whole(text: str) -> int | None:
+    """A whole number that is written with up to 18 digits, or None."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None

@@ -55,6 +55,22 @@ def test_settings_become_fields_and_the_rest_keep_their_defaults():
         ("ft", {"lr": "5e-5"}, "setting 'lr': .*number, got '5e-5'. YAML reads 5e-5 as text; write 5.0e-5"),
         ("ft", {"lr": True}, "setting 'lr'"),
         ("ft", {"lr": float("inf")}, "setting 'lr'"),
+        ("ft", {"lr": float("nan")}, "setting 'lr': .*finite number, got nan"),
+        ("ft", {"lr": [1.0]}, "setting 'lr': .*got a list of 1"),
+        ("ft", {"lr": 10**5000}, "setting 'lr': .*got a number of thousands of digits"),
+        ("ft", {"layer": -1}, "setting 'layer': .*greater than or equal to 0, got -1"),
+        ("ft", {"layer": 10**11}, "setting 'layer': .*less than or equal to 9999, got 10+"),
+        ("ft", {"layer": 1.0}, "setting 'layer': .*integer, got 1.0"),
+        ("ft", {1: 2}, "Unknown setting of editor 'ft': '1'"),
+        ("alphaedit", {"layers": range(10**6)}, "setting 'layers.10000'"),
+        ("alphaedit", {"layers": "3-8"}, "setting 'layers': .*got '3-8'"),
+        ("alphaedit", {"layers": {"a": 1}}, "setting 'layers': .*got an object"),
+        ("alphaedit", {"layers": None}, "setting 'layers': .*got None"),
+        ("lora", {"r": 10**9}, "setting 'r': .*less than or equal to 65536"),
+        ("malmen", {"layers": [1], "rank": 10**9}, "setting 'rank': .*less than or equal to 65536"),
+        ("ft", {"num_steps": True}, "setting 'num_steps': .*got True"),
+        ("ft", {"num_steps": 10**12}, "setting 'num_steps': .*less than or equal to 2147483647, got 10+"),
+        ("ft", {"num_steps": 10**5000}, "setting 'num_steps': .*got a number of thousands of digits"),
         ("ft", {"num_steps": 0}, "setting 'num_steps'"),
         ("ft", {"edits_per_model": 0}, "setting 'edits_per_model'"),
         ("ft", {"objective": "targets"}, "setting 'objective': .*'target' or 'prompt_last', got 'targets'"),
@@ -90,6 +106,7 @@ def plugin(tmp_path, monkeypatch):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         "[retention_bench.editors]\nshout = shouting:Shout\nbroken = shouting_not:There\nft = shouting:Shout\n"
+        "plain = shouting:ClassVar\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -99,13 +116,15 @@ def plugin(tmp_path, monkeypatch):
 def test_installed_packages_add_editors(request):
     without = editor_names()
     request.getfixturevalue("plugin")
-    assert editor_names() == sorted({*without, "shout", "broken"})
+    assert editor_names() == sorted({*without, "shout", "broken", "plain"})
     assert make_editor("shout", {"volume": 11}).edit(None, None, [], EditContext()) == 11
     assert type(make_editor("ft", {})).__name__ == "FT"  # a built-in one cannot be taken over
     with pytest.raises(UsageError, match="Unknown setting of editor 'shout': 'volum'. Did you mean 'volume'"):
         make_editor("shout", {"volum": 1})
     with pytest.raises(UsageError, match="setting 'volume'"):
         make_editor("shout", {"volume": "loud"})
+    with pytest.raises(RetentionBenchError, match="'plain' is registered as .*, which is no dataclass"):
+        make_editor("plain", {})
     with pytest.raises(RetentionBenchError, match="shouting_not:There, which cannot be imported"):
         make_editor("broken", {})
 

@@ -2,11 +2,15 @@
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from retention_bench.editors import KeyStatistics, collect_key_statistics
 from retention_bench.errors import RetentionBenchError, UsageError
@@ -160,10 +164,14 @@ def test_the_merged_shards_are_the_whole(llama, count, texts):
 
 def test_what_does_not_belong_together_is_not_merged(llama, whole):
     first, second = (collect(llama, TEXTS[:9], shard=(index, 2)) for index in (0, 1))
+    huge = dataclasses.replace(first.measured, shard=(0, 10**12))  # no list of so many is made
     for parts, why in [
         ([], "No key statistics"),
         ([first], "shards 0/2 are not the whole.*0/2 to 1/2"),
         ([first, first], "shards 0/2, 0/2 are not the whole"),
+        ([dataclasses.replace(first, measured=huge), second], "not the whole"),
+        ([whole, whole], "given twice"),
+        ([whole, dataclasses.replace(whole)], "given twice"),
         ([first, second, whole], "not the whole"),
         ([whole, collect(llama, layers=[0])], "different layers or sizes"),
         ([whole, collect(llama, max_length=20)], "max_length is 24 in one and 20"),
@@ -182,9 +190,88 @@ def test_what_does_not_belong_together_is_not_merged(llama, whole):
     assert both.source == "other texts"
 
 
-def test_a_shard_that_is_none_is_refused(llama):
-    with pytest.raises(UsageError, match=r"no shard 2/2. Of N shards"):
-        collect(llama, shard=(2, 2))
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"shard": (2, 2)}, r"no shard 2/2. Of N shards"),
+        ({"shard": (-1, 2)}, r"no shard -1/2. Of N shards"),
+        ({"shard": (1, 10**30)}, r"no shard 1/10+. Of N shards"),
+        ({"memory": float("nan")}, "memory is nan"),
+        ({"memory": 0}, "memory is 0"),
+        ({"memory": 10**30}, "memory is 10+"),
+        ({"batch_tokens": -1}, "batch_tokens is -1"),
+        ({"checkpoint_every": float("nan")}, "checkpoint_every is nan"),
+        ({"checkpoint_every": -1}, "checkpoint_every is -1"),
+        ({"checkpoint": Path("/nowhere/at/all")}, "/nowhere/at/all cannot be written: No such file"),
+        ({"checkpoint": Path("/dev/null")}, "/dev/null is no file"),
+        ({"checkpoint": Path(__file__).parent}, "is no file, and is not written over"),
+    ],
+)
+def test_numbers_and_places_out_of_range_are_refused_before_anything_is_measured(llama, arguments, why):
+    with pytest.raises(UsageError, match=why):
+        collect(llama, progress=None, **arguments)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    contents = bytearray(path.read_bytes())
+    contents[-5] ^= 1
+    path.write_bytes(contents)
+
+
+def other(path):
+    KeyStatistics({0: torch.eye(2)}, 3).save(path)
+
+
+def rewrite(change):
+    """The checkpoint written anew, without its checksum, with something changed."""
+
+    def damage(path):
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["retention_bench"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        del about["sha256"]
+        change(about, tensors)
+        save_file(tensors, path, {"retention_bench": json.dumps(about)})
+
+    return damage
+
+
+DAMAGES = {
+    "cut off": cut,
+    "emptied": empty,
+    "a byte flipped": flip,
+    "another kind": other,
+    "no state": rewrite(lambda about, _: about.pop("state")),
+    "no run": rewrite(lambda about, _: about.update(run=[])),
+    "state of another kind": rewrite(lambda about, _: about["state"].update(done="many")),
+    "negative": rewrite(lambda about, _: about["state"].update(done=-1)),
+    "unknown blocks": rewrite(lambda about, _: about["state"].update(summed={"0": 9})),
+    "unknown layers": rewrite(lambda about, _: about["state"].update(finished=[7])),
+    "a tensor is missing": rewrite(lambda _, tensors: tensors.pop("sum.2.0")),
+    "no probe": rewrite(lambda _, tensors: tensors.pop("probe.0")),
+    "another shape": rewrite(lambda _, tensors: tensors.update({"sum.2.0": torch.ones(3, dtype=torch.float64)})),
+    "another dtype": rewrite(lambda _, tensors: tensors.update({"sum.2.0": tensors["sum.2.0"].float()})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_begins_anew(llama, whole, tmp_path, damage):
+    arguments = {"checkpoint": tmp_path / "c", "checkpoint_every": 0}
+    with pytest.raises(CutError):
+        collect(llama, progress=cut_after(110), **arguments)
+    damage(tmp_path / "c")
+    with pytest.warns(RuntimeWarning, match="set aside as .*c.damaged, and the key statistics are measured from"):
+        found = collect(llama, **arguments)
+    assert same(whole, found)
+    assert (tmp_path / "c.damaged").is_file()
 
 
 @pytest.mark.parametrize("layers", [[2], [1]])

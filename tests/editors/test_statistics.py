@@ -1,3 +1,5 @@
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.editors import KeyStatistics, collect_key_statistics, null_space_projector
+from retention_bench.editors.solve import what_is_wrong
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import WeightDelta, load_model, projection
 
@@ -85,7 +88,7 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path):
     with pytest.raises(RetentionBenchError, match="no file"):
         KeyStatistics.load(path)
     WeightDelta({"w": torch.ones(1)}).save(path)
-    with pytest.raises(RetentionBenchError, match="should hold a set of key statistics.*holds weight delta"):
+    with pytest.raises(RetentionBenchError, match="should hold a set of key statistics.*holds 'weight delta'"):
         KeyStatistics.load(path)
 
 
@@ -151,6 +154,9 @@ def test_a_spectrum_counts_what_the_eigenvalues_are():
         (["x"], [9], 8, "no layer 9"),
         (["x"], [0], 65, "max_length is 65; the model has 64 positions"),
         (["x"], [0], 0, "max_length is 0"),
+        (["x"], [0], 10**30, "max_length is 10+;"),
+        (["x"], [-1], 8, "no layer -1"),
+        (["x"], range(10**9), 8, "1000000000 layers were given"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(llama, texts, layers, max_length, message):
@@ -187,3 +193,70 @@ def test_a_projector_keeps_only_what_text_hardly_uses(size, samples, threshold, 
     torch.testing.assert_close(projector, projector.T)
     assert projector.trace().item() == pytest.approx((values < threshold).sum().item())
     assert torch.linalg.eigvalsh(projector @ moment @ projector).max() < threshold + 1e-9
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 60), st.floats(-18, 15), st.floats(0, 6), st.integers(0, 2**31))
+def test_every_real_moment_is_one(size, tokens, scale, spread, seed):
+    """Few tokens or many, summed in float32, neurons of very different scales, some of which never fire."""
+    generator = torch.Generator().manual_seed(seed)
+    neurons = torch.logspace(scale, scale - spread, size) * (torch.rand(size, generator=generator) > 0.2)
+    neurons[0] = 10.0**scale
+    keys = torch.randn(tokens, size, generator=generator) * neurons
+    total = torch.zeros(size, size)
+    for key in keys:
+        total += torch.outer(key, key)
+    assert what_is_wrong(total / tokens) is None
+
+
+MOMENT = torch.diag(torch.tensor([4.0, 1.0, 0.0])) + 1
+
+
+@pytest.mark.parametrize(
+    ("moment", "why"),
+    [
+        (-MOMENT, "on its diagonal is negative"),
+        (MOMENT - 3 * torch.eye(3), "on its diagonal is negative"),
+        (MOMENT.fill_diagonal_(1.0) + torch.ones(3, 3).tril(-1), "not symmetric"),
+        (torch.eye(3) + 2 * torch.ones(3, 3).fill_diagonal_(0), "an eigenvalue below"),
+        (torch.eye(3) * float("nan"), "not finite"),
+        (torch.eye(3) * float("inf"), "not finite"),
+        (torch.zeros(3, 3), "zero"),
+        (torch.ones(3, 4), r"shape \[3, 4\] and is not square"),
+        (torch.ones(9), r"shape \[9\]"),
+        (torch.ones(2, 2, 2), r"shape \[2, 2, 2\]"),
+        (torch.ones(0, 0), r"shape \[0, 0\]"),
+        (torch.tensor([[1.0, 3e38], [-3e38, 1.0]]), "not symmetric"),
+    ],
+)
+def test_what_is_no_second_moment_is_told(tmp_path, moment, why):
+    assert re.search(why, what_is_wrong(moment))
+    if moment.numel():
+        KeyStatistics({3: moment}, 5).save(tmp_path / "s")
+        with pytest.raises(RetentionBenchError, match=f"moment.3'? (is no second moment.*{why}|has .* not finite)"):
+            KeyStatistics.load(tmp_path / "s")
+
+
+def test_tensors_that_do_not_belong_together_are_refused(tmp_path):
+    path = tmp_path / "s"
+    for statistics, why in [
+        (KeyStatistics({}, 5), "holds no second moment"),
+        (KeyStatistics({0: torch.eye(2)}, 5, "", {1: torch.ones(2)}), "probe.1 is no key of that layer"),
+        (KeyStatistics({0: torch.eye(2)}, 5, "", {0: torch.ones(3)}), r"probe.0 .* its shape is \[3\]"),
+        (KeyStatistics({10_000: torch.eye(2), 0: torch.eye(2)}, 5), "named 'moment.10000', where moment.LAYER"),
+        (KeyStatistics({-1: torch.eye(2), 0: torch.eye(2)}, 5), "named 'moment.-1'"),
+    ]:
+        statistics.save(path)
+        with pytest.raises(RetentionBenchError, match=why):
+            KeyStatistics.load(path)
+
+
+@pytest.mark.slow
+def test_wide_moments_are_checked_in_seconds():
+    size = 4096
+    keys = torch.randn(64, size) * torch.logspace(0, -4, size)
+    moment, began = keys.T @ keys / 64, time.monotonic()
+    assert what_is_wrong(moment) is None
+    assert time.monotonic() - began < 10
+    away = torch.ones(size) / size**0.5
+    assert "eigenvalue" in what_is_wrong(moment + moment.norm() * (torch.eye(size) - 1.1 * torch.outer(away, away)))

@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from retention_bench.editors import EditContext, sample_context_templates
 from retention_bench.editors.templates import PROMPTS
+from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import load_model
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "model-gpt2"
@@ -63,3 +65,26 @@ def test_braces_line_breaks_and_special_tokens_are_taken_out():
     assert "\n\n" not in text
     assert tokenizer.eos_token not in text
     assert "\n" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"lengths": (10**30,)}, "template of 10+ tokens was asked for, and the model has 128 positions"),
+        ({"lengths": (0,)}, "template of 0 tokens"),
+        ({"top_k": 10**9}, "top_k is 1000000000. Give 1 to"),
+        ({"top_k": 0}, "top_k is 0"),
+    ],
+)
+def test_what_the_model_cannot_sample_is_refused(gpt2, settings, why):
+    with pytest.raises(UsageError, match=why):
+        sample(gpt2, 0, **settings)
+
+
+def test_prompts_and_models_that_give_nothing_are_refused(gpt2):
+    with pytest.raises(RetentionBenchError, match="makes no token of ''"):
+        sample(gpt2, 0, prompts=("",))
+    model, tokenizer = load_model(str(GOLDEN))
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(RetentionBenchError, match="probabilities are not finite"):
+        sample((model, tokenizer), 0)

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
+import datasets
 import numpy
 import pytest
 import torch
@@ -185,7 +187,39 @@ def test_a_file_is_inspected(measured):
         ({"layers": "a"}, "--layers is 'a'"),
         ({"layers": "0,"}, "--layers is '0,'"),
         ({"layers": "99"}, "no layer 99"),
-        ({"max_length": 4096}, "max_length is 4096; the model has"),
+        ({"layers": "0-99999999999"}, "--layers is '0-99999999999'. Give numbers from 0 to 9999"),
+        ({"layers": "9" * 5000}, "--layers is '9999.*[.]{3}. Give numbers"),
+        ({"layers": "-1"}, "--layers is '-1'"),
+        ({"layers": "\u0663"}, "--layers is"),
+        ({"samples": 0}, "--samples is 0. Give a whole number from 1"),
+        ({"samples": 10**30}, "--samples is 10+. Give a whole number from 1"),
+        ({"samples": 1.5}, "--samples is 1.5"),
+        ({"max_length": -1}, "--max-length is -1"),
+        ({"max_length": 10**30}, "--max-length is 10+"),
+        ({"memory": float("nan")}, "--memory is nan. Give GiB, above 0"),
+        ({"memory": float("inf")}, "--memory is inf"),
+        ({"memory": 1e300}, "--memory is 1e.300"),
+        ({"memory": 0}, "--memory is 0"),
+        ({"dtype": "float64"}, "Unknown dtype 'float64'.*Allowed: bfloat16, float16, float32"),
+        ({"device": "tpu"}, "Unknown device 'tpu'"),
+        ({"shard": "1/9999999999"}, "--shard is '1/9999999999', and there are 200 texts. Give at most as many"),
+        ({"shard": "1/" + "9" * 5000}, "--shard is '1/999.*[.]{3}. Of N shards"),
+        ({"shard": "-1/2"}, "--shard is '-1/2'"),
+        ({"model": "x" * 5000}, "--model is 'xxx.*no such folder"),
+        ({"corpus": "x" * 5000}, "no data file at xxx"),
+        ({"corpus": "/dev/zero"}, "/dev/zero is a pipe or a device"),
+        ({"corpus": "/"}, "/ is a folder, where a data file is needed"),
+        ({"out": Path("/")}, "/ is no file|cannot be written"),
+        ({"out": Path("/dev/null")}, "/dev/null is no file"),
+        ({"out": Path(__file__)}, "which is there and holds no key statistics. Give another"),
+        ({"out": Path(__file__) / "x"}, "its folder cannot be made"),
+        ({"out": Path("x" * 300)}, "cannot be written: File name too long"),
+        ({"out": Path("b"), "inspect": Path("b")}, "--inspect and --out were given together"),
+        ({"inspect": Path("/dev/zero")}, "/dev/zero is a pipe or a device"),
+        ({"from_npz": ("99999999999=a",)}, "--from-npz is '99999999999=a'"),
+        ({"from_npz": ("99=/dev/null",)}, "no layer 99"),
+        ({"from_npz": ("0=/dev/zero",)}, "/dev/zero is a pipe or a device"),
+        ({"max_length": 4096}, "--max-length is 4096; the model has"),
         ({"shard": "2/2"}, "--shard is '2/2'. Of N shards"),
         ({"shard": "1"}, "--shard is '1'"),
         ({"memory": 1e-6}, "take .* bytes, and memory is 1073"),
@@ -194,11 +228,140 @@ def test_a_file_is_inspected(measured):
         ({"model": "/there/is/no/model"}, "model"),
         ({"from_npz": ("0",)}, "--from-npz is '0'. Give LAYER=FILE"),
         ({"from_npz": ("0=a", "0=b")}, "names layer 0 twice"),
-        ({"from_npz": ("0=/no/such.npz",)}, "There is no file /no/such.npz"),
+        ({"from_npz": ("0=/no/such.npz",)}, "There is no .npz file at /no/such.npz"),
         ({"from_npz": ("0=a",), "inspect": "b"}, "--inspect and --from-npz were given together"),
         ({"inspect": "b", "dry_run": True}, "--dry-run and --inspect were given together"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(request_, tmp_path, change, why):
+def test_what_cannot_be_done_is_refused_in_one_line(request_, tmp_path, monkeypatch, change, why):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RetentionBenchError, match=why) as error:
+        answer(dataclasses.replace(request_, **change), Store(tmp_path / "store"))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 6000
+
+
+MOMENT = torch.diag(torch.arange(1.0, 9.0)) + 1
+
+
+@pytest.fixture
+def merged_(request_, measured, tmp_path):
+    """Merge statistics like the measured ones, whose moments, and what is kept beside them, are others."""
+    whole = KeyStatistics.load(measured[1])
+
+    def merge(moments=None, inputs=None, **changes):
+        changed = {layer: torch.eye(8) for layer in whole.moments} if moments is None else moments
+        settings = {**whole.measured.settings, "inputs": {**whole.measured.settings["inputs"], **(inputs or {})}}
+        measured = dataclasses.replace(whole.measured, **({"settings": settings} | changes))
+        KeyStatistics(changed, whole.tokens, "", {}, measured).save(tmp_path / "s.safetensors")
+        store = Store(tmp_path / "store")
+        try:
+            return answer(Request(merge=(tmp_path / "s.safetensors",)), store)["file"]
+        finally:
+            refused = not list(store.root.rglob("*.safetensors"))
+            merge.refused = refused
+
+    return merge
+
+
+@pytest.mark.parametrize(
+    ("moment", "why"),
+    [
+        (-MOMENT, "negative"),
+        (MOMENT - 5 * torch.eye(8), "negative"),
+        (MOMENT[:3], r"shape \[3, 8\] and is not square"),
+        (MOMENT * float("nan"), "not finite"),
+        (MOMENT.triu(), "not symmetric"),
+        (MOMENT - MOMENT, "it is zero"),
+    ],
+)
+def test_what_can_be_no_second_moment_is_not_merged(merged_, moment, why):
     with pytest.raises(RetentionBenchError, match=why):
-        answer(dataclasses.replace(request_, **change), Store(tmp_path))
+        merged_({0: MOMENT, 1: moment})
+    assert merged_.refused
+    merged_({0: MOMENT, 1: MOMENT})
+    assert not merged_.refused
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"moments": {0: MOMENT}}, r"for the layers \[0, 1\], and holds \[0\]"),
+        ({"inputs": {"layers": [0]}}, r"for the layers \[0\], and holds \[0, 1\]"),
+        ({"inputs": {"modules": ["a", "b"]}}, "for the modules"),
+        ({"inputs": {"max_length": 7}}, "for the max_length 7, and holds 128"),
+        ({"inputs": {"texts": 3}}, "for the texts 3, and holds 200"),
+        ({"inputs": {"dtype": "float16"}}, "for the dtype float16, and holds float32"),
+        ({"dtype": "float16"}, "for the dtype float32, and holds float16"),
+        ({"texts": None}, "for the texts"),
+        ({"settings": {"inputs": []}}, "settings: inputs: .*got a list of 0"),
+        ({"settings": {"inputs": {}, "versions": {}}}, "settings: inputs.version"),
+        ({"inputs": {"texts": "many"}}, "inputs.texts: .*got 'many'"),
+        ({"inputs": {"model": None}}, "inputs.model: .*got None"),
+        ({"inputs": {"more": 1}}, "inputs.more"),
+    ],
+)
+def test_files_that_contradict_themselves_are_not_merged(merged_, change, why):
+    with pytest.raises(RetentionBenchError, match=why):
+        merged_(**change)
+    assert merged_.refused
+
+
+def test_one_file_given_twice_is_not_merged(measured, tmp_path):
+    with pytest.raises(UsageError, match="is a whole measurement, not a shard. Give it alone"):
+        answer(Request(merge=(measured[1], measured[1])), Store(tmp_path))
+    with pytest.raises(UsageError, match="which is one of the files to merge"):
+        answer(Request(merge=(Path(measured[1]),), out=Path(measured[1])), Store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "why"),
+    [
+        ("[]", {}, "config.json: .*got a list of 0"),
+        ("{", {}, "config.json: not JSON"),
+        (None, {"max_length": 4096}, "--max-length is 4096"),
+        (None, {"layers": "2,99"}, "no layer 99"),
+        (None, {"corpus": "some/corpus", "corpus_revision": "abc"}, "'some/corpus' at revision abc cannot be read"),
+    ],
+)
+def test_what_can_be_known_is_known_before_the_model_is_loaded(request_, tmp_path, monkeypatch, changed, options, why):
+    def offline(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(module, "load", None)
+    config = (Path(request_.model) / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config if changed is None else changed)
+    with pytest.raises(RetentionBenchError, match=why):
+        answer(dataclasses.replace(request_, model=str(tmp_path), **options), Store(tmp_path / "store"))
+
+
+def test_a_bad_row_is_found_before_the_model_is_loaded(request_, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load", None)
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "a"}\n' * 300 + '{"text": 3}\n')
+    with pytest.raises(RetentionBenchError, match="row 301: a corpus row needs a `text`"):
+        answer(dataclasses.replace(request_, corpus=str(path), samples=400), Store(tmp_path / "store"))
+
+
+def test_a_damaged_checkpoint_is_no_dead_end(request_, measured, tmp_path, monkeypatch):
+    from retention_bench import editors
+
+    collect = editors.collect_key_statistics
+    monkeypatch.setattr(
+        editors, "collect_key_statistics", lambda *a, **k: collect(*a, **k, checkpoint_every=0), raising=False
+    )
+    store = Store(tmp_path)
+
+    def cut(stage, done, total, figures=None):
+        if done > 120:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(request_, store, progress=cut)
+    [checkpoint] = tmp_path.rglob("checkpoint.safetensors")
+    os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+    with pytest.warns(RuntimeWarning, match="set aside"):
+        file = answer(request_, store)["file"]
+    assert Path(file).read_bytes() == Path(measured[1]).read_bytes()
+    assert not list(tmp_path.rglob("*.work"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from retention_bench.data.durable import canonical, sync
 from retention_bench.editors.malmen.hypernetwork import HyperNetwork
 from retention_bench.editors.malmen.steps import Networks
 from retention_bench.errors import RetentionBenchError, UsageError
@@ -157,27 +154,14 @@ def _write(
     for layer, (network, _) in networks.items():
         tensors |= {f"{_name(_shape(model, layer))}.{name}": tensor for name, tensor in network.state().items()}
     tensors |= more
-    write_tensors(path, tensors, kind=_KIND, version=_VERSION, **about, sha256=_hash(tensors, about))
-    sync(path)
-
-
-def _hash(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    """Of the bytes of all tensors, their names, and what is stated beside them."""
-    digest = hashlib.sha256(canonical(json.loads(json.dumps(about))).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    write_tensors(path, tensors, kind=_KIND, version=_VERSION, **about)
 
 
 def _read(
     path: Path, model: PreTrainedModel, about: Mapping[str, Any]
 ) -> tuple[dict[int, tuple[HyperNetwork, int]], dict[str, Tensor], dict[str, Any]]:
     """Networks, all tensors, and what stands beside them; checked against what is wanted."""
-    tensors, found = read_tensors(path, kind=_KIND, version=_VERSION)
-    stated = {name: value for name, value in found.items() if name not in ("kind", "version", "sha256")}
-    if found.get("sha256") != _hash(tensors, stated):
-        raise RetentionBenchError(f"{path} is damaged: it is not what was written. Fit again into an empty folder.")
+    tensors, found = read_tensors(path, dict[str, Any], kind=_KIND, version=_VERSION, also=("I64", "U8"))
     for name, wanted in about.items():
         if found.get(name) != wanted:
             raise UsageError(
@@ -185,6 +169,8 @@ def _read(
                 "or fit again into an empty folder."
             )
     for layer in about["layers"]:
+        if f"model.{layer}" not in tensors:
+            raise RetentionBenchError(f"{path} is damaged: it lacks model.{layer}. Fit MALMEN again.")
         sample, here = tensors[f"model.{layer}"], _sample(model, layer)
         if sample.shape != here.shape or (sample - here).norm() > _SAME * sample.norm():
             raise UsageError(

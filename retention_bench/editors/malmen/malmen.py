@@ -26,7 +26,7 @@ from retention_bench.editors.malmen.steps import (
     meta_step,
     read_gradients,
 )
-from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
+from retention_bench.editors.settings import Count, Layers, NonNegative, Positive, Rank
 from retention_bench.editors.subject import check_requests
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts.fact import Fact, FactSet
@@ -63,8 +63,8 @@ class MALMEN:
 
     layers: Layers
     edits_per_model: Count | None = None
-    rank: Count = 1920
-    n_blocks: Count = 2
+    rank: Rank = 1920
+    n_blocks: Rank = 2
     lr: Positive = 1e-6
     meta_lr: Positive = 1e-5
     loc_coef: NonNegative = 1.0
