@@ -312,9 +312,10 @@ def _detectable(results: Mapping[str, Any]) -> str:
 def _drawn_from(facts: Mapping[str, Any]) -> str:
     """Of how many facts the asked ones were drawn, in one line."""
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in facts["rows"]["dropped"].items())
+    left_out = "".join(f", {found['facts']:,} left out ({reason})" for reason, found in facts["left_out"].items())
     return (
         f"The facts were drawn from {facts['known']:,} that the base model knows, of {facts['rows']['read']:,} rows "
-        f"read{dropped}."
+        f"read{dropped}{left_out}."
     )
 
 

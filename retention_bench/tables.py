@@ -78,11 +78,18 @@ def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         )
     for row in scored:
         if "metrics" in row:
-            found = ", ".join(f"{name.partition(',')[0]} {value:.4g}" for name, value in row["metrics"].items())
+            values = {name: "no number" if v is None else f"{v:.4g}" for name, v in row["metrics"].items()}
+            found = ", ".join(f"{name.partition(',')[0]} {value}" for name, value in values.items())
             console.print(line(f"{row['checkpoint']}, {row['task']}: {found}"), soft_wrap=True)
+    for name, why in dict.fromkeys(
+        (row["checkpoint"], f"{found['facts']} facts left out: {reason} ({', '.join(found['first'][:3])}, ...)")
+        for row in scored
+        for reason, found in row.get("left_out", {}).items()
+    ):
+        console.print(line(f"{name}: {why}"), soft_wrap=True)
     failed = [row for row in rows if "error" in row]
     for row in failed:
-        console.print(f"Not scored: {line(row['checkpoint'])}: {row['error']}", soft_wrap=True)
+        console.print(f"Not scored: {line(row['checkpoint'])}: {line(row['error'])}", soft_wrap=True)
     checkpoints = len({row["checkpoint"] for row in scored})
     console.print(f"{checkpoints} checkpoints scored, {len(failed)} not. Every answer: {line(file)}", soft_wrap=True)
 

@@ -156,6 +156,8 @@ class _Batch:
         self.manager = _task_manager(options) if options.also else None
         self.contents = {task: _task_content(self.manager, task, options.include_path) for task in options.also}
         self.engine: Engine | None = None
+        self.asked = facts
+        self.left_out: Mapping[str, tuple[str, ...]] = {}
         self.process = process
         self.architecture = ""
         self.passed: dict[object, dict[str, Any]] = {}
@@ -288,16 +290,26 @@ class _Batch:
         return lines
 
     def _swap(self, found: _Found) -> None:
+        from retention_bench.scoring import describe_left_out, scorable
+
         if self.engine is None or found.architecture != self.architecture:
             self._close()
             process, self.process = self.process, None
             self.engine = _start(found.checkpoint, self.options, self.progress, process)
             self.architecture = found.architecture
         self.engine.swap(found.checkpoint)
+        self.asked, self.left_out = scorable(
+            self.facts, self.engine.lm.tokenizer, context=getattr(self.engine.lm, "max_length", None)
+        )
+        if not len(self.asked):
+            raise RetentionBenchError(
+                f"No fact can be asked: {describe_left_out(self.left_out)}. Give facts whose objects begin with "
+                "content words of their own."
+            )
         way = (found.architecture, found.checkpoint.way())
         if way not in self.passed:
             name = found.reference.name
-            self.passed[way] = check_parity(self.engine, name, found.checkpoint, self.facts, self.options)
+            self.passed[way] = check_parity(self.engine, name, found.checkpoint, self.asked, self.options)
         self.parity = self.passed[way]
 
     def _close(self) -> None:
@@ -325,15 +337,17 @@ class _Batch:
 
         kinds = [kind for kind in self.options.kinds if f"retention_{kind}" in tasks]
         began = time.monotonic()
-        samples = [sample.to_json() for sample in score_lm(self.engine.lm, self.facts, kinds=kinds)] if kinds else []
+        samples = [sample.to_json() for sample in score_lm(self.engine.lm, self.asked, kinds=kinds)] if kinds else []
         seconds = time.monotonic() - began
         for kind in kinds:
             own = [sample for sample in samples if sample["kind"] == kind]
             answered = rate(sum(s["hit"] for s in own), len(own))
             if len({s["fact_id"] for s in own}) < len(own):
                 answered = clustered(((s["fact_id"], s["hit"]) for s in own), "fact")
-            share = round(seconds * len(own) / len(samples), 3)
-            self.file.add({**about(f"retention_{kind}"), **answered.to_json(), "seconds": share, "samples": own})
+            share = round(seconds * len(own) / max(1, len(samples)), 3)
+            left_out = {why: {"facts": len(ids), "first": list(ids[:10])} for why, ids in self.left_out.items()}
+            line = {**about(f"retention_{kind}"), **answered.to_json(), "left_out": left_out}
+            self.file.add({**line, "seconds": share, "samples": own})
         for task in self.options.also:
             if task in tasks:
                 began = time.monotonic()

@@ -49,7 +49,7 @@ class _Metrics(_Line):
 
     key: str
     task: str
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
 
 
 class _Answers(_Line):

@@ -206,11 +206,16 @@ def test_pickles_are_read_on_request(zoo, facts, tmp_path):
     assert [row["samples"] for row in rows[:3]] == [row["samples"] for row in rows[3:]]
 
 
-def test_facts_that_a_tokenizer_cannot_ask_are_that_checkpoints_failure(zoo, facts, tmp_path):
-    odd = FactSet.of([*facts, Fact("odd", "x", "R", "The {} is", "?", None)])  # never found
-    rows = score_checkpoints(read_references([str(zoo / "gpt2")])[0], odd, tmp_path, OPTIONS)
-    assert [sorted(row) for row in rows] == [["checkpoint", "error", "sha256"]]
-    assert "'odd'" in rows[0]["error"]
+def test_facts_that_a_tokenizer_cannot_ask_are_left_out_and_counted(zoo, facts, tmp_path):
+    odd = Fact("odd", "x", "R", "The {} is", "?", None)  # never found
+    references = read_references([str(zoo / "gpt2")])[0]
+    rows = score_checkpoints(references, FactSet.of([*facts, odd]), tmp_path, OPTIONS)
+    whole = score_checkpoints(references, facts, tmp_path / "whole", OPTIONS)
+    assert [row["samples"] for row in rows] == [row["samples"] for row in whole]
+    [found] = rows[0]["left_out"].values()
+    assert found == {"facts": 1, "first": ["odd"]}
+    [row] = score_checkpoints(references, FactSet.of([odd]), tmp_path, OPTIONS)
+    assert "No fact can be asked: 1 fact is left out" in row["error"]
 
 
 def test_an_engine_that_says_something_else_is_not_believed(zoo, facts, tmp_path, monkeypatch):
