@@ -106,6 +106,9 @@ def train(
         layers = parse_freeze(freeze).apply(model, edited)
         _check_model(list(model.parameters()))
         share = _share(task.batch_size)
+        # Not what the configuration says: a head may have been trained apart under one that ties it.
+        head = model.get_output_embeddings()
+        tied = head is not None and head.weight is model.get_input_embeddings().weight
         data = task.prepare(TuningContext(tokenizer, terms, seed, unknown))
         _check_length(model, data)
         with adapted(model, adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=seed):
@@ -139,7 +142,8 @@ def train(
                 micro_batch = run.fit(micro_batch, checkpoint)
             if processes.count() > 1:
                 processes.unshard(trained)
-                model.tie_weights()  # a head that is the embedding matrix is no part of a `Classifier`
+                if tied:  # a head that is the embedding matrix is no part of a `Classifier`
+                    model.get_output_embeddings().weight = model.get_input_embeddings().weight
     gc.collect()  # trainer and optimiser refer to each other in circles, and the optimiser is as large as two models
     last = rule.curve[-1]
     return FinetuneLog(

@@ -10,7 +10,17 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.finetune import Example, Removed, Terms, TuningContext, TuningData, Watch, stopping, train
+from retention_bench.finetune import (
+    Example,
+    Removed,
+    Terms,
+    TuningContext,
+    TuningData,
+    Watch,
+    processes,
+    stopping,
+    train,
+)
 from retention_bench.finetune.heads import Classifier, collator
 from retention_bench.finetune.settings import Settings
 from retention_bench.finetune.stopping import StopRule
@@ -195,6 +205,23 @@ def test_the_model_is_given_back_clean(tune, gpt2, gpt2_tokenizer):
     assert all(p.grad is None and p.requires_grad for p in gpt2.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in gpt2.modules())
     assert tokenizer_state == (gpt2_tokenizer.pad_token, gpt2_tokenizer.chat_template, gpt2_tokenizer.padding_side)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_head_is_tied_after_several_processes_where_it_was_before(
+    tune, gpt2, gpt2_tokenizer, monkeypatch, apart
+):
+    embeddings = gpt2.get_input_embeddings()
+    if apart:  # under a configuration that ties it
+        gpt2.lm_head.weight = torch.nn.Parameter(gpt2.lm_head.weight.detach() + 0.1)
+
+    def spread(model):  # as FSDP leaves it
+        embeddings.weight = torch.nn.Parameter(embeddings.weight.detach().clone())
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "unshard", spread)
+    tune(gpt2, gpt2_tokenizer, max_steps=1)
+    assert (gpt2.lm_head.weight is embeddings.weight) is not apart
 
 
 def test_an_interrupt_escapes_and_leaves_the_model_clean(tune, gpt2, gpt2_tokenizer):
