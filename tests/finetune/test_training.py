@@ -208,9 +208,7 @@ def test_the_model_is_given_back_clean(tune, gpt2, gpt2_tokenizer):
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_a_head_is_tied_after_several_processes_where_it_was_before(
-    tune, gpt2, gpt2_tokenizer, monkeypatch, apart
-):
+def test_a_head_is_tied_after_several_processes_where_it_was_before(tune, gpt2, gpt2_tokenizer, monkeypatch, apart):
     embeddings = gpt2.get_input_embeddings()
     if apart:  # under a configuration that ties it
         gpt2.lm_head.weight = torch.nn.Parameter(gpt2.lm_head.weight.detach() + 0.1)
