@@ -28,7 +28,7 @@ def check_data(plan: Plan, store: Store) -> DataCheck | None:
     stages = [*(e.finetune for e in plan.experiments), plan.control]
     if not isinstance(plan.finetune, CheckedFinetune):
         return None
-    if all(store.find(stage.name, stage.inputs) is not None for stage in stages):
+    if all(store.holds(stage.name, stage.inputs) for stage in stages):
         return None
     found = plan.finetune.check(load_tokenizer(plan.model.path, revision=plan.model.revision))
     limit = _positions(plan)

@@ -47,13 +47,16 @@ def default_root() -> Path:
     """`$RETENTION_BENCH_STORE`, or a folder in the user's cache; below the working folder where there is no home.
 
     Raises:
-        UsageError: `$RETENTION_BENCH_STORE` begins with a `~` that stands for nothing.
+        UsageError: `$RETENTION_BENCH_STORE` begins with a `~` that stands for nothing, or is not UTF-8.
     """
     named = os.environ.get("RETENTION_BENCH_STORE")
     try:
         if named:
+            named.encode()  # the libraries that read tensors and tokenizers take no other names
             return Path(named).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retention-bench"
+    except UnicodeEncodeError as error:
+        raise UsageError(f"RETENTION_BENCH_STORE is {named!r}, which is not UTF-8. Name another folder.") from error
     except RuntimeError as error:
         if named:
             raise UsageError(
@@ -207,16 +210,23 @@ class Store:
         """A folder for what a stage has done so far, made where it is missing.
 
         Unlike the folder that `compute` writes the result into, it survives a kill and an error, so that the next run
-        can go on from what is in it. `get` removes it once the result is in. To be used inside `compute`.
+        can go on from what is in it. `get` removes it once the result is in. To be used inside `compute`. Files in it
+        have a suffix, folders none: what stands in a file's place, and what is neither, is removed.
 
         Args:
             stage: The stage's name.
             inputs: As for `get`.
         """
         folder = self.root / stage / f"{self.key(stage, inputs)}.work"
-        if not folder.is_dir():
-            remove(folder)  # a file, or a link to nothing
+        if folder.is_symlink() or not folder.is_dir():
+            remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            # Nobody could write a file where something else has its name, and all that has a suffix is a file.
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not path.suffix)):
+                _log.warning("%s", plain(f"{path} is no file of ours, and was removed."))
+                remove(path)
         return folder
 
 

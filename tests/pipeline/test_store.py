@@ -121,6 +121,31 @@ def test_scratch_survives_a_kill_and_an_error_and_goes_once_the_result_is_in(tmp
     assert not list(tmp_path.rglob("*.work"))
 
 
+def in_the_way(work):
+    """What no run can write over, or what leads out of the store."""
+    (work / "checkpoint.safetensors").mkdir()
+    (work / "checkpoint.safetensors" / "x").write_text("")
+    os.mkfifo(work / "asked.jsonl")
+    (work / "checkpoint-2").symlink_to(work.parent)
+    (work / "probe-1.jsonl").symlink_to("nowhere")
+
+
+def test_what_stands_in_the_way_of_a_scratch_file_is_removed(tmp_path, caplog):
+    store = Store(tmp_path / "store")
+    work = store.scratch("fit", {})
+    (work / "checkpoint-1").mkdir()
+    (work / "probe-0.jsonl").write_text("kept")
+    in_the_way(work)
+    assert store.scratch("fit", {}) == work
+    assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "probe-0.jsonl"]
+    assert len(caplog.records) == 4
+    elsewhere = tmp_path / "elsewhere"
+    work.rename(elsewhere)
+    work.symlink_to(elsewhere)
+    assert not list(store.scratch("fit", {}).iterdir())
+    assert len(list(elsewhere.iterdir())) == 2
+
+
 def test_an_output_folder_has_one_run_at_a_time(tmp_path):
     with (
         exclusive(tmp_path / "out", "evaluate"),
@@ -575,18 +600,24 @@ def test_a_second_run_says_whom_it_waits_for_and_takes_the_result(tmp_path, capl
     assert not list(tmp_path.rglob("*.holder"))
 
 
-def test_no_home_is_said_in_one_line(monkeypatch):
+def test_without_a_home_the_store_is_below_the_working_folder(monkeypatch, tmp_path):
     def nobody(path):
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("RETENTION_BENCH_STORE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "expanduser", nobody)  # Path.home asks it
-    with pytest.raises(UsageError, match="no home folder.*Set RETENTION_BENCH_STORE"):
+    assert default_root() == tmp_path / ".cache" / "retention-bench"
+
+
+@pytest.mark.parametrize(
+    ("named", "says"), [("~nobody-of-this-name/store", "no such home"), (os.fsdecode(b"st\xffre"), "not UTF-8")]
+)
+def test_a_store_that_cannot_be_is_refused(monkeypatch, named, says):
+    monkeypatch.setenv("RETENTION_BENCH_STORE", named)
+    with pytest.raises(UsageError, match=f"RETENTION_BENCH_STORE is .*{says}"):
         default_root()
-    monkeypatch.undo()
-    monkeypatch.setenv("RETENTION_BENCH_STORE", "/somewhere")
-    assert default_root() == Path("/somewhere")
 
 
 # Output folders
