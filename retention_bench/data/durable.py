@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import time
@@ -25,6 +26,9 @@ from retention_bench.errors import RetentionBenchError
 
 FORMAT = 2
 """Of a seal; 1 had neither sizes nor hashes."""
+
+KEPT = 2
+"""How many things of one name are kept that were set aside."""
 
 _SETTLED_NS = 50_000_000
 _hashed: dict[tuple[int, ...], str] = {}
@@ -95,6 +99,26 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, and remove all but the last of what was set aside before.
+
+    Args:
+        path: A file, a folder or a link.
+
+    Returns:
+        Where it is now.
+    """
+    pattern = re.compile(re.escape(path.name) + r"\.damaged-(\d{1,9})")
+    earlier = sorted(
+        (int(found[1]), other) for other in path.parent.iterdir() if (found := pattern.fullmatch(other.name))
+    )
+    target = path.with_name(f"{path.name}.damaged-{earlier[-1][0] + 1 if earlier else 1}")
+    path.rename(target)
+    for _, old in earlier[: max(0, len(earlier) + 1 - KEPT)]:
+        remove(old)
+    return target
 
 
 def seal(folder: Path, name: str, about: Mapping[str, Any], beside: Collection[str] = ()) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import math
 import sys
 import time
@@ -18,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.data import shortened
+from retention_bench.data.durable import set_aside
+from retention_bench.display import plain
 from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.editors.statistics import KeyStatistics, describe, distance, probe_keys
 from retention_bench.errors import RetentionBenchError, UsageError
@@ -28,12 +31,13 @@ from retention_bench.models import (
     pad,
     read_tensors,
     record,
-    set_aside,
     write_tensors,
 )
 from retention_bench.progress import Progress, silent
 
 _Whole = Annotated[int, pydantic.Field(strict=True, ge=0, le=sys.maxsize)]
+
+_log = logging.getLogger("retention_bench")
 
 _KIND = "checkpoint of key statistics"
 _VERSION = 1
@@ -326,7 +330,9 @@ class _Run:
             raise
         except RetentionBenchError as error:
             # What is wrong with it would be so for ever: the next run would stop here as well.
-            set_aside(self.path, error, "the key statistics are measured from the start")
+            aside = set_aside(self.path)
+            notice = f"{error} It was set aside as {aside}, and the key statistics are measured from the start."
+            _log.warning("%s", plain(notice))
             return
         if not all(distance(tensors[f"probe.{layer}"], keys) < _SAME for layer, keys in self.probe.items()):
             raise self._other("its model has other weights")

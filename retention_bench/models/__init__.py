@@ -14,7 +14,7 @@ from retention_bench.models.families import (
     projection,
     projection_name,
 )
-from retention_bench.models.files import check_place, kind_of, read_tensors, replacing, set_aside, write_tensors
+from retention_bench.models.files import check_place, kind_of, read_tensors, replacing, write_tensors
 from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
 from retention_bench.models.loading import empty_model, load_config, load_model, load_tokenizer, local_folder
 from retention_bench.models.reference import Named, Reference, fetch, parse_reference, read_manifest, read_references
@@ -58,6 +58,5 @@ __all__ = [
     "record",
     "replacing",
     "restoring",
-    "set_aside",
     "write_tensors",
 ]

@@ -100,10 +100,11 @@ class WeightDelta:
         """Add to a model's weights in place; the sum is taken in float32 and rounded once to the weight's dtype.
 
         Raises:
-            RetentionBenchError: The model lacks a parameter or has it in another shape; then nothing was changed.
+            RetentionBenchError: The model lacks a parameter or has it in another shape; then nothing was changed. Or a
+                sum is not finite; then parameters may have been changed.
         """
-        for parameter, entry in self._targets(model):
-            _add_(parameter.data, entry)
+        for name, parameter, entry in self._targets(model):
+            _add_(name, parameter.data, entry)
 
     @contextlib.contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
@@ -127,7 +128,8 @@ class WeightDelta:
             The same names, with the summed tensors in place of those that the delta has.
 
         Raises:
-            RetentionBenchError: A shape differs, or the stream ended without one of the delta's parameters.
+            RetentionBenchError: A shape differs, a sum is not finite, or the stream ended without one of the delta's
+                parameters.
         """
         missing = set(self.entries)
         for name, tensor in weights:
@@ -135,7 +137,7 @@ class WeightDelta:
                 missing.discard(name)
                 _check_shape(name, self.entries[name], tensor)
                 tensor = tensor.clone()
-                _add_(tensor, self.entries[name])
+                _add_(name, tensor, self.entries[name])
             yield name, tensor
         if missing:
             raise RetentionBenchError(
@@ -173,14 +175,14 @@ class WeightDelta:
         except RetentionBenchError as error:
             raise RetentionBenchError(f"{path}: {error}") from error
 
-    def _targets(self, model: PreTrainedModel) -> list[tuple[Tensor, Tensor | LowRank]]:
+    def _targets(self, model: PreTrainedModel) -> list[tuple[str, Tensor, Tensor | LowRank]]:
         """The model's parameters with their summands, all checked."""
         parameters: dict[str, Any] = dict(model.named_parameters())
         for name, entry in self.entries.items():
             if name not in parameters:
                 raise RetentionBenchError(str(unknown_name("parameter", name, parameters)))
             _check_shape(name, entry, parameters[name])
-        return [(parameters[name], entry) for name, entry in self.entries.items()]
+        return [(name, parameters[name], entry) for name, entry in self.entries.items()]
 
 
 @contextlib.contextmanager
@@ -266,11 +268,21 @@ def _check_shape(name: str, entry: Tensor | LowRank, other: Tensor | LowRank) ->
         )
 
 
-def _add_(weight: Tensor, entry: Tensor | LowRank) -> None:
-    """Add in float32, round once; low-rank factors are multiplied on the weight's device."""
+def _add_(name: str, weight: Tensor, entry: Tensor | LowRank) -> None:
+    """Add in float32, round once; low-rank factors are multiplied on the weight's device.
+
+    Raises:
+        RetentionBenchError: A sum is not finite in the weight's dtype; the weight is as it was.
+    """
     with torch.no_grad():
         if isinstance(entry, LowRank):
             summand = entry.left.to(weight.device) @ entry.right.to(weight.device)
         else:
             summand = entry.to(weight.device)
-        weight.copy_(weight.float() + summand)
+        total = (weight.float() + summand).to(weight.dtype)
+        if not total.isfinite().all():
+            raise RetentionBenchError(
+                f"The delta of {name} makes weights that are not finite in {str(weight.dtype).removeprefix('torch.')}. "
+                "Make it anew, or take a dtype with a wider range."
+            )
+        weight.copy_(total)

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import stat
 import zlib
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from retention_bench.data import checked, find_file, parse_json, shortened
+from retention_bench.data.durable import sync
 from retention_bench.errors import RetentionBenchError, UsageError
 
 T = TypeVar("T")
@@ -27,7 +27,6 @@ T = TypeVar("T")
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of numbers that are computed with; anything else in their place would be converted without a word."""
 
-_log = logging.getLogger("retention_bench")
 _ABOUT = "retention_bench"
 _REAL = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
 _LONGEST_NAME = 1000
@@ -116,7 +115,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path, partial = Path(path), _partial(Path(path))
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
     except OSError as error:
         if error.errno not in _NO_SUCH_PLACE:
@@ -128,7 +127,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every file system can do so with a folder
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def check_place(path: Path | str) -> None:
@@ -151,19 +150,6 @@ def check_place(path: Path | str) -> None:
             f"{path} cannot be written: {reason}. Give the path of a file, in a folder that is there and can be "
             "written to."
         ) from error
-
-
-def set_aside(path: Path, why: RetentionBenchError, then: str) -> None:
-    """Get a damaged file of our own out of the way, and say so; one that was set aside before goes.
-
-    Args:
-        path: The file. It is renamed, so that it can still be looked at.
-        why: What is wrong with it.
-        then: What happens without it, for the notice.
-    """
-    aside = path.with_name(f"{path.name}.damaged")
-    path.replace(aside)
-    _log.warning("%s", f"{why} It was set aside as {aside}, and {then}.")
 
 
 def _tensor(file: Any, name: str, also: Collection[str], path: Path | str) -> Tensor:
@@ -211,11 +197,3 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 def _partial(path: Path) -> Path:
     """A temporary name beside a file; of a length of its own, as a name may be as long as the file system allows."""
     return path.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}.partial")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ import pydantic
 from filelock import FileLock, Timeout
 
 from retention_bench.data import read_json
-from retention_bench.data.durable import remove, write_text
+from retention_bench.data.durable import set_aside, write_text
 from retention_bench.display import plain
 from retention_bench.errors import RetentionBenchError
 
@@ -31,8 +31,6 @@ _SAYS_FULL = re.compile(
     + r"|os error (28|122|27)\b|unexpected pos \d+ vs \d+|PytorchStreamWriter failed writing"
     r"|\d+ requested and \d+ written"
 )
-KEPT = 2
-"""How many things of one name are kept that were set aside."""
 
 
 class InUseError(RetentionBenchError):
@@ -133,23 +131,3 @@ def _holder(beside: Path) -> str:
     except RetentionBenchError:  # it has not written it yet, or could not
         return "another process"
     return f"process {found.pid} on {found.host}, which began at {found.since}"
-
-
-def set_aside(path: Path) -> Path:
-    """Rename what is damaged, and remove all but the last of what was set aside before.
-
-    Args:
-        path: A file, a folder or a link.
-
-    Returns:
-        Where it is now.
-    """
-    pattern = re.compile(re.escape(path.name) + r"\.damaged-(\d{1,9})")
-    earlier = sorted(
-        (int(found[1]), other) for other in path.parent.iterdir() if (found := pattern.fullmatch(other.name))
-    )
-    target = path.with_name(f"{path.name}.damaged-{earlier[-1][0] + 1 if earlier else 1}")
-    path.rename(target)
-    for _, old in earlier[: max(0, len(earlier) + 1 - KEPT)]:
-        remove(old)
-    return target

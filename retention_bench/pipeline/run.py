@@ -29,6 +29,7 @@ from retention_bench.facts import (
 )
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
 from retention_bench.pipeline.data_check import check_data
+from retention_bench.pipeline.inputs import unchanged
 from retention_bench.pipeline.loading import load, save
 from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import gather
@@ -320,7 +321,7 @@ class _Bench:
             generator = torch.Generator().manual_seed(self.plan.cell.seed)
             model, tokenizer = self.base()
             editor.fit(model, tokenizer, facts, work, EditContext(generator=generator, progress=self.progress))
-            shutil.copytree(work, folder, dirs_exist_ok=True)
+            shutil.copytree(work, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.damaged-*"))
 
         return self._get(stage, compute)
 
@@ -497,6 +498,8 @@ class _Bench:
             remove(old)
 
         folder.mkdir(parents=True, exist_ok=True)
+        with unchanged(self.plan.base_score.reads):  # no stage looks after the model here
+            self.base()
         put("base", self.group(None), *self.base())
         for e in self.plan.experiments:
             with self.edited(e) as (model, tokenizer):

@@ -28,10 +28,20 @@ import pydantic
 
 from retention_bench import __version__
 from retention_bench.data import read_json
-from retention_bench.data.durable import DamagedError, canonical, check, file_sha256, remove, seal, sync, write_text
+from retention_bench.data.durable import (
+    DamagedError,
+    canonical,
+    check,
+    file_sha256,
+    remove,
+    seal,
+    set_aside,
+    sync,
+    write_text,
+)
 from retention_bench.display import plain
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.disk import InUseError, disk_errors, held, set_aside
+from retention_bench.pipeline.disk import InUseError, disk_errors, held
 from retention_bench.pipeline.inputs import Input, InputChangedError, unchanged
 
 _log = logging.getLogger("retention_bench")

@@ -270,9 +270,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_begins_anew(llama, whole,
         collect(llama, progress=cut_after(110), **arguments)
     damage(tmp_path / "c")
     found = collect(llama, **arguments)
-    assert re.search("set aside as .*c.damaged, and the key statistics are measured from", caplog.text)
+    assert re.search("set aside as .*c.damaged-1, and the key statistics are measured from", caplog.text)
     assert same(whole, found)
-    assert (tmp_path / "c.damaged").is_file()
+    assert (tmp_path / "c.damaged-1").is_file()
 
 
 @pytest.mark.parametrize("layers", [[2], [1]])

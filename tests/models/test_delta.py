@@ -72,6 +72,22 @@ def test_half_precision_sums_are_rounded_once(model):
     assert (model.get_parameter(name) == 1 + 2**-7).all()
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e25), (torch.float16, 1e3)])
+def test_sums_that_are_not_finite_are_refused(model, dtype, size):
+    model.to(dtype)
+    name, before = f"{projection_name(model, 0)}.weight", bits(model)
+    rows, columns = before[name].shape
+    delta = WeightDelta({name: LowRank(torch.full((rows, 1), size), torch.full((1, columns), size))})
+    wrong = f"{name} makes weights that are not finite in {str(dtype).removeprefix('torch.')}"
+    with pytest.raises(RetentionBenchError, match=wrong), delta.applied(model):
+        pass
+    with pytest.raises(RetentionBenchError, match=wrong):
+        delta.apply_(model)
+    with pytest.raises(RetentionBenchError, match=wrong):
+        list(delta.apply_to(iter(before.items())))
+    assert equal(bits(model), before)
+
+
 def test_a_stream_of_weights_gets_what_apply_does(model):
     delta = random_delta(model)
     weights = list(bits(model).items())

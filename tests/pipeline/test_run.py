@@ -591,6 +591,28 @@ def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, 
     assert not list((store.root / "finetune").glob("*/manifest.json"))
 
 
+def test_a_model_that_is_replaced_before_its_checkpoints_are_written_stops_the_run(micro, tmp_path):
+    asked, store, results = micro
+    suite = yaml.safe_load((store.root.parent / "suite.yaml").read_text())
+    settings = suite["models"]["atlas-gpt2"]
+    shutil.copytree(settings["path"], tmp_path / "model")
+    settings["path"] = str(tmp_path / "model")
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    asked = dataclasses.replace(asked, suite=load_suite(str(tmp_path / "suite.yaml")))
+    said = []
+
+    def replace(title, cached):
+        said.append(title)
+        file = tmp_path / "model" / "generation_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "max_length": 9}))
+
+    with pytest.raises(RetentionBenchError, match=r"generation_config\.json was changed while the run went on"):
+        evaluate(asked, store=store, out=tmp_path / "out", announce=replace, save_checkpoints=True)
+    assert said == ["all stages"]
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
 # Output folders
 
 

@@ -13,6 +13,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.data.durable import set_aside
 from retention_bench.display import plain
 from retention_bench.editors.base import EditContext, EditRequest
 from retention_bench.editors.malmen.fit import Training, load_networks, new_networks, save_networks
@@ -214,7 +215,7 @@ class MALMEN:
 
 
 def _whole(path: Path, load: Callable[[], T]) -> T | None:
-    """What a file holds that an earlier run left, or None where there is none; a damaged one is said, and removed.
+    """What a file holds that an earlier run left, or None where there is none; a damaged one is said, and set aside.
 
     Raises:
         UsageError: It is of another fit.
@@ -226,8 +227,8 @@ def _whole(path: Path, load: Callable[[], T]) -> T | None:
     except UsageError:
         raise
     except RetentionBenchError as error:
-        _log.warning("%s", plain(f"The MALMEN fit begins anew: {error}"))
-        path.unlink()
+        aside = set_aside(path)
+        _log.warning("%s", plain(f"The MALMEN fit begins anew: {error} It was set aside as {aside}."))
         return None
 
 
