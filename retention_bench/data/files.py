@@ -269,10 +269,28 @@ def cut(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def refuse_pointer(path: Path, begin: bytes) -> None:
+    """Refuse a file that only says which file of Git LFS belongs in its place.
+
+    Args:
+        path: The file, for the error.
+        begin: Its first bytes, 64 of them or more.
+
+    Raises:
+        RetentionBenchError: It is one.
+    """
+    if begin.startswith(b"version https://git-lfs"):
+        raise RetentionBenchError(
+            f"{path} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`, or from the Hub with "
+            "`hf download`."
+        )
+
+
 def _open(path: Path) -> IO[bytes]:
     """Open a regular file; a pipe that took its place meanwhile does not block."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        refuse_pointer(path, file.peek(64))
     except OSError as error:
         raise RetentionBenchError(f"{path} cannot be read: {error.strerror}.") from error
     return gzip.GzipFile(fileobj=file, mode="rb") if path.suffix == ".gz" else file  # type: ignore[return-value]

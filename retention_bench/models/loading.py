@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from retention_bench.data import read_json
+from retention_bench.data.files import refuse_pointer
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models.explain import explained, reason, without_bars
 from retention_bench.models.families import family
@@ -284,11 +285,7 @@ def check_regular(path: Path) -> None:
             begin = file.read(64)
     except OSError as error:
         raise RetentionBenchError(f"{path} cannot be read ({error.strerror}). Copy the model again.") from error
-    if begin.startswith(b"version https://git-lfs"):
-        raise RetentionBenchError(
-            f"{path} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`, or from the Hub with "
-            "`hf download`."
-        )
+    refuse_pointer(path, begin)
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:

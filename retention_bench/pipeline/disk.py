@@ -62,8 +62,8 @@ def disk_errors(what: str, where: Path) -> Iterator[None]:
         if any(_says_full(one) for one in _chain(error)):
             raise RetentionBenchError(
                 f"The disk is full: {what} could not be written below {where}. A quota, or a limit on the size of "
-                "files (ulimit -f), counts too. Every stage that had finished is kept; free some space, or set "
-                "RETENTION_BENCH_STORE to a folder on a larger disk, and run the same command again."
+                "files (ulimit -f), counts too. Every stage that had finished is kept; free some space, or name a "
+                "folder on a larger disk, for the store with RETENTION_BENCH_STORE, and run the same command again."
             ) from error
         refused = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
         if refused or (isinstance(error, OSError) and error.errno in _REFUSED):

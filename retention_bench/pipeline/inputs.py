@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.data.durable import file_sha256
+from retention_bench.data.files import refuse_pointer
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.suite import ModelConfig
 
@@ -97,17 +98,22 @@ def source_fingerprint(source: str, revision: str | None) -> dict[str, Any]:
     """What identifies rows: the hash of a local file, or a Hub id at a pinned revision.
 
     Raises:
-        UsageError: The local file does not exist, or the Hub data set has no revision.
+        UsageError: The local file does not exist, or is none; or the Hub data set has no revision.
+        RetentionBenchError: The local file cannot be read, or is a Git LFS pointer.
     """
     path = Path(source)
     if os.path.isfile(path):  # unlike Path.is_file, whatever the name is
         return {"sha256": _hash(path)}
+    remedy = "Correct the path (`source` in a suite), or put the file there."
+    if os.path.exists(path) and (revision is None or path.is_absolute()):
+        raise UsageError(f"{source} is no file, where a data file is needed. {remedy}")
     if path.is_absolute() or source.startswith("."):
-        raise UsageError(
-            f"There is no data file at {source}. Correct the path (`source` in a suite), or put the file there."
-        )
+        raise UsageError(f"There is no data file at {source}. {remedy}")
     if revision is None:
-        raise UsageError(f"The Hub data set {source!r} needs a `revision` (a commit), so that its rows cannot change.")
+        raise UsageError(
+            f"There is no file {source}, and the Hub data set {source!r} needs a `revision` (a commit), so that its "
+            "rows cannot change."
+        )
     return {"hub": source, "revision": revision}
 
 
@@ -116,7 +122,7 @@ def model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
     folder = Path(path)
     if os.path.isdir(folder):
         named = _model_files(folder)
-        if not named:
+        if not any(p.suffix in (".safetensors", ".bin") for p in named):
             raise _no_model(path)
         return {"files": {p.name: _hash(p) for p in named}}
     return {"hub": path, "revision": config_file(path, revision).parent.name}
@@ -126,6 +132,8 @@ def _hash(path: Path) -> str:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise RetentionBenchError(f"{path} is no regular file. Put a file in its place.")
+        with path.open("rb") as file:
+            refuse_pointer(path, file.read(64))
         return file_sha256(path)
     except OSError as error:
         raise RetentionBenchError(
@@ -138,11 +146,18 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def config_file(path: str, revision: str | None) -> Path:
-    """The model's `config.json`, fetched from the Hub where the model is not a folder."""
+    """The model's `config.json`, fetched from the Hub where the model is not a folder.
+
+    Raises:
+        UsageError: The path leads to no folder, and can be no Hub id.
+        RetentionBenchError: The folder has no such file, or the Hub has no answer.
+    """
     if os.path.isdir(path):
         if not (Path(path) / "config.json").is_file():
             raise _no_model(path)
         return Path(path) / "config.json"
+    if os.path.isabs(path) or os.path.lexists(path):
+        raise UsageError(f"There is no model folder at {path}. Give a folder, or a Hub id as owner/name.")
     from huggingface_hub import hf_hub_download
 
     try:

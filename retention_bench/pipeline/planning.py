@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ VERSIONS = {
 
 MOST_MODELS = 10_000
 """Edited models of a cell."""
+
+_SEVERAL = re.compile(rb'^\s*\[|"requested_rewrite"\s*:\s*\[')  # a line that holds several facts, as MQuAKE's
 
 
 def plan(cell: Cell, store: Store) -> Plan:
@@ -305,13 +308,17 @@ def _check_pool(suite: Suite) -> None:
     """Refuse at once what the split would refuse after the known-fact filter.
 
     Raises:
-        UsageError: The pool is a local file of a record a line, with fewer lines than facts are wanted.
+        UsageError: The pool is a local file of a fact a line, with fewer lines than facts are wanted.
     """
     path, wanted = Path(suite.locate(suite.facts.source)), suite.facts.edited + suite.facts.intrinsic
     if path.suffix != ".jsonl" or not path.is_file():
         return
+    lines = 0
     with path.open("rb") as file:
-        lines = sum(1 for line in file if line.strip())
+        for line in filter(bytes.strip, file):
+            if _SEVERAL.search(line):
+                return
+            lines += 1
     if lines < wanted:
         raise UsageError(
             f"facts: {suite.facts.edited:,} edited and {suite.facts.intrinsic:,} intrinsic facts are wanted, and the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -161,7 +162,7 @@ class Suite(_Strict):
             locate(source)
             return str(Path(source).expanduser())
         if source.startswith(("./", "../")):
-            return str((self.directory / source).resolve())
+            return os.path.realpath(self.directory / source)  # unlike Path.resolve, also where links go in circles
         return source
 
     def model(self, name: str | None) -> tuple[str, ModelConfig]:

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline import Cell, Store, plan
+from retention_bench.pipeline.inputs import model_fingerprint, source_fingerprint
 from retention_bench.pipeline.suite import PACKAGED, load_suite, suite_names
 
 
@@ -119,6 +121,9 @@ def test_more_facts_than_the_pool_has_are_refused_before_anything_is_laid_out(tm
     where = {"source": str(PACKAGED.parent / "atlas" / "data" / "facts.jsonl")}
     with pytest.raises(UsageError, match="1,000,000 edited and 100 intrinsic facts are wanted, and the pool .* lines"):
         plan(cell(edited=1_000_000, **where), Store(tmp_path))
+    several = tmp_path / "mquake.jsonl"  # a line holds several facts, so it is not known yet how many there are
+    several.write_text('{"case_id": 1, "requested_rewrite": [{}, {}]}\n')
+    plan(cell(edited=25, source=str(several)), Store(tmp_path))
     began = time.monotonic()
     with pytest.raises(UsageError, match="1,000,000 with edits_per_model 25 makes 40,000 edited models"):
         plan(cell(edited=1_000_000, source="owner/pool", revision="abc"), Store(tmp_path))
@@ -204,3 +209,42 @@ def test_any_suite_is_planned_or_refused(tmp_path, data):
 @given(data=SUITES)
 def test_many_suites_are_planned_or_refused(tmp_path, data):
     load_whatever(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "model"),
+    [
+        (lambda path: None, "There is no data file at", "There is no model folder at"),
+        (lambda path: path.mkdir(), "is no file, where a data file is needed", "holds no model"),
+        (os.mkfifo, "is no file, where a data file is needed", "There is no model folder at"),
+        (lambda path: path.symlink_to(path.name), "There is no data file at", "There is no model folder at"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS", "no model folder"),
+    ],
+    ids=["nothing", "folder", "pipe", "link in circles", "pointer"],
+)
+def test_what_a_suite_names_and_is_not_there_is_said_in_one_line(tmp_path, make, data, model):
+    make(tmp_path / "given")
+
+    def cell(change):
+        path = Path(changed(tmp_path, change))
+        path.write_text(path.read_text().replace("../atlas/", f"{PACKAGED.parent / 'atlas'}/"))
+        return Cell(load_suite(str(path)), None, "ft", "tulu3", 0, "cpu")
+
+    with pytest.raises(RetentionBenchError, match=data):
+        plan(cell(lambda s: s["facts"].update(source="./given")), Store(tmp_path))
+    with pytest.raises(RetentionBenchError, match=model):
+        plan(cell(lambda s: s["models"]["atlas-gpt2"].update(path="./given")), Store(tmp_path))
+
+
+def test_a_name_without_a_file_is_a_hub_id(tmp_path):
+    with pytest.raises(UsageError, match="no file owner/pool, and the Hub data set 'owner/pool' needs a `revision`"):
+        source_fingerprint("owner/pool", None)
+
+
+def test_a_model_without_weights_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RetentionBenchError, match="holds no model"):
+        model_fingerprint(str(tmp_path), None)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(RetentionBenchError, match=r"model\.safetensors is a Git LFS pointer"):
+        model_fingerprint(str(tmp_path), None)
