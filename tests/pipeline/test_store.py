@@ -575,14 +575,17 @@ def test_a_second_run_says_whom_it_waits_for_and_takes_the_result(tmp_path, capl
     assert not list(tmp_path.rglob("*.holder"))
 
 
-def test_no_home_is_said_in_one_line(monkeypatch):
+def test_without_a_home_the_store_is_below_the_working_folder(monkeypatch, tmp_path):
     def nobody(path):
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("RETENTION_BENCH_STORE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "expanduser", nobody)  # Path.home asks it
-    with pytest.raises(UsageError, match="no home folder.*Set RETENTION_BENCH_STORE"):
+    assert default_root() == tmp_path / ".cache" / "retention-bench"
+    monkeypatch.setenv("RETENTION_BENCH_STORE", "~/store")
+    with pytest.raises(UsageError, match="RETENTION_BENCH_STORE is '~/store'"):
         default_root()
     monkeypatch.undo()
     monkeypatch.setenv("RETENTION_BENCH_STORE", "/somewhere")
