@@ -284,8 +284,8 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     assert max(len(line.rstrip()) for line in followed) <= 80
     assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
     assert (
-        "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation), 3 left out (one character)."
-        in printed
+        "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation), 3 left out (one "
+        "character)." in printed
     )
     table = printed.split("Edited facts, in")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
