@@ -1,6 +1,11 @@
 """Small tokenizers trained on the spot and tiny random models, for all folders."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes that each use all cores wait for one another; torch reads this when it is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

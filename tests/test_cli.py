@@ -264,7 +264,11 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "learned": True,
         "not_learned": [],
         "trajectory": [{"step": 12000, "edited": seen, "intrinsic": seen}],
-        "facts": {"known": 1434, "rows": {"read": 21919, "dropped": {"nothing tells the relation": 2}}},
+        "facts": {
+            "known": 1434,
+            "rows": {"read": 21919, "dropped": {"nothing tells the relation": 2}},
+            "left_out": {"one character": {"facts": 3, "first": ["a", "b", "c"]}},
+        },
         "experiments": [{"finetune_log": log}],
         "control": {"finetune_log": log},
     }
@@ -279,7 +283,10 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80
     assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
-    assert "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation)." in printed
+    assert (
+        "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation), 3 left out (one "
+        "character)." in printed
+    )
     table = printed.split("Edited facts, in")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]
@@ -375,7 +382,12 @@ LONG = "x" * 300
         ("inspect fact", ["foreign/scores.jsonl"], "foreign/scores.jsonl, line 1: no line of scores", 1),
         ("inspect fact", ["/dev/zero"], "/dev/zero is a pipe or a device", 2),
         # checkpoints
-        (f"{SCORE} folder", ["--out", "foreign"], "scores.jsonl, line 1: no line of scores", 1),
+        (
+            f"{SCORE} folder",
+            ["--out", "foreign"],
+            "foreign holds scores.jsonl, and `retention-bench score` did not write it",
+            2,
+        ),
         (f"{SCORE} folder", ["--tasks", "edited,edited"], "--tasks names edited twice", 2),
         (f"{SCORE} folder", ["--tasks", ""], "--tasks and --also name nothing to ask", 2),
         (f"{SCORE} folder", ["--also", "a,b,a"], "--also names a twice", 2),

@@ -221,7 +221,7 @@ REWRITE = ROME["requested_rewrite"]
         (EASYEDIT, without(OTHER, "target_new"), "target_new: Field required"),
         (EASYEDIT, OTHER | {"target_new": {"str": "x"}}, "target_new: Input should be a valid string"),
         (EASYEDIT, OTHER | {"rephrase_prompt": 5}, "rephrase_prompt: Input should be a valid tuple"),
-        (KNOWN, KNOWN | {"known_id": 8, "attribute": " "}, "attribute: Value error, it must not be empty, got ' '"),
+        (KNOWN, KNOWN | {"known_id": 8, "attribute": " "}, "attribute: it must not be empty, got ' '"),
     ],
 )
 @pytest.mark.parametrize(("suffix", "place"), [(".json", "record"), (".jsonl", "line")])
