@@ -17,7 +17,7 @@ def check_data(plan: Plan, store: Store) -> DataCheck | None:
         store: Where what is there already is looked for.
 
     Returns:
-        What was found; None where the store has all fine-tunes, or the task does not look into its data.
+        What was found; None where the store has the results or all fine-tunes, or the task does not look into its data.
 
     Raises:
         UsageError: The tokenizer, or the length of the rows, does not fit the data or the model.
@@ -26,6 +26,8 @@ def check_data(plan: Plan, store: Store) -> DataCheck | None:
     from retention_bench.models import load_tokenizer
 
     stages = [*(e.finetune for e in plan.experiments), plan.control]
+    if store.holds(plan.results.name, plan.results.inputs):
+        return None
     if not isinstance(plan.finetune, CheckedFinetune):
         return None
     if all(store.holds(stage.name, stage.inputs) for stage in stages):

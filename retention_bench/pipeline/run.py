@@ -89,13 +89,15 @@ def evaluate(
 
 
 def _check_checkpoints(folder: Path, planned: Plan) -> None:
-    """Refuse to write checkpoints where something lies that we did not write.
+    """Refuse to write checkpoints where that cannot be, or where something lies that we did not write.
 
     Raises:
-        UsageError: One of them would replace something else.
+        UsageError: One of them would replace something else, or the folder cannot be written.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise UsageError(f"{folder} is no folder, and checkpoints are to be written there. Move it away.")
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{folder} may not be written, and checkpoints are to be. Change its permissions.")
     indices = [e.index for e in planned.experiments]
     edited = [f"{stage}-{index}" for index in indices for stage in ("post_edit", "post_finetune")]
     for name in ("base", *edited, "control_finetune"):

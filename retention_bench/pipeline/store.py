@@ -178,22 +178,26 @@ class Store:
     def inspect(self, stage: str, inputs: Mapping[str, Any]) -> None:
         """Say where a result that nobody reads now is damaged, and set it aside: it is computed again when it is read.
 
-        Of large files only the sizes are looked at, since what is not read is not worth the time.
-
-        Raises:
-            RetentionBenchError: It is damaged, and the store cannot be written.
+        Of large files only the sizes are looked at, since what is not read is not worth the time. Where it cannot be
+        looked at, or not be set aside, that is said, and no reason to withhold what is whole.
         """
         folder = self.root / stage / self.key(stage, inputs)
-        if not os.path.lexists(folder) or not self._damage(folder, hash_up_to=LARGE):
-            return
-        with (
-            disk_errors(f"the {stage} stage", self.root),
-            contextlib.suppress(InUseError),  # whoever computes it sees for himself
-            held(folder.with_name(f"{folder.name}.lock"), f"the {stage} stage", wait=False),
-        ):
-            damage = self._damage(folder, hash_up_to=LARGE)
-            if damage and os.path.lexists(folder):
-                self._set_aside(folder, damage, "The results do not need it; it is computed again when they do")
+        then = "The results do not need it; it is computed again when they do"
+        try:
+            damage = self._damage(folder, hash_up_to=LARGE) if os.path.lexists(folder) else None
+            if not damage:
+                return
+            with (
+                disk_errors(f"the {stage} stage", self.root),
+                held(folder.with_name(f"{folder.name}.lock"), f"the {stage} stage", wait=False),
+            ):
+                damage = self._damage(folder, hash_up_to=LARGE)
+                if damage and os.path.lexists(folder):
+                    self._set_aside(folder, damage, then)
+        except InUseError:
+            pass  # whoever computes it sees for himself
+        except RetentionBenchError as error:
+            _log.warning("%s", plain(f"The store's {stage} {folder.name} could not be looked after: {error} {then}."))
 
     def _set_aside(self, folder: Path, damage: str, then: str) -> None:
         aside = set_aside(folder)

@@ -21,6 +21,7 @@ from retention_bench.editors import EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import FactSet
 from retention_bench.pipeline import Cell, Store, aggregate, evaluate, load_suite, plan, run
+from retention_bench.pipeline.store import exclusive
 
 
 def cell(suite, editor="alphaedit", model=None, seed=0, **settings):
@@ -610,7 +611,7 @@ def test_a_model_that_is_replaced_before_its_checkpoints_are_written_stops_the_r
         evaluate(asked, store=store, out=tmp_path / "out", announce=replace, save_checkpoints=True)
     assert said == ["all stages"]
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert timeless(json.loads((tmp_path / "out" / "results.json").read_text())) == timeless(results)
 
 
 # Output folders
@@ -624,6 +625,16 @@ def test_an_output_folder_that_is_not_ours_is_refused_before_anything_runs(micro
         evaluate(asked, store=Store(tmp_path / "store"), out=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_checkpoints_that_could_not_be_written_are_refused_before_anything_runs(micro, tmp_path, monkeypatch):
+    asked, *_ = micro
+    with exclusive(tmp_path / "out", "evaluate"):  # marks it as ours
+        (tmp_path / "out" / "checkpoints").mkdir()
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)  # tests may run as root, who may do all
+    with pytest.raises(UsageError, match="checkpoints may not be written"):
+        evaluate(asked, store=Store(tmp_path / "store"), out=tmp_path / "out", save_checkpoints=True)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_checkpoint_that_is_not_ours_is_neither_deleted_nor_overwritten(micro, tmp_path):

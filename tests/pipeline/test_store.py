@@ -338,6 +338,22 @@ def test_few_damaged_folders_are_kept(tmp_path):
     assert (folder.with_name(f"{folder.name}.damaged-4") / "out.txt").read_text() == "3"
 
 
+def test_what_nobody_reads_is_no_reason_to_fail(tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    store, _, folder = stored(tmp_path)
+    flip(folder / "out.txt")
+    monkeypatch.setattr("retention_bench.pipeline.store.set_aside", refuse)
+    store.inspect("edit", {"a": 1})
+    [said] = caplog.messages
+    assert re.search("could not be looked after: .*Read-only.* The results do not need it", said)
+    monkeypatch.undo()
+    caplog.clear()
+    store.inspect("edit", {"a": 1})
+    assert f"kept as {folder}.damaged-1" in caplog.text
+
+
 def test_who_only_looks_writes_nothing(tmp_path):
     store, _, folder = stored(tmp_path)
     flip(folder / "out.txt")
