@@ -18,7 +18,7 @@ from retention_bench.display import line, prepare_streams, say, say_error, say_j
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from retention_bench.pipeline import Plan
+    from retention_bench.pipeline import Plan, Suite
 
 
 class _Commands(click.Group):
@@ -30,7 +30,7 @@ class _Commands(click.Group):
         for given in args:
             if "\0" in given or any("\ud800" <= c <= "\udfff" for c in given):
                 say_error(
-                    f"Error: {line(_cut(given))} holds a NUL, or bytes that are not UTF-8. Rename the file, or give "
+                    f"Error: {line(_short(given))} holds a NUL, or bytes that are not UTF-8. Rename the file, or give "
                     "another value."
                 )
                 sys.exit(2)
@@ -42,8 +42,11 @@ class _Commands(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             more = f" See `{context.command_path} --help`." if context else ""
-            say_error(f"Error: {line(_cut(' '.join(error.format_message().split())))}{more}")
+            say_error(f"Error: {line(_short(' '.join(error.format_message().split())))}{more}")
             sys.exit(error.exit_code)
+        except OSError as error:  # of what click prints itself: help, versions
+            say_error(f"Error: {line(_reason(error))}")
+            sys.exit(1)
         sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -51,7 +54,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except RetentionBenchError as error:
             message, *quoted = error.args
-            say_error("\n".join([f"Error: {line(message)}", *map(str, quoted)]))
+            say_error("\n".join([f"Error: {line(_short(message))}", *map(str, quoted)]))
             ctx.exit(error.exit_code)
         except MemoryError:
             say_error(
@@ -69,13 +72,14 @@ class _Commands(click.Group):
             ctx.exit(130)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 500 else f"{text[:497]}..."
+def _short(text: object) -> str:
+    """An error without the middle of what takes several lines and is no words: a name of thousands of characters."""
+    return re.sub(r"\S{400,}", lambda found: f"{found[0][:200]}...{found[0][-100:]}", str(text))
 
 
 def _reason(error: OSError) -> str:
     """What the operating system refused, and what to do about it."""
-    where = f" ({_cut(str(error.filename))})" if error.filename is not None else ""
+    where = f" ({_short(error.filename)})" if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         what = "A file has reached the largest size allowed" if error.errno == errno.EFBIG else "The disk is full"
         return f"{what}{where}. Free some space, and run the same command again; what had finished is kept."
@@ -117,6 +121,17 @@ class _Out(click.ParamType):
             self.fail(line(error), param, ctx)
 
 
+class _Filled(click.ParamType):
+    """A text that is not empty: an unset shell variable is no name, and an empty revision would be the newest."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value).strip():
+            self.fail("It is empty. Give a value, or leave the option out.", param, ctx)
+        return str(value)
+
+
 class _Positive(click.FloatRange):
     """A number above 0 that is one."""
 
@@ -150,7 +165,9 @@ _SEED = click.IntRange(min=0, max=2**32 - 1)
     "data of your own.",
 )
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
-@click.option("--model", help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]")
+@click.option(
+    "--model", type=_Filled(), help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]"
+)
 @click.option(
     "--seed", type=_SEED, default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes."
 )
@@ -200,6 +217,7 @@ _SEED = click.IntRange(min=0, max=2**32 - 1)
 )
 @click.option(
     "--accelerate-config",
+    type=_Filled(),
     metavar="ddp|fsdp|FILE",
     help="Fine-tune on all visible GPUs: ddp for models that fit one of them, fsdp for larger ones; or a file that "
     "`accelerate config` wrote.",
@@ -235,6 +253,8 @@ def evaluate(
     """
     from retention_bench import console
     from retention_bench.pipeline import Cell, Store, check_data, default_root, estimate, load_suite, plan
+    from retention_bench.pipeline.run import FILES
+    from retention_bench.pipeline.store import check_output
 
     if probe_fact and not probe_every:
         raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
@@ -254,7 +274,11 @@ def evaluate(
         accelerate_config=accelerate_config,
     )
     planned = plan(cell, store)
+    out = out or _folder(planned)
+    if probe_fact:
+        _check_known(cell.suite, probe_fact)
     if dry_run:
+        check_output(out, "evaluate", FILES)
         stages = [
             {
                 "stage": s.name,
@@ -274,7 +298,6 @@ def evaluate(
         return
     from retention_bench.pipeline import evaluate as run
 
-    out = out or _folder(planned)
     with console.progress(len(planned.stages())) as (announce, progress):
         results = run(
             cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
@@ -296,12 +319,12 @@ def evaluate(
 
 
 @main.command()
-@click.option("--model", help="A folder, or a Hub id.")
-@click.option("--revision", help="The model's Hub revision; pin it.")
+@click.option("--model", type=_Filled(), help="A folder, or a Hub id.")
+@click.option("--revision", type=_Filled(), help="The model's Hub revision; pin it.")
 @click.option("--layers", metavar="LAYERS", help="Layers, counted from 0: 0,1,2 or 13-17.")
-@click.option("--corpus", help="A .jsonl or .jsonl.gz file with a column `text`, or a Hub data set id.")
-@click.option("--corpus-revision", help="The data set's Hub revision; it must be pinned.")
-@click.option("--corpus-config", help="The data set's configuration.")
+@click.option("--corpus", type=_Filled(), help="A .jsonl or .jsonl.gz file with a column `text`, or a Hub data set id.")
+@click.option("--corpus-revision", type=_Filled(), help="The data set's Hub revision; it must be pinned.")
+@click.option("--corpus-config", type=_Filled(), help="The data set's configuration.")
 @click.option("--samples", type=_count(1), default=100_000, show_default=True, help="Texts, from the front.")
 @click.option("--max-length", type=_count(1), default=1024, show_default=True, help="Tokens of a text that count.")
 @click.option(
@@ -442,13 +465,15 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--batch-size", type=_count(1), default=64, show_default=True, help="For --backend hf.")
 @click.option("--tensor-parallel-size", type=_count(1), default=1, show_default=True, help="For --backend vllm.")
 @click.option("--allow-pickle", is_flag=True, help="Also read pickled weights; loading those of a stranger is a risk.")
-@click.option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from here, for checkpoints without one.")
+@click.option(
+    "--tokenizer", type=_Filled(), metavar="FOLDER", help="Take the tokenizer from here, for checkpoints without one."
+)
 @click.option("--out", type=_Out(folder=True), default="scores", show_default=True, help="Folder for scores.jsonl.")
 @_json_option("the scores")
 def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out: Path, **options: Any) -> None:
-    r"""Score checkpoints that are there already, hundreds of them on one live engine.
+    """Score checkpoints that are there already, hundreds of them on one live engine.
 
-    
+    \b
     CHECKPOINT is one of
       FOLDER  or  OWNER/NAME[@REVISION]      a model
       MODEL+DELTA.safetensors                a base model and an edit
@@ -457,7 +482,7 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
 
     What OUT/scores.jsonl holds already is not scored again, so a run that was cut off goes on. A checkpoint that cannot
     be scored is recorded with the reason, and the others are scored; the exit code is 1 then.
-    """
+    """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench.engine_process import EngineProcess, resolve_backend
 
     as_json, device = options.pop("as_json"), _device(options.pop("device"))
@@ -550,6 +575,17 @@ def _listed(option: str, given: str, allowed: Collection[str] | None = None) -> 
         if name in names[:number]:
             raise UsageError(f"{option} names {name} twice. Give each once.")
     return names
+
+
+def _check_known(suite: Suite, facts: Collection[str]) -> None:
+    """Refuse ids that no fact of a suite has; which of its facts a cell takes is found out when it runs."""
+    from retention_bench.facts import load_pool
+
+    source = suite.facts
+    pool = load_pool(suite.locate(source.source), source.revision, source.config).facts
+    ids = [fact.id for fact in pool]
+    for fact in set(facts) - set(ids):
+        raise unknown_name("fact of this suite:", fact, ids)
 
 
 def _folder(planned: Plan) -> Path:

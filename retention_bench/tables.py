@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from retention_bench.data import cut
 from retention_bench.display import line, plain, screen
 
 SHOWN = 10
@@ -81,17 +82,23 @@ def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             values = {name: "no number" if v is None else f"{v:.4g}" for name, v in row["metrics"].items()}
             found = ", ".join(f"{name.partition(',')[0]} {value}" for name, value in values.items())
             console.print(line(f"{row['checkpoint']}, {row['task']}: {found}"), soft_wrap=True)
-    for name, why in dict.fromkeys(
-        (row["checkpoint"], f"{found['facts']} facts left out: {reason} ({', '.join(found['first'][:3])}, ...)")
+    for left_out in dict.fromkeys(
+        f"{row['checkpoint']}: {_left_out(reason, found)}"
         for row in scored
         for reason, found in row.get("left_out", {}).items()
     ):
-        console.print(line(f"{name}: {why}"), soft_wrap=True)
+        console.print(line(left_out), soft_wrap=True)
     failed = [row for row in rows if "error" in row]
     for row in failed:
         console.print(f"Not scored: {line(row['checkpoint'])}: {line(row['error'])}", soft_wrap=True)
     checkpoints = len({row["checkpoint"] for row in scored})
     console.print(f"{checkpoints} checkpoints scored, {len(failed)} not. Every answer: {line(file)}", soft_wrap=True)
+
+
+def _left_out(reason: str, found: Mapping[str, Any]) -> str:
+    """Facts that were left out for one reason, three of them named."""
+    count, named = found["facts"], ", ".join(cut(name, 40) for name in found["first"][:3])
+    return f"{count:,} {'fact is' if count == 1 else 'facts are'} left out: {reason} ({named}{', ...' * (count > 3)})"
 
 
 def _rate(row: Mapping[str, Any] | None) -> str:

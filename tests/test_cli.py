@@ -357,7 +357,20 @@ LONG = "x" * 300
         (LIST, ["folder"], "Unknown suite 'folder'", 2),
         # names and paths
         (CELL, ["--model", LONG], "Unknown model 'xxx", 2),
-        (CELL, ["--model", ""], "A path must not be empty", 2),
+        (CELL, ["--model", ""], "'--model': It is empty. Give a value, or leave the option out", 2),
+        (CELL, ["--accelerate-config", " "], "'--accelerate-config': It is empty", 2),
+        (CELL, ["--paraphrase-source", "nope"], "Unknown paraphrase source 'nope'", 2),
+        (CELL, ["--paraphrases", "27", "--paraphrase-source", "template"], "has 26 openings, and 27 paraphrases", 2),
+        (
+            CELL,
+            ["--probe-every", "1", "--probe-fact", "city_country-00"],
+            "suite: 'city_country-00'. Did you mean 'city_country-",
+            2,
+        ),
+        ("statistics --model m --layers 0 --corpus", [""], "'--corpus': It is empty", 2),
+        ("statistics --layers 0 --corpus c --model", [" "], "'--model': It is empty", 2),
+        ("statistics --model m --layers 0 --corpus c", ["--revision", ""], "'--revision': It is empty", 2),
+        ("statistics --layers 0 --corpus c --model", ["x" * 5000], "xxx...xxx", 2),
         (CELL, ["--model", "~nobody-of-this-name/m"], "home directory", 2),
         (CELL, ["--model", "a\0b"], "a\\x00b holds a NUL", 2),
         (CELL, ["--model", "a\udcff"], "a\\udcff holds a NUL, or bytes that are not UTF-8", 2),
@@ -367,6 +380,7 @@ LONG = "x" * 300
         (CELL, ["--accelerate-config", "pipe"], "pipe is a pipe or a device, where a configuration is needed", 2),
         (CELL, ["--out", "file"], "file is a file, where a folder is needed", 2),
         (CELL, ["--out", "file/below"], "file is a file", 2),
+        (CELL, ["--out", "foreign"], "foreign holds scores.jsonl, and `retention-bench evaluate` did not write it", 2),
         (CELL, ["--out", "dangling"], "is a link to nothing", 2),
         (CELL, ["--out", LONG], "so long a name", 2),
         (CELL, ["--out", ""], "must not be empty", 2),
@@ -378,6 +392,7 @@ LONG = "x" * 300
         ("compare", ["file", "folder"], "file, line 1: not JSON", 1),
         ("compare", ["pipe", "folder"], "pipe is a pipe or a device, where a file of scores is needed", 2),
         ("compare", [LONG, "folder"], "There is no xxx", 2),
+        ("compare", ["x" * 5000, "folder"], "There is no xxx", 2),
         ("compare", ["folder", "folder:base"], "folder holds no finished run", 2),
         ("inspect fact", ["foreign/scores.jsonl"], "foreign/scores.jsonl, line 1: no line of scores", 1),
         ("inspect fact", ["/dev/zero"], "/dev/zero is a pipe or a device", 2),
@@ -462,6 +477,33 @@ def test_a_table_is_printed_whatever_the_output_takes(encoding):
         [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, check=True
     )
     assert "\\U0001f600" in done.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20"])
+def test_no_figure_is_cut_in_a_narrow_terminal(columns, capsys, monkeypatch):
+    from retention_bench import tables
+
+    monkeypatch.setenv("COLUMNS", columns)
+    row = {"checkpoint": "c", "hits": 181, "total": 200, "rate": 0.905, "ci95": [0.857, 0.938]}
+    left_out = {"too short": {"facts": 4, "first": ["a", "b" * 50, "c", "d"]}, "the same": {"facts": 1, "first": ["e"]}}
+    tables.print_scores(
+        [row | {"task": f"retention_{kind}", "left_out": left_out} for kind in tables.LABELS], Path("x")
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("181 of 200") == 4
+    assert f"c: 4 facts are left out: too short (a, {'b' * 37}..., c, ...)" in printed
+    assert "c: 1 fact is left out: the same (e)" in printed
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a system without /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["list", "suites"]])
+def test_an_output_that_is_full_is_one_line(words):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "retention_bench.cli", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: The disk is full")
+    assert done.stderr.count("\n") == 1
 
 
 def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):

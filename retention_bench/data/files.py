@@ -109,6 +109,8 @@ def find_file(path: Path | str, what: str = "file") -> Path:
     Raises:
         UsageError: There is none of that name, it is a folder, a pipe or a device, or no file can have such a name.
     """
+    if not str(path):
+        raise UsageError(f"There is no {what} without a name. Give its path.")
     shown = cut(str(path))
     try:
         found = Path(path).expanduser()
@@ -161,19 +163,21 @@ def read_lines(path: Path | str, what: str = "file") -> Iterator[tuple[int, str]
     return lines()
 
 
-def parse_json(text: str, place: str, *, halves: bool = False) -> Any:
+def parse_json(text: str, place: str, *, halves: bool = False, once: bool = False) -> Any:
     """A JSON value, as the standard has it: no NaN, no text that is half a character.
 
     Args:
         text: The JSON.
         place: Where it stands, for the error: a file, or a file and a line.
         halves: Half characters pass, for a caller that leaves out what `has_half` finds.
+        once: A key that stands twice in an object is an error; else the last one counts, as everywhere.
 
     Raises:
         RetentionBenchError: It is not JSON, or nested too deeply to be read.
     """
+    pairs = _once if once else None
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs)
         if not halves and ("\\ud" in text or "\\uD" in text):
             check_characters(value, place)
     except RecursionError as error:
@@ -312,6 +316,15 @@ def _decoded(data: bytes, place: str, line: int | None = None) -> str:
             f"{place}{at}: the byte 0x{data[error.start]:02x} is not UTF-8; the file may be Latin-1 or another "
             "encoding. Save it as UTF-8."
         ) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shortened(twice)} stands twice in an object")
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -5,6 +5,7 @@ A key stands once and is a text; anchors and aliases are for some settings in co
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ MOST_LEVELS = 50
 
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OLD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|.*:.*)")
 
 
 def read_yaml(path: Path | str, what: str = "YAML file") -> Any:
@@ -101,6 +104,11 @@ class _Loader(yaml.SafeLoader):
             raise _problem(f"{shortened(node.value)} is no {node.tag.rpartition(':')[2]}", node.start_mark) from error
         if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
             raise _problem("a text holds a NUL or half a character", node.start_mark)
+        if node.tag in _NUMBERS and _OLD_NUMBER.fullmatch(node.value):
+            # YAML 1.1 reads 010 as 8 and 1:30 as 90; later versions, and people, do not.
+            raise _problem(
+                f"{shortened(node.value)} is read as {value!r}; write that, or put it in quotes", node.start_mark
+            )
         if isinstance(value, int) and abs(value) > sys.maxsize:
             raise _problem("an integer is larger than any here may be", node.start_mark)
         return value

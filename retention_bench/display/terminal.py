@@ -11,6 +11,9 @@ from rich.text import Text
 
 from retention_bench.display.escape import plain
 
+LEAST = 80
+"""Columns that tables are made for. On a narrower terminal their lines are wrapped, and no figure is cut."""
+
 
 class Screen(Console):
     """A console on which texts are texts: nothing in one is markup, an emoji's name, or a control character.
@@ -20,6 +23,8 @@ class Screen(Console):
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+        if not stderr and self.width < LEAST:
+            self.width = LEAST
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Also of cells, titles and columns; before anything is measured."""

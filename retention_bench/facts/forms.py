@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, StringConstraints
 
-from retention_bench.data import checked
+from retention_bench.data import checked, shortened
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts.fact import MAX_TEXT, Fact
 
@@ -231,6 +231,8 @@ class Form:
             RetentionBenchError: It is not a record of this form; the field is named.
         """
         assert self.schema is not None
+        if not isinstance(record, Mapping):
+            raise RetentionBenchError(f"it: a record must be a JSON object, got {shortened(record)}.")
         try:
             return list(checked(self.schema, record, "it").drafts())
         except ValueError as error:

@@ -51,16 +51,20 @@ _WITHIN = frozenset(
 """Words that are written in lower case where a sentence does not begin with them."""
 
 
-def check_source(source: str) -> None:
-    """Refuse a source of paraphrases that there is not.
+def check_source(source: str, count: int = 0) -> None:
+    """Refuse a source of paraphrases that there is not, or that has fewer than `count` for any fact.
 
     Raises:
-        UsageError: It is none of `own`, `template` and `model:` with a name.
+        UsageError: It is none of `own`, `template` and `model:` with a name, or has too few.
     """
-    if source in _PICK or (source.startswith(MODEL) and source != MODEL):
-        return
-    error = unknown_name("paraphrase source", source, [*_PICK, f"{MODEL}NAME"])
-    raise UsageError(f"{error} NAME is an instruct model's folder or Hub id.")
+    if source not in _PICK and (not source.startswith(MODEL) or source == MODEL):
+        error = unknown_name("paraphrase source", source, [*_PICK, f"{MODEL}NAME"])
+        raise UsageError(f"{error} NAME is an instruct model's folder or Hub id.")
+    if source == "template" and count > len(OPENINGS):
+        raise UsageError(
+            f"The paraphrase source 'template' has {len(OPENINGS)} openings, and {count} paraphrases a fact were asked "
+            f"for. Ask for {len(OPENINGS)} at most, or give {MODEL}NAME for an instruct model that writes them."
+        )
 
 
 def augment(
@@ -95,7 +99,7 @@ def augment(
         UsageError: No such source, a negative count, or more than the source has for every fact.
         RetentionBenchError: A fact has too few, and is named; or the model cannot be loaded.
     """
-    check_source(source)
+    check_source(source, count)
     if count < 0:
         raise UsageError(f"{count} paraphrases a fact were asked for. Give 0 or more.")
     facts = list(facts)
@@ -147,11 +151,6 @@ def _own(fact: Fact, count: int, seed: int) -> tuple[str, ...]:
 
 def _template(fact: Fact, count: int, seed: int) -> tuple[str, ...]:
     """A fact's prompt behind openings, drawn in an order of the fact's own."""
-    if count > len(OPENINGS):
-        raise UsageError(
-            f"The paraphrase source 'template' has {len(OPENINGS)} openings, and {count} paraphrases a fact were asked "
-            f"for. Ask for {len(OPENINGS)} at most, or give {MODEL}NAME for an instruct model that writes them."
-        )
     drawn = random.Random(f"{seed} {fact.id}").sample(OPENINGS, len(OPENINGS))[:count]
     return tuple(opening + _behind(opening, fact.prompt) for opening in drawn)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from retention_bench.data import check_characters, parse_json, read_text, shorte
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.forms import FORMS, NO_TRUE, OWN, Draft, Form, find_form
-from retention_bench.facts.relations import Asked, name_relations, templates
+from retention_bench.facts.relations import Asked, known_templates, name_relations, templates
 
 MALFORMED = "not a record of this form"
 NO_SUBJECT = "the subject does not stand in the prompt"
@@ -122,7 +122,7 @@ def _local(source: Path | str) -> tuple[str, Iterator[Row]]:
     """What a row of a file is called, and the rows."""
     text = read_text(source, "facts file")
     if text.lstrip()[:1] == "[":
-        records = parse_json(text, f"{source}", halves=True)
+        records = parse_json(text, f"{source}", halves=True, once=True)
         return "record", ((number, _whole(record)) for number, record in enumerate(records, start=1))
     lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
     return "line", ((number, _parsed(line)) for number, line in lines)
@@ -130,7 +130,7 @@ def _local(source: Path | str) -> tuple[str, Iterator[Row]]:
 
 def _parsed(line: str) -> Any:
     try:
-        return parse_json(line, "it")
+        return parse_json(line, "it", once=True)
     except RetentionBenchError as error:
         return error
 
@@ -168,6 +168,25 @@ def _hub(source: str, revision: str | None, config: str | None) -> Iterator[Row]
             "`config` and `revision`, or give a local .json or .jsonl file."
         ) from error
     return iter(enumerate(records, start=1))
+
+
+def _names(drafts: Sequence[tuple[Draft, str]]) -> Mapping[str, str | None]:
+    """The relation of each template, where some of the drafts do not name theirs; else nothing.
+
+    A relation that is named in one row and recovered in another must not stand under two names, as it could then be on
+    both sides of the split: so what the rows name is known of their templates.
+    """
+    if all(draft.relation for draft, _ in drafts):
+        return {}
+    known = {template: set(ids) for template, ids in known_templates().items()}
+    for draft, template in drafts:
+        if draft.relation:
+            known.setdefault(template, set()).add(draft.relation)
+    asked = [
+        Asked(template, tuple(filter(None, (draft.target_true, draft.target_new))), draft.neighborhood)
+        for draft, template in drafts
+    ]
+    return name_relations(asked, {template: sorted(ids) for template, ids in known.items()})
 
 
 class _Reader:
@@ -209,7 +228,8 @@ class _Reader:
             raise self._error(number, f"{_what(record)}. A facts file has a JSON object a line")
         fields = shortened(record)
         if isinstance(record, Mapping):
-            fields = f"the fields {', '.join(key if key.isprintable() else repr(key) for key in sorted(record))}"
+            named = ", ".join(key if key.isprintable() else repr(key) for key in sorted(record))
+            fields = f"the fields {named or 'none'}"
             fields = fields if len(fields) <= 300 else f"{fields[:300]}..."
         known = "; ".join(f"{form.name}: {', '.join(form.fields)}" for form in FORMS)
         raise self._error(number, f"no form of facts has {fields}. The forms, and the fields that tell them: {known}")
@@ -250,18 +270,13 @@ class _Reader:
     def _facts(self, form: Form, drafts: list[tuple[int, str, Draft]]) -> tuple[list[Fact], int]:
         """Drafts that are facts, and how many of them have a recovered relation."""
         cuts = templates([(draft.prompt, draft.subject) for _, _, draft in drafts])
-        unnamed = [
-            Asked(cut[0], tuple(filter(None, (draft.target_true, draft.target_new))), draft.neighborhood)
-            for (_, _, draft), cut in zip(drafts, cuts, strict=True)
-            if cut and draft.relation is None
-        ]
-        names = name_relations(unnamed)
+        names = _names([(draft, cut[0]) for (_, _, draft), cut in zip(drafts, cuts, strict=True) if cut])
         facts: list[Fact] = []
         used: set[str] = set()
         told: set[tuple[object, ...]] = set()
         recovered = 0
         for (number, name, draft), cut in zip(drafts, cuts, strict=True):
-            relation = draft.relation or (names[cut[0]] if cut else None)
+            relation = (names.get(cut[0]) if cut else None) or draft.relation
             if cut is None:
                 self._drop(number, NO_SUBJECT)
             elif draft.target_true is None:

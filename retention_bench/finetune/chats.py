@@ -47,6 +47,9 @@ SECONDS = 5.0
 MEMORY = 2**31
 """Bytes that it may take."""
 
+ADDED = 1_000_000
+"""Characters that it may write besides a chat's own: what it writes is tokenised, which nothing can interrupt."""
+
 Messages = list[dict[str, str]]
 """A chat: `{"role": ..., "content": ...}` in order."""
 
@@ -216,6 +219,8 @@ def _render(tokenizer: Any, template: str, messages: Messages) -> Mapping[str, l
     try:
         with _harmless():  # first without tokens, which may take long of a long chat
             text = tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        if len(text) > ADDED + 2 * sum(len(message["content"]) for message in messages):
+            raise ValueError(f"{len(text):,} characters, far more than the chat has")
         with _steady():
             encoded: Mapping[str, list[int]] = tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True, **given

@@ -45,8 +45,8 @@ class Recipe:
     """
 
     source: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
-    config: str | None = None
+    revision: Annotated[str, Field(pattern=r"\S")] | None = None
+    config: Annotated[str, Field(pattern=r"\S")] | None = None
     batch_size: Count = 256
     micro_batch_size: Count = 8
     lr: Positive = 2e-5

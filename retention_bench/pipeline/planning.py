@@ -85,7 +85,7 @@ def plan(cell: Cell, store: Store) -> Plan:
     _check_trainable(model, freeze)
     if cell.adapter not in ADAPTERS:
         raise unknown_name("adapter", cell.adapter, ADAPTERS)
-    start = launcher(cell.accelerate_config, cell.device) if cell.accelerate_config else None
+    start = launcher(cell.accelerate_config, cell.device) if cell.accelerate_config is not None else None
     if start is None and cell.device != "cpu":
         check_one_gpu()
     if start and finetune.batch_size % start.processes:
@@ -129,8 +129,8 @@ def plan(cell: Cell, store: Store) -> Plan:
             seed=cell.seed,
         )
     paraphrases, source, writer = None, None, None
+    check_source(cell.paraphrase_source, cell.paraphrases)
     if cell.paraphrases:
-        check_source(cell.paraphrase_source)
         source, written, reads = cell.paraphrase_source, {}, []
         if source.startswith(MODEL):
             writer_name, writer = suite.model(source.removeprefix(MODEL))

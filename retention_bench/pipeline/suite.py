@@ -42,8 +42,16 @@ def _placed(path: str) -> str:
     return path
 
 
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it must not be empty")
+    return text
+
+
 Name = Annotated[str, pydantic.AfterValidator(_named)]
 Place = Annotated[str, pydantic.AfterValidator(_placed)]
+Filled = Annotated[str, pydantic.AfterValidator(_filled)]
+"""An empty revision would be the newest, whatever that is; an empty keyword is in every row."""
 Count = Annotated[int, pydantic.Field(strict=True, ge=1, le=2**31 - 1)]
 Facts = Annotated[int, pydantic.Field(strict=True, ge=1, le=MOST_FACTS)]
 
@@ -62,8 +70,8 @@ class Source(_Strict):
     """
 
     source: Place
-    revision: str | None = None
-    config: str | None = None
+    revision: Filled | None = None
+    config: Filled | None = None
 
 
 class FactsConfig(Source):
@@ -79,7 +87,7 @@ class FactsConfig(Source):
     margin: float = pydantic.Field(0.1, strict=True, ge=0, lt=1)
     edited: Facts = 50
     intrinsic: Facts = 100
-    keywords: dict[str, tuple[str, ...]] = {}
+    keywords: dict[str, tuple[Filled, ...]] = {}
 
 
 class StatisticsConfig(Source):
@@ -107,7 +115,7 @@ class ModelConfig(_Strict):
     """
 
     path: Place
-    revision: str | None = None
+    revision: Filled | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     editors: dict[Name, dict[str, Any]]
     finetunes: dict[Name, dict[str, Any]]
@@ -244,7 +252,8 @@ def _explain(error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = cut(".".join(str(part) for part in first["loc"] if part != "[key]"))
     if first["type"] != "extra_forbidden":
-        return f"{place}: {first['msg'].removeprefix('Value error, ')}, got {shortened(first['input'])}."
+        given = f"{place}: {first['msg'].removeprefix('Value error, ')}, got {shortened(first['input'])}."
+        return f"{given} {_hint(first['type'], first['input'])}".rstrip()
     parent: type[pydantic.BaseModel] = Suite
     for part in first["loc"][:-1]:
         parent = _PARTS.get(str(part), parent)
@@ -252,3 +261,12 @@ def _explain(error: pydantic.ValidationError) -> str:
     near = difflib.get_close_matches(given, _keys(parent), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown key {place!r}.{hint} Allowed here: {', '.join(_keys(parent))}."
+
+
+def _hint(error: str, given: Any) -> str:
+    """How YAML must be written to be read as what is wanted, where that may be all that is wrong."""
+    if error == "string_type" and isinstance(given, bool | int | float):
+        return "A text that looks like a number or like yes and no stands in quotes."
+    if error in ("int_type", "float_type") and isinstance(given, str):
+        return "A number stands without quotes, and has a point in front of its exponent, as in 2.0e-5."
+    return ""

@@ -34,6 +34,8 @@ MERGED_BOMB = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ('a: "x\\0y"', "a text holds a NUL or half a character"),
         ('a: "\\ud800"', "a text holds a NUL or half a character"),
         ("a: \x07", "unacceptable character #x0007"),
+        ("a: 010", "line 1: not valid YAML: '010' is read as 8; write that, or put it in quotes"),
+        ("a: 1:30", "'1:30' is read as 90; write that, or put it in quotes"),
         ("a: 10000000000000000000000000", "an integer is larger than any here may be"),
         (f"a: {'9' * 5000}", "is no int"),
         ("a: 0x_", "'0x_' is no int"),

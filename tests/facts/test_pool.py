@@ -213,8 +213,8 @@ REWRITE = ROME["requested_rewrite"]
         (ROME, ROME | {"case_id": 9, "paraphrase_prompts": [["x"]]}, "paraphrase_prompts.0: "),
         (ROME, ROME | {"case_id": "x" * 200_000}, "case_id: String should have at most 100000 characters"),
         (ROME, EASYEDIT, "requested_rewrite: Field required"),
-        (ROME, 5, "Input should be a valid dictionary"),
-        (ROME, None, "Input should be a valid dictionary"),
+        (ROME, 5, "a record must be a JSON object, got 5"),
+        (ROME, None, "a record must be a JSON object, got None"),
         (ROME, ROME | {"case_id": "\ud83d"}, "half a character"),
         (TRACING, TRACING | {"relation_suffix": " was"}, "do not make up the prompt"),
         (TRACING, without(TRACING, "target_false"), "target_false: Field required"),
@@ -242,6 +242,34 @@ def test_a_line_that_is_not_json_is_dropped_among_records_of_others(write, tmp_p
     pool = load_pool(path)
     assert [fact.id for fact in pool.facts] == ["7", "8"]
     assert "2: not a record of this form (the first: line 1: not JSON" in str(pool.rows)
+
+
+@pytest.mark.parametrize("layout", ["{}", "[{}]"])
+def test_a_key_that_stands_twice_is_no_fact(tmp_path, layout):
+    def said(record, key):
+        text = json.dumps(record)
+        path = tmp_path / "twice.json"
+        path.write_text(layout.replace("{}", f'{text[:-1]}, "{key}": "x"}}'))
+        with pytest.raises(RetentionBenchError) as caught:
+            load_pool(path)
+        return str(caught.value)
+
+    ours = Fact("a", "Salta", "r", "{} is in", "Argentina").to_json()
+    assert "the key 'target_true' stands twice in an object" in said(ours, "target_true")
+    assert "the key 'case_id' stands twice in an object" in said(ROME, "case_id")
+
+
+def test_a_relation_that_only_some_rows_name_has_one_name(write):
+    """Under two it could stand on both sides of the split."""
+    named = [ROME | {"case_id": n} for n in range(3)]
+    unnamed = [
+        r | {"case_id": n + 3, "requested_rewrite": without(REWRITE, "relation_id")} for n, r in enumerate(named)
+    ]
+    pool = load_pool(write([*named, *unnamed], ".json"))
+    assert {fact.relation for fact in pool.facts} == {"P103"}
+    assert (len(pool.facts), pool.rows.relations, pool.rows.recovered) == (6, 1, 3)
+    mine = [r | {"requested_rewrite": r["requested_rewrite"] | {"relation_id": "tongue"}} for r in named]
+    assert len({fact.relation for fact in load_pool(write([*mine, *unnamed], ".json")).facts}) == 1
 
 
 def test_an_id_that_was_used_before_is_dropped(write):

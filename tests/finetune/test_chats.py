@@ -3,6 +3,7 @@
 import datetime
 import random
 import resource
+import time
 
 import pytest
 from jinja2 import TemplateError
@@ -185,6 +186,14 @@ def test_a_template_that_fills_the_memory_is_refused(own, gpt2_tokenizer, code, 
     with pytest.raises(RetentionBenchError, match="refused by the chat template .*MemoryError"):
         prepare(own([PLAIN]), gpt2_tokenizer)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_template_that_writes_far_more_than_the_chat_is_refused_before_it_is_tokenised(own, gpt2_tokenizer):
+    gpt2_tokenizer.chat_template = "{{ 'a ' * 10**7 }}" + ANSWER
+    began = time.process_time()
+    with pytest.raises(RetentionBenchError, match="refused by the chat template .*far more than the chat has"):
+        prepare(own([PLAIN]), gpt2_tokenizer)
+    assert time.process_time() - began < 5
 
 
 def test_the_tokenizer_is_left_as_it_is(own, gpt2_tokenizer):
