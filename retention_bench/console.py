@@ -121,8 +121,8 @@ def print_plan(
     memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
     console.print(
         f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
-        f"{estimate['trainable']:,} of {estimate['parameters']:,} numbers and takes {memory} of memory, activations "
-        f"apart; the store grows by up to {disk}.",
+        f"{estimate['trainable']:,} of {estimate['parameters']:,} numbers at most and takes up to {memory} of memory, "
+        f"activations apart; the store grows by up to {disk}.",
         soft_wrap=True,
     )
     if data:

@@ -213,13 +213,16 @@ def judge_text(text: str, target: str) -> bool:
 
 
 def _content_words(text: str) -> Iterator[str]:
-    """The words of a text that are no stop words; an apostrophe begins a piece of its own, as in "It 's"."""
+    """The words of a text that are no stop words, whichever way its accents are written (NFC).
+
+    An apostrophe begins a piece of its own, as in "It 's".
+    """
     pieces = "".join(
         " '"
         if character in "'\N{RIGHT SINGLE QUOTATION MARK}"
         else character
         if is_content_character(character)
         else " "
-        for character in text
+        for character in unicodedata.normalize("NFC", text)
     ).split()
     return (piece.lstrip("'") for piece in pieces if not is_stop_text(piece))

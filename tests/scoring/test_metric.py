@@ -206,6 +206,7 @@ def test_stop_tokens_before_and_any_tokens_after_the_answer_change_nothing(
         ("", "Paris", False),
         (" 1984,", "1984", True),
         (" Par\N{REPLACEMENT CHARACTER}", "Par", False),
+        (" Perú", "Peru\N{COMBINING ACUTE ACCENT}", True),
     ],
 )
 def test_text_is_judged_by_its_first_content_word(text: str, target: str, hit: bool) -> None:
