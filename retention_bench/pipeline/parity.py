@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
@@ -82,6 +83,7 @@ def fresh_model(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from retention_bench.models.adapter import WEIGHTS, vocabulary
     from retention_bench.models.explain import without_bars
 
     folder = checkpoint.folder
@@ -108,6 +110,8 @@ def fresh_model(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
     if checkpoint.adapter:
         from peft import PeftModel
 
+        if rows := vocabulary(Path(checkpoint.adapter) / WEIGHTS, model):
+            model.resize_token_embeddings(rows)  # as lm-eval does
         model = PeftModel.from_pretrained(model, checkpoint.adapter)  # as it is, not merged
     model.tie_weights = lambda *_, **__: None  # lm-eval would tie a head that was trained apart
     return model.to(device).eval(), tokenizer
