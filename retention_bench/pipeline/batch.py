@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
 
-VERSION = 3
+VERSION = 4
 """Raised when what is computed changes, so that nothing of the old is taken for the new."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
