@@ -28,6 +28,11 @@ REPEATABLE = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "pissa
 The others change it at random, or by data that the adapter's folder doesn't have: pissa_niter_N, corda, loftq, lora_ga.
 """
 
+_WHOLE = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight")
+"""Ends of names under which peft keeps embeddings and heads that it saves whole."""
+
+_SAVED_TWICE = re.compile(r".*\.(modules_to_save|original_module)\.weight")
+_RANKED = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA")
 _MATCHED_WITHIN_S = 5.0
 _PLAIN = re.compile(r"[\w.\-]*")
 # In a process of its own, since nothing else can end Python's matching.
@@ -56,13 +61,14 @@ class AdapterConfig(pydantic.BaseModel):
         target_modules: Names, or a pattern.
         exclude_modules: The same.
         layers_pattern: The same.
+        layer_replication: Which layers are used several times.
     """
 
     model_config = pydantic.ConfigDict(extra="allow")
     peft_type: str
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    r: int | None = pydantic.Field(None, ge=1)
+    r: int | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = True
@@ -70,6 +76,7 @@ class AdapterConfig(pydantic.BaseModel):
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_pattern: str | list[str] | None = None
+    layer_replication: list[Any] | None = None
 
 
 def adapter_config(folder: Path) -> AdapterConfig:
@@ -102,6 +109,8 @@ def adapted(model: PreTrainedModel, folder: Path | str, *, allow_pickle: bool = 
         from peft import PeftModel
 
         torch.manual_seed(0)  # what an adapter's weights replace is drawn first
+        if rows := vocabulary(weights, model):
+            model.resize_token_embeddings(rows)
         whole: Any = PeftModel.from_pretrained(model, str(folder))
         if whole.active_peft_config.is_prompt_learning:
             raise RetentionBenchError(
@@ -109,16 +118,72 @@ def adapted(model: PreTrainedModel, folder: Path | str, *, allow_pickle: bool = 
                 "Only adapters that can be are scored."
             )
         loaded = whole.load_adapter(str(folder), "default")
-    if loaded.unexpected_keys or loaded.missing_keys:
-        name = sorted([*loaded.unexpected_keys, *loaded.missing_keys])[0]
+    parameters = dict(whole.named_parameters(remove_duplicate=False))
+    found = {id(tensor) for name, tensor in parameters.items() if name not in loaded.missing_keys}
+    # What several modules share, as VB-LoRA's bank of vectors, stands in the file once.
+    missing = [name for name in loaded.missing_keys if id(parameters.get(name)) not in found]
+    # Where tokens were added, peft writes what modules_to_save replaces, and what replaces it, a second time.
+    unexpected = [name for name in loaded.unexpected_keys if not (rows and _SAVED_TWICE.fullmatch(name))]
+    if unexpected or missing:
+        name = min([*unexpected, *missing])
         raise RetentionBenchError(
             f"{folder}: its file and its configuration do not agree on {name}, which peft would pass over without a "
             "word. Save the adapter again where it was trained, or correct its configuration."
         )
+    if not hasattr(whole.base_model, "merge_and_unload"):
+        raise RetentionBenchError(
+            f"{folder} is an adapter ({config.peft_type}) that peft cannot merge. Only those that it can are scored."
+        )
     with explained(str(folder), "adapter"):
+        _part_head(whole)
         merged: PreTrainedModel = whole.merge_and_unload()
     check_finite(merged, str(folder))
     return merged
+
+
+def vocabulary(weights: Path, model: PreTrainedModel) -> int | None:
+    """How many tokens the embeddings in an adapter's file have, where the model's have another number.
+
+    Tokens were added before it was trained; `AutoPeftModelForCausalLM` and lm-eval then resize the base as well.
+
+    Args:
+        weights: The adapter's file; of a pickle nothing is known.
+        model: The base model.
+
+    Raises:
+        RetentionBenchError: The model has a head of its own, and only one of the two is in the file.
+    """
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        return None
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    matrices = {id(part.weight) for part in parts}
+    names = {f"base_model.model.{name}" for name, one in model.named_modules() if any(one is part for part in parts)}
+    keys = {f"{name}{end}": name for name in names for end in _WHOLE}
+    with safe_open(weights, framework="pt") as file:
+        found = keys.keys() & set(file.keys())
+        shapes = {keys[key]: file.get_slice(key).get_shape() for key in sorted(found)}
+    whole = {name: shape[0] for name, shape in shapes.items() if shape}
+    ours = len(model.get_input_embeddings().get_parameter("weight"))
+    other = {rows for rows in whole.values() if rows != ours}
+    if not other:
+        return None
+    if len(other) > 1 or len(whole) < len(matrices):
+        raise RetentionBenchError(
+            f"{weights} has {max(other)} tokens in {', '.join(sorted(whole))}, the base model {ours}, and the other of "
+            "embeddings and head is not in the file. Merge it with merge_and_unload where it was trained."
+        )
+    return max(other)
+
+
+def _part_head(whole: Any) -> None:
+    """Give a head that is tied to the embeddings a copy of its own where an adapter changes one of them alone.
+
+    Training saw it so; merged into the tied matrix the adapter would change both.
+    """
+    head, embeddings = whole.get_output_embeddings(), whole.get_input_embeddings()
+    bases = [getattr(part, "base_layer", part) for part in (head, embeddings)]
+    if any(hasattr(part, "base_layer") for part in (head, embeddings)) and bases[0].weight is bases[1].weight:
+        bases[0].weight = torch.nn.Parameter(bases[0].weight.detach().clone())
 
 
 def _weights(folder: Path, allow_pickle: bool) -> Path:
@@ -143,6 +208,18 @@ def _check(folder: Path, config: AdapterConfig, weights: Path) -> None:
         raise RetentionBenchError(
             f"{folder} was initialised by {initial!r}, which changed the base model in a way that its files cannot "
             "repeat. Merge it with merge_and_unload where it was trained, and give the merged model."
+        )
+    if config.peft_type in _RANKED and config.r is not None and config.r < 1:
+        raise RetentionBenchError(f"{folder / CONFIG}: r is {config.r}, and a rank is 1 or more. Correct the file.")
+    if config.peft_type == "XLORA":
+        raise RetentionBenchError(
+            f"{folder} is an adapter that mixes others by the text (XLORA), and cannot be merged. Only adapters that "
+            "can be are scored."
+        )
+    if config.layer_replication:
+        raise RetentionBenchError(
+            f"{folder} uses layers several times (layer_replication), and peft merges all changes into the one. Give "
+            "an adapter without."
         )
     if config.alora_invocation_tokens:
         raise RetentionBenchError(

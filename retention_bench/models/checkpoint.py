@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.models.adapter import adapted, adapter_config
+from retention_bench.models.adapter import WEIGHTS, adapted, adapter_config
 from retention_bench.models.delta import WeightDelta
 from retention_bench.models.loading import empty_model, load_tokenizer, read_model, weight_files
 
@@ -79,16 +79,25 @@ class Checkpoint:
 
     def way(self) -> tuple[object, ...]:
         """How it is loaded: what is equal for two checkpoints whose files are read and put together alike."""
-        files = tuple(sorted({path.suffix for path in weight_files(Path(self.folder), allow_pickle=self.allow_pickle)}))
+        files = weight_files(Path(self.folder), allow_pickle=self.allow_pickle)
         beside = tuple(sorted(path.name for path in Path(self.folder).glob("*.index.json")))
-        delta = None
-        if self.delta is not None:
-            with safe_open(self.delta, framework="pt") as file:
-                delta = tuple(sorted({name.rpartition(":")[2] for name in file.keys()}))  # noqa: SIM118 - no mapping
+        parts: set[object] = {path.suffix for path in files}
+        for path in files:
+            parts |= _tensors(path)
+        delta = frozenset() if self.delta is None else {name.rpartition(":")[2] for name, _ in _tensors(self.delta)}
+        way = (frozenset(parts), beside, frozenset(delta))
         if self.adapter is None:
-            return files, beside, delta
+            return way
         fields = adapter_config(Path(self.adapter)).model_dump(exclude={"base_model_name_or_path", "revision"})
-        return files, beside, delta, repr(sorted(fields.items()))
+        return *way, repr(sorted(fields.items())), frozenset(_tensors(Path(self.adapter) / WEIGHTS))
+
+
+def _tensors(path: Path | str) -> set[tuple[str, str]]:
+    """Names and dtypes of what a safetensors file holds; nothing of another."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return {(name, file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 @dataclasses.dataclass(frozen=True)

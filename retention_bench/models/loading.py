@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from retention_bench.data import read_json
+from retention_bench.data import read_json, shortened
 from retention_bench.data.files import refuse_pointer
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models.explain import explained, reason, without_bars
@@ -35,10 +36,12 @@ _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "
 _READ = (*_TOKENIZERS, *_SETTINGS, "added_tokens.json", "merges.txt", "chat_template.jinja")
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# No model that anybody has made is deeper; building one of a billion layers would take for ever.
-_MOST_LAYERS = 10_000
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_DRAWING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# No model that anybody has made has more; what is made of each would take for ever, or all memory.
+_MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 1_000) | {"num_labels": 1_000_000}
+_WITHOUT_EFFECT = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("early_stopping", "length_penalty"),  # of beams
+)
 # What a downloaded model needs; nothing from folders within it.
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -105,8 +108,15 @@ def read_model(folder: Path, *, dtype: torch.dtype, allow_pickle: bool = False) 
             use_safetensors=files[0].name in _SAFE,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, since transformers' own error doesn't name them
         )
     model, report = loaded
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise RetentionBenchError(
+            f"{name} in {folder} has the shape {list(stored)}, and config.json asks for {list(wanted)}: they are not "
+            "of the same model. Save model, configuration and tokenizer together, with save_pretrained."
+        )
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])
         raise RetentionBenchError(
@@ -114,7 +124,7 @@ def read_model(folder: Path, *, dtype: torch.dtype, allow_pickle: bool = False) 
             "be random. Give a checkpoint of a causal language model, saved whole."
         )
     check_finite(model, str(folder))
-    _drop_drawing(model, str(folder))
+    _drop_without_effect(model, str(folder))
     return model
 
 
@@ -135,15 +145,9 @@ def load_config(path: Path | str, revision: str | None = None) -> PretrainedConf
             "transformers, call dequantize(), and save_pretrained them again."
         )
     family(str(settings.get("model_type")))
+    _check_counts(folder, settings)
     with explained(str(path)):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for name in _LAYERS:
-        count = settings.get(name)
-        if isinstance(count, int) and count > _MOST_LAYERS:
-            raise RetentionBenchError(
-                f"{folder / 'config.json'}: {name} is {count}, and at most {_MOST_LAYERS} are built. Correct it."
-            )
-    return config
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -167,6 +171,8 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """
     folder = local_folder(path, revision)
     _check_tokenizer(folder)
+    if (folder / "config.json").exists():  # which transformers reads too
+        _check_counts(folder, read_settings(folder))
     with explained(path, "tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -306,6 +312,20 @@ def _is_there(path: Path) -> bool:
     return os.path.lexists(path)  # a dangling link is a file that is broken, not one that isn't there
 
 
+def _check_counts(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a configuration that transformers would fill all memory with.
+
+    Raises:
+        RetentionBenchError: It asks for more of something than any model has.
+    """
+    for name, most in _MOST.items():
+        count = settings.get(name, 0)
+        if isinstance(count, (int, float)) and not 0 <= count <= most:
+            raise RetentionBenchError(
+                f"{folder / 'config.json'}: {name} is {shortened(count)}, and 0 to {most} are built. Correct it."
+            )
+
+
 def _check_size(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
     """Refuse a model that this machine cannot hold before anything is allocated.
 
@@ -313,7 +333,7 @@ def _check_size(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> N
         RetentionBenchError: It is larger than the memory, or cannot be made.
     """
     model = empty_model(config)
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    needed = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers())) * dtype.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise RetentionBenchError(
@@ -336,8 +356,8 @@ def _check_tokenizer(folder: Path) -> None:
                 read_json(folder / name, dict[str, Any], "model file")
 
 
-def _drop_drawing(model: Any, name: str) -> None:
-    """Drop generation settings that have no effect where nothing is drawn, for transformers refuses to save them.
+def _drop_without_effect(model: Any, name: str) -> None:
+    """Drop generation settings that have no effect without sampling or beams, for transformers refuses to save them.
 
     Llama 2 and Vicuna have a temperature without `do_sample`.
 
@@ -353,7 +373,7 @@ def _drop_drawing(model: Any, name: str) -> None:
         except ValueError:
             if config.do_sample:
                 raise
-            for setting in _DRAWING:
+            for setting in _WITHOUT_EFFECT:
                 if hasattr(config, setting):
                     setattr(config, setting, getattr(GenerationConfig(), setting))
             config.validate(strict=True)

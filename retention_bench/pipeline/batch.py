@@ -16,7 +16,7 @@ from retention_bench.data import read_json
 from retention_bench.engine_process import EngineError, EngineProcess
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
-from retention_bench.models.explain import explained, reason
+from retention_bench.models.explain import explained, reason, without_bars
 from retention_bench.models.loading import load_config, local_folder, read_settings
 from retention_bench.models.reference import Reference, fetch
 from retention_bench.pipeline.inputs import config_file, model_fingerprint
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
 
-VERSION = 3
+VERSION = 4
 """Raised when what is computed changes, so that nothing of the old is taken for the new."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -124,7 +124,7 @@ def score_checkpoints(
         if len(set(given)) < len(given):
             twice = next(name for name in given if given.count(name) > 1)
             raise UsageError(f"The {what} {twice!r} is given twice. Give each once.")
-    with exclusive(out, "score"):
+    with exclusive(out, "score"), without_bars():
         file = ScoreFile(out / "scores.jsonl")
         failed = {name: [file.add({"checkpoint": name, "error": reason})] for name, reason in unreadable.items()}
         found = _Batch(facts, file, options, announce, progress, process).run(references)
@@ -202,14 +202,16 @@ class _Batch:
             groups.setdefault(config, []).append(reference)
         return [reference for group in groups.values() for reference in group]
 
-    def _fail(self, reference: Reference, error: Exception) -> dict[str, Any]:
-        """Record why a checkpoint cannot be scored."""
+    def _fail(self, reference: Reference, error: BaseException, task: str | None = None) -> dict[str, Any]:
+        """Record why a checkpoint cannot be scored, or not on one task."""
         if isinstance(error, RetentionBenchError):
             text = str(error)
         elif isinstance(error, OSError):
             text = f"{reference.name} cannot be read ({error}). Check the files and their permissions."
         else:
             text = f"{reference.name} cannot be scored ({reason(error)})."
+        if task is not None:
+            return self.file.add({"checkpoint": reference.name, "task": task, "error": f"Task {task!r}: {text}"})
         return self.file.add({"checkpoint": reference.name, "error": text})
 
     def _find(self, reference: Reference) -> _Found | Exception:
@@ -268,7 +270,7 @@ class _Batch:
                     raise RetentionBenchError(
                         f"The files of {reference.name} changed while they were read. Run the same command again."
                     )
-                self._ask(found, missing)
+                failed = self._ask(found, missing)
         except Exception as error:
             failed = [self._fail(reference, error)]
             if isinstance(error, EngineError) or not isinstance(error, RetentionBenchError):
@@ -309,7 +311,10 @@ class _Batch:
         way = (found.architecture, found.checkpoint.way())
         if way not in self.passed:
             name = found.reference.name
-            self.passed[way] = check_parity(self.engine, name, found.checkpoint, self.asked, self.options)
+            options = self.options
+            self.passed[way] = check_parity(
+                self.engine, name, found.checkpoint, self.asked, backend=options.backend, device=options.device
+            )
         self.parity = self.passed[way]
 
     def _close(self) -> None:
@@ -317,7 +322,12 @@ class _Batch:
             self.engine.close()
         self.engine, self.architecture = None, ""
 
-    def _ask(self, found: _Found, tasks: Sequence[str]) -> None:
+    def _ask(self, found: _Found, tasks: Sequence[str]) -> list[dict[str, Any]]:
+        """Ask for the tasks that are missing.
+
+        Returns:
+            A line for each of lm-eval's tasks that failed; the others are asked all the same.
+        """
         from retention_bench.scoring import score_lm
 
         assert self.engine is not None
@@ -348,12 +358,20 @@ class _Batch:
             left_out = {why: {"facts": len(ids), "first": list(ids[:10])} for why, ids in self.left_out.items()}
             line = {**about(f"retention_{kind}"), **answered.to_json(), "left_out": left_out}
             self.file.add({**line, "seconds": share, "samples": own})
+        failed = []
         for task in self.options.also:
             if task in tasks:
                 began = time.monotonic()
-                metrics = self._general(task)
+                try:
+                    metrics = self._general(task)
+                except EngineError:
+                    raise
+                except (Exception, SystemExit) as error:  # a task brings code of its own
+                    failed.append(self._fail(found.reference, error, task))
+                    continue
                 seconds = round(time.monotonic() - began, 3)
                 self.file.add({**about(task), "metrics": metrics, "seconds": seconds})
+        return failed
 
     def _general(self, task: str) -> dict[str, float | None]:
         """What lm-eval finds on one of its own tasks; None for what is no number, as a perplexity of a broken model.
@@ -371,9 +389,15 @@ class _Batch:
             with explained(f"task {task!r}", "task"):
                 loaded = self.manager.load([task])
             found = evaluate(lm=self.engine.lm, task_dict=loaded, bootstrap_iters=0)
-        own = found["results"].get(task) or found["groups"][task]
-        numbers = {name: v for name, v in own.items() if isinstance(v, (int, float)) and name != "sample_len"}
+        own = found["results"].get(task) or found.get("groups", {}).get(task, {})
+        numbers = _numbers(own) or {  # of a tag, or a group without an aggregate
+            f"{part} {name}": v for part, values in found["results"].items() for name, v in _numbers(values).items()
+        }
         return {name: v if math.isfinite(v) else None for name, v in numbers.items()}
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    return {name: v for name, v in results.items() if isinstance(v, (int, float)) and name != "sample_len"}
 
 
 def _start(checkpoint: Checkpoint, options: Options, progress: Progress, process: EngineProcess | None) -> Engine:

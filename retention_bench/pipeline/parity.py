@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.errors import RetentionBenchError
@@ -12,7 +13,6 @@ from retention_bench.facts import FactSet
 
 if TYPE_CHECKING:
     from retention_bench.models import Checkpoint
-    from retention_bench.pipeline.batch import Options
     from retention_bench.scoring.engine import Engine
 
 PARITY_PROMPTS = 16
@@ -26,8 +26,21 @@ class MismatchError(RetentionBenchError):
     """The engine does not say what a fresh model says."""
 
 
-def check_parity(engine: Engine, name: str, checkpoint: Checkpoint, facts: FactSet, options: Options) -> dict[str, Any]:
+def check_parity(
+    engine: Engine, name: str, checkpoint: Checkpoint, facts: FactSet, *, backend: str, device: str
+) -> dict[str, Any]:
     """Ask a fresh model the same as the engine, with lm-eval's own code.
+
+    Args:
+        engine: Answers with the checkpoint.
+        name: What the checkpoint is called.
+        checkpoint: The checkpoint.
+        facts: What it can be asked.
+        backend: What the engine is, `"hf"` or `"vllm"`.
+        device: Where the engine's model is.
+
+    Returns:
+        How far apart the two are, as JSON values.
 
     Raises:
         MismatchError: Log-probabilities of targets differ by more than rounding explains; or, in float32, an answer
@@ -40,29 +53,29 @@ def check_parity(engine: Engine, name: str, checkpoint: Checkpoint, facts: FactS
 
     ours = score_lm(engine.lm, _few(facts, PARITY_PROMPTS), kinds=("edited", "intrinsic"))
     # On a GPU vLLM leaves no room for another model.
-    device = "cpu" if options.backend == "vllm" else options.device
-    model, tokenizer = fresh_model(checkpoint, device)
+    model, tokenizer = fresh_model(checkpoint, "cpu" if backend == "vllm" else device)
     with contained_lm_eval():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=PARITY_PROMPTS, softmax_dtype="float32")
         told = [Instance("loglikelihood", {}, (sample.prompt, f" {sample.target}"), 0) for sample in ours]
         theirs = [logprob for logprob, _ in lm.loglikelihood(told, disable_tqdm=True)]
         answers = [(("", ""), lm.tok_encode(sample.prompt), list(sample.token_ids)) for sample in ours]
         equal = [greedy for _, greedy in lm._loglikelihood_tokens(answers, disable_tqdm=True)]
-    tolerance = PARITY_TOLERANCE[options.dtype]
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    tolerance = PARITY_TOLERANCE[dtype]
     distance = [_distance(a.target_logprob, b) for a, b in zip(ours, theirs, strict=True)]
-    exact = options.dtype == "float32"
+    exact = dtype == "float32"
     wrong = [a.prompt for a, d in zip(ours, distance, strict=True) if d > tolerance]
     if wrong and (exact or statistics.median(distance) > tolerance):
         raise MismatchError(
             f"{name}: of {len(ours)} prompts {len(wrong)} get other log-probabilities from the "
-            f"{options.backend} engine than from a freshly loaded model, by up to {max(distance):.3g} nats, "
-            f"where {options.dtype} explains {tolerance:g}: {'; '.join(map(repr, wrong[:5]))}. "
+            f"{backend} engine than from a freshly loaded model, by up to {max(distance):.3g} nats, "
+            f"where {dtype} explains {tolerance:g}: {'; '.join(map(repr, wrong[:5]))}. "
             "Nothing it says of such a checkpoint can be trusted. Try --backend hf, or --dtype float32."
         )
     wrong = [a.prompt for a, same in zip(ours, equal, strict=True) if not same]
     if wrong and exact:
         raise MismatchError(
-            f"{name}: of {len(ours)} prompts {len(wrong)} get other answers from the {options.backend} "
+            f"{name}: of {len(ours)} prompts {len(wrong)} get other answers from the {backend} "
             f"engine than from a freshly loaded model: {'; '.join(map(repr, wrong[:5]))}. "
             "Nothing it says of such a checkpoint can be trusted. Try another --backend."
         )
@@ -82,6 +95,7 @@ def fresh_model(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from retention_bench.models.adapter import WEIGHTS, vocabulary
     from retention_bench.models.explain import without_bars
 
     folder = checkpoint.folder
@@ -108,6 +122,8 @@ def fresh_model(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
     if checkpoint.adapter:
         from peft import PeftModel
 
+        if rows := vocabulary(Path(checkpoint.adapter) / WEIGHTS, model):
+            model.resize_token_embeddings(rows)  # as lm-eval does
         model = PeftModel.from_pretrained(model, checkpoint.adapter)  # as it is, not merged
     model.tie_weights = lambda *_, **__: None  # lm-eval would tie a head that was trained apart
     return model.to(device).eval(), tokenizer

@@ -56,6 +56,7 @@ class RetentionHFLM(RetentionLM, HFLM):
             )
         self._progress = progress
         self.ends = end_tokens(getattr(model, "generation_config", None))
+        self.vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
         self.forget()
 
     def answer(self, prompts: Iterable[Prompt], first: FirstLogits | None = None) -> dict[Prompt, list[int]]:

@@ -43,6 +43,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "penalty_alpha": (0.0,),
     "watermarking_config": (),
     "stop_strings": ([],),
+    "token_healing": (False,),
+    "dola_layers": (),
+    "max_time": (),
 }
 
 
@@ -76,9 +79,11 @@ class RetentionLM(TemplateLM):
     Attributes:
         ends: Tokens that end an answer besides special ones: the model's end tokens, as its generation configuration
             has them.
+        vocabulary: How many tokens the model has embeddings for; None where that is not known.
     """
 
     ends: frozenset[int]
+    vocabulary: int | None = None
     _answers: dict[Prompt, list[int]]
     _logprobs: dict[tuple[str, str], tuple[float, bool]]
 
@@ -99,6 +104,7 @@ class RetentionLM(TemplateLM):
         for prompt, target in set(questions):
             prompts.add(self.prompt_ids(prompt))
             context, continuation = self._encode_pair(prompt, target)
+            self._check_known(target, continuation)
             if len(context) + len(continuation) < self.max_length:  # the rest is left to lm-eval's way, which cuts
                 targets[tuple(context), tuple(continuation)].append((prompt, target))
         self._answers, logprobs = self._ask(prompts, targets.keys())
@@ -152,7 +158,21 @@ class RetentionLM(TemplateLM):
                 f"(context {self.max_length}, {MAX_DECODED_TOKENS} kept for the answer). Leave the fact out, or use a "
                 "model with a longer context."
             )
+        self._check_known(prompt, ids)
         return ids
+
+    def _check_known(self, text: str, ids: Iterable[int]) -> None:
+        """Refuse tokens that the model has no embedding for; on a GPU they would end every model in the process.
+
+        Raises:
+            RetentionBenchError: The tokenizer is another model's.
+        """
+        largest = max(ids, default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise RetentionBenchError(
+                f"The tokenizer gives {text!r} the token {largest}, and the model knows {self.vocabulary}. Give it its "
+                "own tokenizer: put that into its folder, or give --tokenizer FOLDER."
+            )
 
     def goes_on(self, token: int) -> bool:
         """Whether decoding goes on past a token: a stop word's that does not end the answer."""

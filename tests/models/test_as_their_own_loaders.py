@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -169,8 +178,31 @@ def test_an_adapter_on_a_tied_head_and_on_embeddings(base, tmp_path):
     for number, target in enumerate([names[:1], names[1:], names]):
         config = lora(base, target_modules=target, fan_in_fan_out=False)
         adapter = make_adapter(base, tmp_path / str(number), config)
-        expected = PeftModel.from_pretrained(theirs(base), adapter).merge_and_unload().eval()
+        # As it was trained; peft's own merge puts the change of one into both.
+        expected = PeftModel.from_pretrained(theirs(base), adapter).eval()
         assert_as_theirs(Checkpoint(str(base), adapter=str(adapter)), expected)
+
+
+@pytest.mark.parametrize("added", [5, -20])
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_adapter_that_was_trained_with_another_vocabulary(base, tmp_path, added, saved):
+    model = theirs(base)
+    model.resize_token_embeddings(model.config.vocab_size + added)
+    name = "embed_tokens" if model.config.model_type == "llama" else "wte"
+    torch.manual_seed(5)
+    tuned = perturb(get_peft_model(model, lora(base, modules_to_save=[name, "lm_head"] if saved else None)))
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert_as_theirs(Checkpoint(str(base), adapter=str(tmp_path / "adapter")), tuned.eval())
+
+
+def test_an_adapter_with_half_of_another_vocabulary_is_refused(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter", lora(base))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.weight"] = torch.zeros(300, 32)
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    if json.loads((base / "config.json").read_text())["model_type"] == "llama":
+        with pytest.raises(RetentionBenchError, match="has 300 tokens in base_model.model.lm_head, the base model"):
+            Checkpoint(str(base), adapter=str(adapter)).load()
 
 
 def test_other_adapters_that_can_be_merged(base, tmp_path):
@@ -179,6 +211,13 @@ def test_other_adapters_that_can_be_merged(base, tmp_path):
     config = IA3Config(target_modules=linear, feedforward_modules=linear[1:], fan_in_fan_out=family == "gpt2")
     adapter = make_adapter(base, tmp_path / "ia3", config)
     assert_as_theirs(Checkpoint(str(base), adapter=str(adapter)), PeftModel.from_pretrained(theirs(base), adapter))
+    one = "q_proj" if family == "llama" else "attn.c_proj"
+    shared = VBLoRAConfig(target_modules=[one], num_vectors=8, vector_length=8, fan_in_fan_out=family == "gpt2")
+    adapter = make_adapter(base, tmp_path / "vblora", shared)  # its vectors stand in the file once, for all modules
+    assert_as_theirs(Checkpoint(str(base), adapter=str(adapter)), PeftModel.from_pretrained(theirs(base), adapter))
+    if family == "llama":  # a rank of 0 is one that the size of blocks gives
+        adapter = make_adapter(base, tmp_path / "oft", OFTConfig(target_modules=[one], oft_block_size=4, r=0))
+        assert_as_theirs(Checkpoint(str(base), adapter=str(adapter)), PeftModel.from_pretrained(theirs(base), adapter))
 
 
 def test_an_adapter_in_pickles_on_request_alone(base, tmp_path):
@@ -200,7 +239,9 @@ REFUSED = {
     "file-has-more": ({"layers_to_transform": [0]}, "do not agree on"),
     "file-has-less": ({"target_modules": "all-linear"}, "do not agree on|could not be loaded"),
     "rank": ({"r": 10**9}, "rank of 1000000000"),
-    "no-rank": ({"r": 0}, "r: Input should be greater than or equal to 1, got 0"),
+    "no-rank": ({"r": 0}, "r is 0, and a rank is 1 or more"),
+    "layers-twice": ({"layer_replication": [[0, 2], [0, 2]]}, "uses layers several times"),
+    "mixture": ({"peft_type": "XLORA", "adapters": {"0": "/somewhere"}}, "mixes others by the text"),
     "rank-of-text": ({"r": "many"}, "r: Input should be a valid integer"),
     "another-rank": ({"r": 2}, "could not be loaded"),
     "alpha-of-text": ({"lora_alpha": "big"}, "could not be loaded"),
@@ -227,6 +268,11 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(base, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(RetentionBenchError, match="PROMPT_TUNING.*cannot be merged"):
         Checkpoint(str(base), adapter=str(adapter)).load()
+    if json.loads((base / "config.json").read_text())["model_type"] == "llama":
+        config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+        adapter = make_adapter(base, tmp_path / "between", config)
+        with pytest.raises(RetentionBenchError, match="ADAPTION_PROMPT.*peft cannot merge"):
+            Checkpoint(str(base), adapter=str(adapter)).load()
 
 
 @pytest.mark.parametrize(
@@ -235,6 +281,7 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(base, tmp_path):
         {"temperature": 0.9, "top_p": 0.6},  # Llama 2, Vicuna
         {"temperature": 0.6, "top_p": 0.9, "do_sample": False},
         {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"early_stopping": True, "length_penalty": 2.0},
         {"eos_token_id": [0, 5]},
         {"repetition_penalty": 1.1},
     ],
@@ -252,7 +299,13 @@ def test_generation_settings_change_no_logits_and_can_be_saved(base, tmp_path, s
 
 
 CONFIGS = {
-    "layers": ({"num_hidden_layers": 10**10, "n_layer": 10**10}, "at most 10000 are built"),
+    "layers": ({"num_hidden_layers": 10**10, "n_layer": 10**10}, "and 0 to 1000 are built"),
+    "less-than-no-layers": ({"num_hidden_layers": -1, "n_layer": -1}, "is -1, and 0 to 1000 are built"),
+    "labels": ({"num_labels": 10**9}, "num_labels is 1000000000, and 0 to 1000000 are built"),
+    "another-width": (
+        {"vocab_size": 100},
+        r"weight in .* has the shape \[28\d, 32\], and config.json asks for \[100, 32\]",
+    ),
     "memory": ({"vocab_size": 10**12}, "this machine has"),
     "heads": ({"num_attention_heads": 0, "n_head": 0}, "could not be loaded"),
     "quantised": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "are quantised"),

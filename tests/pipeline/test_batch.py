@@ -163,7 +163,7 @@ def escaping_index(model):
 BREAKERS = {
     cut_off: "could not be loaded .*Safetensor",
     diverged: "transformer.h.1.ln_1.bias in .* not finite",
-    another_width: "could not be loaded .*mismatch",
+    another_width: "has the shape .* and config.json asks for",
     incomplete: "transformer.h.1.ln_1.bias among them",
     pickled: "only pickled weights.*--allow-pickle",
     no_tokenizer: "has no tokenizer",

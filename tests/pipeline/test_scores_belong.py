@@ -153,3 +153,30 @@ def test_a_head_that_was_trained_apart_is_scored_as_it_is_and_left_so(zoo, facts
     assert torch.equal(model.lm_head.weight, before)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert "tie_weights" not in vars(model)
+
+
+def test_a_task_whose_own_code_fails_leaves_the_others_their_scores(zoo, facts, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "code.py").write_text(
+        "import datasets\n"
+        "def rows(**_):\n    return {'test': datasets.Dataset.from_list([{'q': 'The sky', 'a': ' is'}])}\n"
+        "def fails(document, results):\n    raise KeyError('of the task')\n"
+        "def ends(document, results):\n    raise SystemExit(3)\n"
+    )
+    common = (
+        "custom_dataset: !function code.rows\ntest_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: '{{a}}'\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    for task, more in {"fails": "fails", "ends": "ends", "works": ""}.items():
+        judged = f"process_results: !function code.{more}\n" if more else "tag: [tagged]\n"
+        (tmp_path / "tasks" / f"{task}.yaml").write_text(f"task: {task}\n{judged}{common}")
+    asked = dataclasses.replace(
+        OPTIONS, also=("fails", "ends", "works", "tagged"), include_path=str(tmp_path / "tasks")
+    )
+    rows = score_checkpoints([Reference("one", str(zoo / "gpt2"))], facts, tmp_path / "out", asked)
+    errors = {row["task"]: row["error"] for row in rows if "error" in row}
+    assert errors.keys() == {"fails", "ends"}
+    assert errors["fails"] == "Task 'fails': one cannot be scored (KeyError: 'of the task')."
+    scored = {row["task"]: row for row in rows if "error" not in row}
+    assert scored.keys() == {"retention_intrinsic", "works", "tagged"}
+    assert scored["tagged"]["metrics"] == {"works acc,none": scored["works"]["metrics"]["acc,none"]}

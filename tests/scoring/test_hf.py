@@ -106,6 +106,14 @@ def test_a_prompt_without_room_for_an_answer_is_refused(loaded: Loaded) -> None:
         lm.generate_until(requests([fits]))
 
 
+def test_a_token_that_the_model_does_not_know_is_refused(loaded: Loaded) -> None:
+    lm = RetentionHFLM(*loaded)
+    assert lm.vocabulary == loaded[0].config.vocab_size
+    lm.vocabulary = max(lm.tok_encode("The sky is"))
+    with pytest.raises(RetentionBenchError, match="gives 'The sky is' the token .*own tokenizer"):
+        lm.generate_until(requests(["The sky is"]))
+
+
 def test_progress_counts_distinct_prompts(loaded: Loaded) -> None:
     seen: list[tuple[str, int, int]] = []
     lm = RetentionHFLM(
@@ -146,6 +154,8 @@ def test_an_answer_ends_at_every_end_token_of_the_model(loaded: Loaded, monkeypa
         ({"min_new_tokens": 3}, "min_new_tokens"),
         ({"num_beams": 4}, "num_beams"),
         ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
+        ({"token_healing": True}, "token_healing"),
+        ({"max_time": 0.001}, "max_time"),
         ({"repetition_penalty": 1.2, "eos_token_id": [1, 2], "temperature": 0.5}, None),
         ({}, None),
     ],
