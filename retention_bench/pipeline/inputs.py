@@ -122,7 +122,7 @@ def model_fingerprint(path: str, revision: str | None) -> dict[str, Any]:
     folder = Path(path)
     if os.path.isdir(folder):
         named = _model_files(folder)
-        if not any(p.suffix in (".safetensors", ".bin") for p in named):
+        if not any(p.suffix in (".safetensors", ".bin") or p.name.endswith(".index.json") for p in named):
             raise _no_model(path)
         return {"files": {p.name: _hash(p) for p in named}}
     return {"hub": path, "revision": config_file(path, revision).parent.name}

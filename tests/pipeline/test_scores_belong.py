@@ -1,12 +1,15 @@
 """A line of scores.jsonl answers for the content that it was scored of, and one bad checkpoint is nobody else's."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 from retention_bench.errors import UsageError
@@ -92,6 +95,13 @@ def test_a_trainers_checkpoint_without_tokenizer_takes_another_ones(zoo, facts, 
         score_checkpoints([reference], facts, tmp_path / "out", dataclasses.replace(OPTIONS, tokenizer="./nothing"))
 
 
+@pytest.fixture
+def own_tasks_alone(monkeypatch, tmp_path):
+    """Without lm-eval's own thousands of tasks, which take seconds to look through."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
 def own_task(folder, **change):
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text('{"q": "The red is"}\n')
@@ -110,8 +120,7 @@ def own_task(folder, **change):
     return dataclasses.replace(OPTIONS, also=("own",), include_path=str(folder))
 
 
-def test_a_perplexity_that_is_no_number_ends_nothing(zoo, facts, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_a_perplexity_that_is_no_number_ends_nothing(zoo, facts, tmp_path, own_tasks_alone):
     diverged = Path(shutil.copytree(zoo / "gpt2", tmp_path / "diverged"))
     weights = load_file(diverged / "model.safetensors")
     weights["transformer.ln_f.weight"] *= 1e25
@@ -124,8 +133,7 @@ def test_a_perplexity_that_is_no_number_ends_nothing(zoo, facts, tmp_path, monke
     assert metrics["gpt2"] > 1
 
 
-def test_a_task_of_ones_own_that_was_changed_is_asked_again(zoo, facts, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_a_task_of_ones_own_that_was_changed_is_asked_again(zoo, facts, tmp_path, own_tasks_alone):
     gpt2 = [Reference("gpt2", str(zoo / "gpt2"))]
 
     def asked(**change):
@@ -137,8 +145,7 @@ def test_a_task_of_ones_own_that_was_changed_is_asked_again(zoo, facts, tmp_path
     assert first == again
     other = asked(doc_to_target="{{q}} green")
     assert (other["key"], other["metrics"]) != (first["key"], first["metrics"])
-    assert asked() == dict(asked(), sha256=asked()["sha256"])
-    assert asked()["metrics"] == first["metrics"]
+    assert asked() == first
 
 
 def test_a_head_that_was_trained_apart_is_scored_as_it_is_and_left_so(zoo, facts):
@@ -155,7 +162,7 @@ def test_a_head_that_was_trained_apart_is_scored_as_it_is_and_left_so(zoo, facts
     assert "tie_weights" not in vars(model)
 
 
-def test_a_task_whose_own_code_fails_leaves_the_others_their_scores(zoo, facts, tmp_path):
+def test_a_task_whose_own_code_fails_leaves_the_others_their_scores(zoo, facts, tmp_path, own_tasks_alone):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "code.py").write_text(
         "import datasets\n"

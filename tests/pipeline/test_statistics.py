@@ -332,6 +332,7 @@ def test_what_can_be_known_is_known_before_the_model_is_loaded(request_, tmp_pat
     monkeypatch.setattr(module, "load", None)
     config = (Path(request_.model) / "config.json").read_text()
     (tmp_path / "config.json").write_text(config if changed is None else changed)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(RetentionBenchError, match=why):
         answer(dataclasses.replace(request_, model=str(tmp_path), **options), Store(tmp_path / "store"))
 
