@@ -35,7 +35,7 @@ def chats() -> list[dict[str, Any]]:
 
 def write(path: Path, rows: list[Any]) -> Path:
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 

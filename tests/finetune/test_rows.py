@@ -36,7 +36,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     lines = b'{"id": 1, "messages": [{"role": "user", "content": "\xc3\x84"}]}\n\n'
     lines += b'{"id": 2, "messages": [{"role": "user", "content": "b"}]}\n'
     (tmp_path / "a.jsonl").write_bytes(lines)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "messages": CELLS}), tmp_path / "a.parquet")
     for kind in ("jsonl", "jsonl.gz", "parquet"):
         assert read(tmp_path / f"a.{kind}") == CELLS
@@ -63,7 +63,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         ("a.json", b'[{"messages": []}', "a.json: not JSON"),
         ("a.jsonl", b"\n", "holds no rows"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is no gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"messages": []}\n')[:-9], "a.jsonl.gz is no gzip file, or is cut off"),
+        ("a.jsonl.gz", gzip.compress(b'{"messages": []}\n', mtime=0)[:-9], "a.jsonl.gz is no gzip file, or is cut off"),
         ("a.parquet", b"no parquet", "a.parquet is not a readable Parquet file"),
     ],
 )

@@ -90,7 +90,7 @@ def test_unusable_data_is_refused_before_anything_is_computed(suite, model, tmp_
     ("name", "data", "says"),
     [
         ("rows.jsonl", b'{"text": "Bogot\xe1"}\n', "line 1: the byte 0xe1 is not UTF-8"),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-4], "no gzip file, or is cut off"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-4], "no gzip file, or is cut off"),
         ("rows.parquet", b"PAR1 and no more PAR1", "not a readable Parquet file"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 10**5, "line 2: the JSON is nested too deeply"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": 3}\n', "line 2, column 'text': must be a text"),
