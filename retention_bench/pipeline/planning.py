@@ -40,7 +40,7 @@ VERSIONS = {
     "edit": 2,
     "unknown": 2,
     "finetune": 4,
-    "score": 4,
+    "score": 5,
     "results": 6,
 }
 
