@@ -54,6 +54,7 @@ def load_model(
     revision: str | None = None,
     allow_pickle: bool = False,
     tokenizer: str | None = None,
+    finite: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for editing, training or scoring, as transformers loads it.
 
@@ -67,6 +68,8 @@ def load_model(
         revision: The Hub revision.
         allow_pickle: Whether pickled weights may be read where there are no others.
         tokenizer: A folder or Hub id to take the tokenizer from; None for the model's own.
+        finite: Whether weights that are no numbers are refused. What a fine-tune that diverged has left is scored, and
+            marked as such.
 
     Returns:
         The model, in evaluation mode, and its tokenizer, padding on the right.
@@ -81,11 +84,11 @@ def load_model(
     weight_files(folder, allow_pickle=allow_pickle)
     if tokenizer is None:
         _check_tokenizer(folder)
-    model = read_model(folder, dtype=dtype, allow_pickle=allow_pickle)
+    model = read_model(folder, dtype=dtype, allow_pickle=allow_pickle, finite=finite)
     return model.to(device).eval(), load_tokenizer(tokenizer or str(folder))  # type: ignore[arg-type]
 
 
-def read_model(folder: Path, *, dtype: torch.dtype, allow_pickle: bool = False) -> PreTrainedModel:
+def read_model(folder: Path, *, dtype: torch.dtype, allow_pickle: bool = False, finite: bool = True) -> PreTrainedModel:
     """The model in a folder alone, on the CPU; else as `load_model`.
 
     Raises:
@@ -123,7 +126,8 @@ def read_model(folder: Path, *, dtype: torch.dtype, allow_pickle: bool = False) 
             f"The weights in {folder} lack {len(absent)} that the model needs, {absent[0]} among them, and those would "
             "be random. Give a checkpoint of a causal language model, saved whole."
         )
-    check_finite(model, str(folder))
+    if finite:
+        check_finite(model, str(folder))
     _drop_without_effect(model, str(folder))
     return model
 

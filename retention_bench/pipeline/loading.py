@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str, revision: str | None, *, dtype: str, device: str, allow_pickle: bool = False
+    path: str, revision: str | None, *, dtype: str, device: str, finite: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load_model` by the names that a suite uses, without the library's own bars and warnings.
 
@@ -19,7 +19,7 @@ def load(
         revision: The Hub revision.
         dtype: The name of a torch dtype.
         device: Where the model goes.
-        allow_pickle: As for `load_model`.
+        finite: As for `load_model`.
 
     Raises:
         RetentionBenchError: As `load_model`.
@@ -32,7 +32,7 @@ def load(
     # Our own progress says what is going on.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return load_model(path, device=device, dtype=getattr(torch, dtype), revision=revision, allow_pickle=allow_pickle)
+    return load_model(path, device=device, dtype=getattr(torch, dtype), revision=revision, finite=finite)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:

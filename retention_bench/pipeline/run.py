@@ -130,9 +130,9 @@ class _Bench:
         self.announce(stage.title, found is not None)
         return found or self.store.get(stage.name, stage.inputs, compute, stage.reads)
 
-    def _load(self, path: str, revision: str | None) -> tuple[Any, Any]:
+    def _load(self, path: str, revision: str | None, *, finite: bool = True) -> tuple[Any, Any]:
         # Training keeps the dtype; the recipes' mixed precision is the fine-tune's own affair.
-        return load(path, revision, dtype=self.plan.model.dtype, device=self.plan.cell.device)
+        return load(path, revision, dtype=self.plan.model.dtype, device=self.plan.cell.device, finite=finite)
 
     def base(self) -> tuple[Any, Any]:
         """The base model and its tokenizer, loaded once."""
@@ -438,7 +438,7 @@ class _Bench:
 
             with contextlib.ExitStack() as stack:
                 if tuned is not None:
-                    model, tokenizer = self._load(str(tuned / "model"), None)
+                    model, tokenizer = self._load(str(tuned / "model"), None, finite=False)
                 elif experiment is not None:
                     model, tokenizer = stack.enter_context(self.edited(experiment))
                 else:
@@ -506,5 +506,13 @@ class _Bench:
         for e in self.plan.experiments:
             with self.edited(e) as (model, tokenizer):
                 put(f"post_edit-{e.index}", self.group(e), model, tokenizer)
-            put(f"post_finetune-{e.index}", self.group(e), *self._load(str(self.tuned(e.finetune, e) / "model"), None))
-        put("control_finetune", self.group(None), *self._load(str(self.tuned(self.plan.control, None) / "model"), None))
+            put(
+                f"post_finetune-{e.index}",
+                self.group(e),
+                *self._load(str(self.tuned(e.finetune, e) / "model"), None, finite=False),
+            )
+        put(
+            "control_finetune",
+            self.group(None),
+            *self._load(str(self.tuned(self.plan.control, None) / "model"), None, finite=False),
+        )
