@@ -561,7 +561,7 @@ def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
 
 
 def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(places, monkeypatch):
-    from retention_bench.pipeline import batch
+    from retention_bench.scoring.checkpoints import batch
 
     record = {"ground_truth": "French", "target_new": "English", "subject": "Ann", "relation_id": "P103"}
     records = [record | {"prompt": f"The mother tongue{of} is"} for of in (" of Ann", "")]

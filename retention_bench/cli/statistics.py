@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from retention_bench.cli.options import PATH, Filled, Out, Positive, chosen_device, count, json_option
+from retention_bench.cli.options import PATH, Filled, Out, Positive, count, json_option
+from retention_bench.device import chosen_device
 from retention_bench.display import say, say_json
 
 
@@ -52,8 +53,8 @@ def statistics(**options: Any) -> None:
     cut off goes on where it was when it is started again.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench import console
-    from retention_bench.pipeline import Store, default_root
     from retention_bench.pipeline.statistics import Request, answer
+    from retention_bench.store import Store, default_root
 
     as_json, device = options.pop("as_json"), options.pop("device")
     request = Request(**options, device="" if options["inspect"] or options["merge"] else chosen_device(device))

@@ -18,19 +18,22 @@ from typing import Any
 import pydantic
 
 from retention_bench.data import checked, find_file, read_json, shortened
+from retention_bench.data.durable import file_sha256
 from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
-from retention_bench.pipeline.cell import Stage
-from retention_bench.pipeline.disk import disk_errors
-from retention_bench.pipeline.inputs import Input, config_file, model_inputs
+from retention_bench.pipeline.bench import Announce, Bench
+from retention_bench.pipeline.cell import model_of
 from retention_bench.pipeline.loading import load
-from retention_bench.pipeline.planning import VERSIONS, statistics_stage
 from retention_bench.pipeline.rows import Texts, is_local
-from retention_bench.pipeline.store import Store, file_sha256, versions
+from retention_bench.pipeline.stage import Rows
+from retention_bench.pipeline.stages.covariance import FILE, Covariance
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig
 from retention_bench.progress import Progress, silent
+from retention_bench.store import Entry, Store
+from retention_bench.store.disk import disk_errors
+from retention_bench.store.fingerprints import Input, config_file, source_fingerprint
+from retention_bench.store.store import versions
 
-FILE = "statistics.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST_GIB = 2**30
 
@@ -86,7 +89,7 @@ def answer(
     request: Request,
     store: Store,
     *,
-    announce: Callable[[str, bool], None] = lambda title, cached: None,
+    announce: Announce = lambda title, cached: None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Do what was asked.
@@ -124,84 +127,31 @@ def answer(
         texts = Texts(corpus.source, corpus.revision, corpus.config, COMPARED) if corpus else None
         files = _files(request.from_npz)
         _check_config(model, files)
-        file = import_npz(store, model, request.device, files, lambda: _load(model, request.device), texts)
+        file = import_npz(store, model, request.device, files, texts)
     else:
         model, corpus = _model(request), _corpus(request)
         layers, shard = _layers(request.layers), _shard(request.shard, request.samples)
         _check_config(model, layers, request.max_length)
-        stage = statistics_stage(model, request.device, corpus, layers, shard)
-        held = store.holds(stage.name, stage.inputs)
-        if request.dry_run:
-            place = store.root / stage.name / store.key(stage.name, stage.inputs) / FILE
-            return {"file": str(place), "in_store": held}
-        announce(stage.title, held)
         memory = int(request.memory * 2**30) if request.memory is not None else None
-        file = measure(store, stage, lambda: _load(model, request.device), corpus, memory=memory, progress=progress)
+        rows = Rows(corpus.source, source_fingerprint(corpus.source, corpus.revision), corpus.config, corpus.revision)
+        stage = Covariance.of(
+            model_of(model, request.device),
+            rows,
+            layers,
+            texts=corpus.texts,
+            max_length=corpus.max_length,
+            shard=shard,
+            memory=memory,
+        )
+        if request.dry_run:
+            return {"file": str(store.place(stage) / FILE), "in_store": store.holds(stage)}
+        file = stage.file(Bench(store, progress, announce))
     if request.out:
         from retention_bench.models import replacing
 
         with disk_errors("the file for --out", request.out.parent), replacing(request.out) as partial:
             shutil.copyfile(file, partial)
     return {"file": str(file), "in_store": True}
-
-
-def measure(
-    store: Store,
-    stage: Stage,
-    loader: Load,
-    corpus: StatisticsConfig,
-    *,
-    memory: int | None = None,
-    progress: Progress = silent,
-) -> Path:
-    """Measure key statistics, unless the store holds them; a run that was cut off goes on where it was.
-
-    Args:
-        store: The store.
-        stage: From `statistics_stage`.
-        loader: Gives the model and its tokenizer; called only where something is to be measured.
-        corpus: The texts, their source absolute; the same that the stage was made from.
-        memory: Bytes that the sums may take; see `collect_key_statistics`.
-        progress: Told the texts done.
-
-    Returns:
-        The file.
-
-    Raises:
-        UsageError: A layer that the model lacks, texts longer than its positions, or too little memory.
-        RetentionBenchError: The corpus cannot be read, or a key is not finite.
-    """
-    inputs = {name: value for name, value in stage.inputs.items() if name != "shard"}
-    shard = stage.inputs.get("shard")
-
-    def compute(folder: Path) -> None:
-        from retention_bench.editors import collect_key_statistics
-
-        texts = Texts(corpus.source, corpus.revision, corpus.config, corpus.texts)
-        # What is wrong with a file is found before hours of work are done, and before the model is loaded; of a data
-        # set of the Hub, whether there is one.
-        for _ in texts if is_local(corpus.source) else itertools.islice(texts, 1):
-            pass
-        model, tokenizer = loader()
-        index, count = shard or (0, 1)
-        # A file is passed round: where the corpus lay on one machine means nothing on another.
-        named = Path(corpus.source).name if Path(corpus.source).is_file() else corpus.source
-        collect_key_statistics(
-            model,
-            tokenizer,
-            texts,
-            stage.inputs["layers"],
-            max_length=corpus.max_length,
-            memory=memory,
-            shard=(index, count) if shard else None,
-            checkpoint=store.scratch(stage.name, stage.inputs) / "checkpoint.safetensors",
-            source=f"the first {corpus.texts} texts of {named}",
-            settings={"inputs": inputs, "versions": versions()},
-            total=-(-(corpus.texts - index) // count),
-            progress=progress,
-        ).save(folder / FILE)
-
-    return store.get(stage.name, stage.inputs, compute, stage.reads) / FILE
 
 
 def merge(store: Store, files: Sequence[Path]) -> Path:
@@ -233,7 +183,7 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
             "Give files that `retention-bench statistics` measured."
         )
     settings = checked(_Settings, measured.settings, f"{files[0]}, metadata, settings")
-    here = {"version": VERSIONS["statistics"], **versions()}
+    here = {"version": Covariance.version, **versions()}
     there = {"version": settings.inputs.version, **settings.versions}
     other = {name: (there.get(name), here[name]) for name in here if there.get(name) != here[name]}
     if other:
@@ -246,7 +196,7 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
     for name, found, wanted in (
         ("layers", sorted(merged.moments), inputs.layers),
         ("modules", [measured.modules.get(layer) for layer in inputs.layers], inputs.modules),
-        ("dtype", measured.dtype, inputs.dtype),
+        ("dtype", measured.dtype, inputs.model.dtype),
         ("max_length", measured.max_length, inputs.max_length),
         ("texts", measured.texts, min(measured.texts or 0, inputs.texts)),  # a corpus may have fewer
     ):
@@ -256,24 +206,30 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
                 "it anew."
             )
     given = dict(measured.settings["inputs"])
-    return store.get("statistics", given, lambda folder: merged.save(folder / FILE)) / FILE
+    return store.get(Entry(Covariance.name, given), lambda folder: merged.save(folder / FILE)) / FILE
+
+
+class _ModelInputs(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    fingerprint: dict[str, Any]
+    dtype: str
+    device: str
 
 
 class _Inputs(pydantic.BaseModel):
-    """What a measurement is filed under: the inputs of its stage, as `statistics_stage` makes them."""
+    """What a measurement is filed under: the inputs of its stage, as `Covariance` makes them."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
     version: int
-    model: dict[str, Any]
-    dtype: str
-    device: str
+    model: _ModelInputs
     corpus: dict[str, Any]
-    config: str | None
     texts: int
     max_length: int
     layers: list[int]
     modules: list[str]
+    shard: None
 
 
 class _Settings(pydantic.BaseModel):
@@ -283,9 +239,7 @@ class _Settings(pydantic.BaseModel):
     versions: dict[str, str]
 
 
-def import_npz(
-    store: Store, model: ModelConfig, device: str, files: Mapping[int, Path], loader: Load, corpus: Texts | None
-) -> Path:
+def import_npz(store: Store, model: ModelConfig, device: str, files: Mapping[int, Path], corpus: Texts | None) -> Path:
     """Import the covariance files of the reference editors' own code, checked against a model.
 
     Args:
@@ -293,7 +247,6 @@ def import_npz(
         model: The model that they belong to, its path absolute.
         device: `"cpu"` or `"cuda"`.
         files: The `.npz` file of each layer.
-        loader: Gives the model and its tokenizer.
         corpus: Text to compare on; None for a little English.
 
     Returns:
@@ -305,9 +258,10 @@ def import_npz(
     """
     files = {layer: find_file(path, ".npz file") for layer, path in files.items()}
     hashes = {str(layer): file_sha256(path) for layer, path in sorted(files.items())}
-    inputs = {"version": VERSIONS["statistics"], **model_inputs(model, device), "npz": hashes}
+    base = model_of(model, device)
+    inputs = {"version": Covariance.version, "model": base.fingerprint, "dtype": base.dtype, "device": device}
     reads = [Input(str(path), {"sha256": hashes[str(layer)]}) for layer, path in files.items()]
-    reads.append(Input(model.path, inputs["model"]))
+    entry = Entry(Covariance.name, {**inputs, "npz": hashes}, (*reads, base))
 
     def compute(folder: Path) -> None:
         from retention_bench.editors import KeyStatistics
@@ -315,10 +269,10 @@ def import_npz(
 
         texts = list(itertools.islice(corpus, COMPARED)) if corpus else SAMPLE
         found = KeyStatistics.from_npz(files, source=", ".join(path.name for path in files.values()))
-        loaded, tokenizer = loader()
+        loaded, tokenizer = _load(model, device)
         found.of_model(loaded, tokenizer, texts).save(folder / FILE)
 
-    return store.get("statistics", inputs, compute, reads) / FILE
+    return store.get(entry, compute) / FILE
 
 
 def inspect(path: Path) -> dict[str, Any]:

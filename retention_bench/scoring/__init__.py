@@ -19,26 +19,23 @@ from retention_bench.scoring.metric import (
     scorable,
 )
 from retention_bench.scoring.probe import Probe, Prober
-from retention_bench.scoring.score import Sample, score, score_lm
+from retention_bench.scoring.score import score, score_lm
 from retention_bench.scoring.stop_words import STOP_WORDS
-from retention_bench.scoring.tasks import KINDS, FactsTask, Kind, judge_document, load_documents, tasks_dir
+from retention_bench.scoring.tasks import FactsTask, judge_document, load_documents, tasks_dir
 from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
 
 __all__ = [
-    "KINDS",
     "MAX_DECODED_TOKENS",
     "STOP_WORDS",
     "DecodedText",
     "Engine",
     "FactsTask",
     "HFEngine",
-    "Kind",
     "LeftOut",
     "Probe",
     "Prober",
     "RetentionHFLM",
     "RetentionVLLM",
-    "Sample",
     "VLLMEngine",
     "Verdict",
     "contained_lm_eval",

@@ -21,7 +21,7 @@ from retention_bench.editors import EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import FactSet
 from retention_bench.pipeline import Cell, Store, aggregate, evaluate, load_suite, plan, run
-from retention_bench.pipeline.store import exclusive
+from retention_bench.store.output import exclusive
 
 
 def cell(suite, editor="alphaedit", model=None, seed=0, **settings):
@@ -348,7 +348,7 @@ def test_checkpoints_are_whole_models_with_their_facts(finished):
 
 
 def test_an_output_folder_in_use_is_refused_before_anything_runs(small_suite, tmp_path):
-    from retention_bench.pipeline.store import exclusive
+    from retention_bench.store.output import exclusive
 
     with exclusive(tmp_path / "out", "evaluate"), pytest.raises(RetentionBenchError, match="in use by another run"):
         evaluate(cell(small_suite), store=Store(tmp_path / "store"), out=tmp_path / "out")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline import Cell, Store, plan
-from retention_bench.pipeline.inputs import model_fingerprint, source_fingerprint
 from retention_bench.pipeline.suite import PACKAGED, load_suite, suite_names
+from retention_bench.store.fingerprints import model_fingerprint, source_fingerprint
 
 
 def changed(tmp_path, change):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from retention_bench.errors import UsageError
 from retention_bench.facts import FactSet
 from retention_bench.models.reference import Reference
-from retention_bench.pipeline.batch import Options, score_checkpoints
-from retention_bench.pipeline.scored import read
+from retention_bench.results.compare import read
+from retention_bench.scoring.checkpoints.batch import Options, score_checkpoints
 from retention_bench.scoring.hf import HFEngine
 
 OPTIONS = Options("hf", "float32", "cpu", ("intrinsic",))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import pydantic
+from typing import Any
 
 from retention_bench.analysis import about_fact, compare, rank
-from retention_bench.analysis.comparison import KINDS
-from retention_bench.data import checked, locate, read_json, read_jsonl
+from retention_bench.data import checked, locate, read_jsonl
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
-from retention_bench.pipeline.results import SCHEMA_VERSION, STAGES
-from retention_bench.pipeline.score_file import Sample, read_scores
+from retention_bench.results.schema import KINDS, STAGES, Sample, check_version
+from retention_bench.results.score_file import read_scores
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,7 @@ class Failed:
     error: str
 
 
-class _StageSample(Sample):
-    stage: Literal["base", "post_edit", "post_finetune", "control_finetune"]
-    experiment: int | None = pydantic.Field(ge=0)
-
-
-class _Results(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True)
-    schema_version: int
-
-
-def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Collection[str] = KINDS) -> dict[str, Any]:
     """Compare runs or scored checkpoints, every two of them, fact by fact.
 
     Args:
@@ -183,17 +170,11 @@ def _run(name: str, folder: Path, stage: str | None) -> Side:
             f"{folder} holds no finished run: results.json and samples.jsonl must be there. Give the folder that "
             "`evaluate` wrote."
         )
-    try:
-        version = read_json(results, _Results).schema_version
-    except RetentionBenchError as error:
-        raise RetentionBenchError(f"{error} These are not the results of a run; run `evaluate` again.") from error
-    if version != SCHEMA_VERSION:
-        raise RetentionBenchError(
-            f"{results} has schema_version {version!r}; this version reads {SCHEMA_VERSION}. Run `evaluate` again."
-        )
+    check_version(results)
     rows = []
     for number, row in read_jsonl(samples):
-        checked(_StageSample, row, f"{samples}, line {number}")
+        if checked(Sample, row, f"{samples}, line {number}").stage is None:
+            raise RetentionBenchError(f"{samples}, line {number}: a sample of a run has a stage. Run `evaluate` again.")
         if stage in (None, row["stage"]):
             rows.append(row)
     if not rows:

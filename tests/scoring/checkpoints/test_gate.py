@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from retention_bench.models import WeightDelta, checkpoint, load_model
 from retention_bench.models.reference import Reference
-from retention_bench.pipeline.batch import Options, score_checkpoints
+from retention_bench.scoring.checkpoints.batch import Options, score_checkpoints
 
 OPTIONS = Options("hf", "float32", "cpu", ("edited", "intrinsic"))
 
@@ -130,7 +130,7 @@ def test_the_gate_sees_a_checkpoint_that_is_put_together_otherwise(zoo, facts, t
 
 
 def test_the_gate_runs_once_for_every_way_of_loading(zoo, facts, tmp_path, monkeypatch):
-    from retention_bench.pipeline import batch
+    from retention_bench.scoring.checkpoints import batch
 
     asked = []
     check = batch.check_parity

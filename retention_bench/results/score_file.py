@@ -8,29 +8,23 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 
 from retention_bench.data import checked, find_file, locate, parse_json
-from retention_bench.errors import RetentionBenchError
-from retention_bench.pipeline.store import canonical
+from retention_bench.data.durable import canonical
+from retention_bench.errors import RetentionBenchError, unknown_name
+from retention_bench.results.schema import KINDS, Sample
 
 _FIRST = re.compile(rb'\{"checkpoint": "(\\.|[^"\\])*", "(key|task|error)": ')
 
 
-class Sample(pydantic.BaseModel):
-    """A question and its answer."""
-
-    model_config = pydantic.ConfigDict(strict=True)
-    kind: Literal["edited", "intrinsic", "paraphrase", "locality"]
-    fact_id: str
-    prompt: str
-    target: str
-    hit: bool
-    token_ids: list[int]
-    text: str
-    target_logprob: float | None
+def _ours(task: str) -> str:
+    tasks = {kind.task for kind in KINDS.values()}
+    if task not in tasks:
+        raise ValueError(str(unknown_name("task", task, tasks)).removesuffix("."))
+    return task
 
 
 class _Line(pydantic.BaseModel):
@@ -54,7 +48,7 @@ class _Metrics(_Line):
 
 class _Answers(_Line):
     key: str
-    task: Literal["retention_edited", "retention_intrinsic", "retention_paraphrase", "retention_locality"]
+    task: Annotated[str, pydantic.AfterValidator(_ours)]
     hits: int
     total: int
     rate: float | None

@@ -8,7 +8,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +17,18 @@ import pydantic
 from retention_bench.data import checked, find_file, shortened
 from retention_bench.data.yaml_files import read_yaml
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.tuning import Job
+from retention_bench.pipeline.stage import Stage, write_plan
 from retention_bench.progress import Progress
+from retention_bench.store import Input, Store
+from retention_bench.store.fingerprints import source_fingerprint
 
 _log = logging.getLogger("retention_bench")
 
-CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+CONFIGS = Path(__file__).parent.parent.parent / "accelerate_configs"
 
 
 class _Message(pydantic.BaseModel):
-    """A line that a worker says; see `pipeline.worker`."""
+    """A line that a worker says; see `worker`."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -57,12 +59,12 @@ class Launcher:
     """A checked configuration of `accelerate`.
 
     Attributes:
-        path: Its file.
+        file: Its file.
         content: What the file says.
         processes: How many processes it starts.
     """
 
-    path: Path
+    file: Input
     content: Mapping[str, Any]
     processes: int
 
@@ -70,10 +72,6 @@ class Launcher:
     def sharded(self) -> bool:
         """Whether weights, gradients and optimiser are spread over the processes."""
         return self.content["distributed_type"] == "FSDP"
-
-    def to_json(self) -> dict[str, Any]:
-        """What a result depends on: what the file says, and the number of processes."""
-        return {"content": dict(self.content), "processes": self.processes}
 
 
 def launcher(named: str, device: str) -> Launcher:
@@ -116,7 +114,7 @@ def launcher(named: str, device: str) -> Launcher:
             f"{path} starts {shortened(processes)} processes with --device {device}. Allowed: num_processes from 2; "
             "for one, leave --accelerate-config out. Without a GPU one process uses all cores."
         )
-    return Launcher(path, content, processes)
+    return Launcher(Input(str(path), source_fingerprint(str(path), None)), content, processes)
 
 
 def check_one_gpu() -> None:
@@ -151,44 +149,54 @@ def _check_fsdp(path: Path, settings: Mapping[str, Any], device: str) -> None:
             raise UsageError(f"{path}: {name} under fsdp_config is {given}. Allowed: {str(wanted).lower()}.")
 
 
-def launch(job: Job, folder: Path, start: Launcher, progress: Progress) -> None:
-    """`tune` in several processes; with half the micro-batch, from their last checkpoint, where memory runs out.
+def launch(
+    stage: Stage,
+    start: Launcher,
+    settings: Mapping[str, Any],
+    folder: Path,
+    work: Path,
+    store: Store,
+    progress: Progress,
+) -> None:
+    """Train in several processes; with half the micro-batch, from their last checkpoint, where memory runs out.
 
     Args:
-        job: The job.
-        folder: As for `tune`.
-        start: How to start them.
-        progress: As for `tune`.
+        stage: The fine-tune; the store holds all that it needs.
+        start: How to start the processes.
+        settings: The fine-tune's settings.
+        folder: Where the result goes.
+        work: A folder that outlives a kill.
+        store: The store.
+        progress: Told every step.
 
     Raises:
-        UsageError: As `tune`.
-        RetentionBenchError: As `tune`, or a process was ended from outside; what they printed last is quoted.
+        UsageError: As `Finetune.train`.
+        RetentionBenchError: As `Finetune.train`, or a process was ended from outside; what they printed last is quoted.
         RuntimeError: A process raised another error, whose traceback is quoted.
     """
-    share = max(1, job.settings["batch_size"] // start.processes)
-    micro_batch = min(share, job.settings["micro_batch_size"])
-    while not _finished(job, folder, start, progress):
+    batch_size: int = settings["batch_size"]
+    micro_batch = min(max(1, batch_size // start.processes), settings["micro_batch_size"])
+    write_plan(stage, work / "plan.json")
+    order = [str(work / "plan.json"), stage.key, str(store.root), str(folder), str(work)]
+    while not _finished([*order, str(micro_batch)], start, progress):
         if micro_batch == 1:
             raise RetentionBenchError(
-                f"A single row of up to {job.settings['max_length']} tokens does not fit the memory of a GPU. Lower "
+                f"A single row of up to {settings['max_length']} tokens does not fit the memory of a GPU. Lower "
                 "max_length, train an adapter, or spread the model over GPUs with --accelerate-config fsdp."
             )
-        micro_batch = next(n for n in range(micro_batch // 2, 0, -1) if job.settings["batch_size"] % n == 0)
-        job = dataclasses.replace(job, settings={**job.settings, "micro_batch_size": micro_batch})
+        micro_batch = next(n for n in range(micro_batch // 2, 0, -1) if batch_size % n == 0)
 
 
-def _finished(job: Job, folder: Path, start: Launcher, progress: Progress) -> bool:
-    """Start the processes and wait for them; False where memory ran out.
+def _finished(order: Sequence[str], start: Launcher, progress: Progress) -> bool:
+    """Start the processes with an order for `worker`, and wait for them; False where memory ran out.
 
     Raises:
         RetentionBenchError: As `launch`.
         RuntimeError: As `launch`.
     """
-    file = Path(job.work) / "job.json"
-    file.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(start.path), "--num_processes", str(start.processes)]
-    command += ["--module", "retention_bench.pipeline.worker", str(file), str(folder)]
+    command += ["--config_file", start.file.path, "--num_processes", str(start.processes)]
+    command += ["--module", "retention_bench.pipeline.distributed.worker", *order]
     said: list[dict[str, Any]] = []
     printed: collections.deque[str] = collections.deque(maxlen=60)  # torch alone says forty about a process that ended
     # The processes end when their standard input does: nothing is left running where this process is killed.

@@ -22,11 +22,11 @@ from retention_bench.engine_process import EngineError, resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Checkpoint, Reference, load_model, read_references
-from retention_bench.pipeline import batch
-from retention_bench.pipeline.batch import Options, score_checkpoints
-from retention_bench.pipeline.parity import fresh_model
-from retention_bench.pipeline.scored import read
+from retention_bench.results.compare import read
 from retention_bench.scoring import score
+from retention_bench.scoring.checkpoints import batch
+from retention_bench.scoring.checkpoints.batch import Options, score_checkpoints
+from retention_bench.scoring.checkpoints.parity import fresh_model
 
 COLOURS = ["red", "green", "blue"]
 OPTIONS = Options("hf", "float32", "cpu", ("edited", "intrinsic", "paraphrase"))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
-from retention_bench.pipeline.results import aggregate
-from retention_bench.pipeline.score_file import ScoreFile
-from retention_bench.pipeline.scored import compared, inspected, read
+from retention_bench.results import aggregate
+from retention_bench.results.compare import compared, inspected, read
+from retention_bench.results.score_file import ScoreFile
 
 FACTS = [Fact(f"f{i}", f"Town {i}", "state", "{} lies in", "Texas", "Utah" if i < 8 else None) for i in range(12)]
 
@@ -35,7 +35,7 @@ def write_run(folder, after):
     folder.mkdir()
     rows = stage_rows("post_edit", 8) + stage_rows("post_finetune", after)
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "results.json").write_text('{"schema_version": 1}')
+    (folder / "results.json").write_text('{"schema_version": 2}')
     FactSet.of(FACTS).write(folder / "facts.jsonl")
     return str(folder)
 

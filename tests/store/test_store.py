@@ -16,16 +16,10 @@ from hypothesis import strategies as st
 
 from retention_bench.data.durable import canonical, write_text
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.inputs import Input, model_fingerprint, source_fingerprint
-from retention_bench.pipeline.store import (
-    MARK,
-    Store,
-    check_output,
-    default_root,
-    exclusive,
-    manifest,
-    read_jsonl,
-)
+from retention_bench.store import Entry, Store, default_root
+from retention_bench.store.fingerprints import Input, model_fingerprint, source_fingerprint
+from retention_bench.store.output import MARK, check_output, exclusive
+from retention_bench.store.store import key_of, manifest, read_jsonl
 
 
 def write(text, count=None):
@@ -39,20 +33,19 @@ def write(text, count=None):
 
 def test_a_result_is_computed_once(tmp_path):
     store, count = Store(tmp_path), []
-    first = store.get("edit", {"a": 1}, write("x", count))
-    assert store.get("edit", {"a": 1}, write("y", count)) == first
+    first = store.get(Entry("edit", {"a": 1}), write("x", count))
+    assert store.get(Entry("edit", {"a": 1}), write("y", count)) == first
     assert (first / "out.txt").read_text() == "x"
     assert count == ["x"]
     assert manifest(first)["inputs"] == {"a": 1}
 
 
 def test_keys_depend_on_every_input_and_not_on_their_order(tmp_path):
-    store = Store(tmp_path)
     keys = {
-        store.key(*k) for k in [("edit", {"a": 1}), ("edit", {"a": 2}), ("score", {"a": 1}), ("edit", {"a": 1, "b": 0})]
+        Entry(*k).key for k in [("edit", {"a": 1}), ("edit", {"a": 2}), ("score", {"a": 1}), ("edit", {"a": 1, "b": 0})]
     }
     assert len(keys) == 4
-    assert store.key("edit", {"a": 1, "b": 2}) == store.key("edit", {"b": 2, "a": 1})
+    assert Entry("edit", {"a": 1, "b": 2}).key == Entry("edit", {"b": 2, "a": 1}).key
 
 
 def test_a_failed_stage_leaves_nothing_and_can_be_run_again(tmp_path):
@@ -63,9 +56,9 @@ def test_a_failed_stage_leaves_nothing_and_can_be_run_again(tmp_path):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        store.get("edit", {}, fail)
-    assert store.find("edit", {}) is None
-    folder = store.get("edit", {}, write("whole"))
+        store.get(Entry("edit", {}), fail)
+    assert store.find(Entry("edit", {})) is None
+    folder = store.get(Entry("edit", {}), write("whole"))
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "out.txt"]
 
 
@@ -73,18 +66,18 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path):
     script = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from retention_bench.pipeline.store import Store
+        from retention_bench.store import Entry, Store
 
         def compute(folder):
             (folder / "half.txt").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        Store(Path({str(tmp_path)!r})).get("edit", {{}}, compute)
+        Store(Path({str(tmp_path)!r})).get(Entry("edit", {{}}), compute)
     """)
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     store = Store(tmp_path)
-    assert store.find("edit", {}) is None
-    folder = store.get("edit", {}, write("whole"))
+    assert store.find(Entry("edit", {})) is None
+    folder = store.get(Entry("edit", {}), write("whole"))
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "out.txt"]
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -93,31 +86,31 @@ def test_scratch_survives_a_kill_and_an_error_and_goes_once_the_result_is_in(tmp
     script = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from retention_bench.pipeline.store import Store
+        from retention_bench.store import Entry, Store
 
         store = Store(Path({str(tmp_path)!r}))
 
         def compute(folder):
-            (store.scratch("fit", {{}}) / "step-1").write_text("kept")
+            (store.scratch(Entry("fit", {{}})) / "step-1").write_text("kept")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        store.get("fit", {{}}, compute)
+        store.get(Entry("fit", {{}}), compute)
     """)
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     store = Store(tmp_path)
 
     def fail(folder):
-        assert (store.scratch("fit", {}) / "step-1").read_text() == "kept"
+        assert (store.scratch(Entry("fit", {})) / "step-1").read_text() == "kept"
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        store.get("fit", {}, fail)
-    assert store.find("fit", {}) is None
+        store.get(Entry("fit", {}), fail)
+    assert store.find(Entry("fit", {})) is None
 
     def finish(folder):
-        (store.scratch("fit", {}) / "step-1").rename(folder / "out.txt")
+        (store.scratch(Entry("fit", {})) / "step-1").rename(folder / "out.txt")
 
-    assert (store.get("fit", {}, finish) / "out.txt").read_text() == "kept"
+    assert (store.get(Entry("fit", {}), finish) / "out.txt").read_text() == "kept"
     assert not list(tmp_path.rglob("*.work"))
 
 
@@ -132,17 +125,17 @@ def in_the_way(work):
 
 def test_what_stands_in_the_way_of_a_scratch_file_is_removed(tmp_path, caplog):
     store = Store(tmp_path / "store")
-    work = store.scratch("fit", {})
+    work = store.scratch(Entry("fit", {}))
     (work / "checkpoint-1").mkdir()
     (work / "probe-0.jsonl").write_text("kept")
     in_the_way(work)
-    assert store.scratch("fit", {}) == work
+    assert store.scratch(Entry("fit", {})) == work
     assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "probe-0.jsonl"]
     assert len(caplog.records) == 4
     elsewhere = tmp_path / "elsewhere"
     work.rename(elsewhere)
     work.symlink_to(elsewhere)
-    assert not list(store.scratch("fit", {}).iterdir())
+    assert not list(store.scratch(Entry("fit", {})).iterdir())
     assert len(list(elsewhere.iterdir())) == 2
 
 
@@ -160,18 +153,18 @@ def test_an_output_folder_has_one_run_at_a_time(tmp_path):
 def test_a_store_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RetentionBenchError, match="could not be written"):
-        Store(tmp_path / "file").get("edit", {}, write("x"))
+        Store(tmp_path / "file").get(Entry("edit", {}), write("x"))
 
 
 def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match=r"not UTF-8: .*data.*udcff.*Rename"):
-        Store(tmp_path).key("results", {"finetune": os.fsdecode(b"path:data\xff.jsonl")})
+        key_of("results", {"finetune": os.fsdecode(b"path:data\xff.jsonl")})
 
 
 def test_inputs_that_are_no_json_are_a_bug(tmp_path):
     with pytest.raises((TypeError, ValueError)):
-        Store(tmp_path).key("edit", {"x": float("nan")})
-    assert json.loads((Store(tmp_path).get("a", {}, write("x")) / "manifest.json").read_text())["stage"] == "a"
+        key_of("edit", {"x": float("nan")})
+    assert json.loads((Store(tmp_path).get(Entry("a", {}), write("x")) / "manifest.json").read_text())["stage"] == "a"
 
 
 @given(st.lists(st.text(), max_size=5))
@@ -198,7 +191,7 @@ def stored(root, text="whole"):
         (folder / "deep").mkdir()
         (folder / "deep" / "more.bin").write_bytes(bytes(range(200)))
 
-    return store, compute, store.get("edit", {"a": 1}, compute)
+    return store, compute, store.get(Entry("edit", {"a": 1}), compute)
 
 
 def flip(path):
@@ -234,9 +227,9 @@ DAMAGE = {
 def test_damage_is_said_set_aside_and_computed_again(tmp_path, caplog, file, damage):
     store, compute, folder = stored(tmp_path / "store")
     DAMAGE[damage](folder / file)
-    assert store.find("edit", {"a": 1}) is None
+    assert store.find(Entry("edit", {"a": 1})) is None
     assert not caplog.records  # who only looks says nothing
-    assert store.get("edit", {"a": 1}, compute) == folder
+    assert store.get(Entry("edit", {"a": 1}), compute) == folder
     [record] = caplog.records
     said = record.getMessage()
     assert f"edit {folder.name} is damaged: " in said
@@ -245,15 +238,15 @@ def test_damage_is_said_set_aside_and_computed_again(tmp_path, caplog, file, dam
     assert folder.with_name(f"{folder.name}.damaged-1").is_dir()
     assert (folder / "out.txt").read_text() == "whole"
     assert (folder / "deep" / "more.bin").read_bytes() == bytes(range(200))
-    assert store.find("edit", {"a": 1}) == folder
-    assert Store(tmp_path / "store").holds("edit", {"a": 1})
+    assert store.find(Entry("edit", {"a": 1})) == folder
+    assert Store(tmp_path / "store").holds(Entry("edit", {"a": 1}))
 
 
 def test_a_file_too_many_is_damage_too(tmp_path, caplog):
     store, compute, folder = stored(tmp_path)
     (folder / "deep" / "pytorch_model.bin").write_bytes(b"")
-    assert not store.holds("edit", {"a": 1})
-    store.get("edit", {"a": 1}, compute)
+    assert not store.holds(Entry("edit", {"a": 1}))
+    store.get(Entry("edit", {"a": 1}), compute)
     assert "deep/pytorch_model.bin does not belong there" in caplog.text
 
 
@@ -289,9 +282,9 @@ def sealed_by_hand(folder, **changes):
 def test_a_manifest_that_is_none_is_damage(tmp_path, caplog, make, says):
     store, compute, folder = stored(tmp_path)
     make(folder)
-    assert store.get("edit", {"a": 1}, compute) == folder
+    assert store.get(Entry("edit", {"a": 1}), compute) == folder
     assert says in caplog.text
-    assert store.find("edit", {"a": 1}) == folder
+    assert store.find(Entry("edit", {"a": 1})) == folder
 
 
 def pipe(path):
@@ -303,28 +296,28 @@ def pipe(path):
 def test_what_stands_in_the_way_of_a_stage_is_no_dead_end(tmp_path, make, ending):
     store = Store(tmp_path)
     (tmp_path / "edit").mkdir()
-    make(tmp_path / "edit" / f"{store.key('edit', {})}{ending}")
+    make(tmp_path / "edit" / f"{Entry('edit', {}).key}{ending}")
 
     def compute(folder):
-        store.scratch("edit", {}).joinpath("begun").touch()
+        store.scratch(Entry("edit", {})).joinpath("begun").touch()
         (folder / "out.txt").write_text("whole")
 
-    folder = store.get("edit", {}, compute)
+    folder = store.get(Entry("edit", {}), compute)
     assert (folder / "out.txt").read_text() == "whole"
-    assert store.find("edit", {}) == folder
+    assert store.find(Entry("edit", {})) == folder
 
 
 def test_a_file_in_place_of_all_results_of_a_stage_is_no_dead_end(tmp_path):
     (tmp_path / "edit").write_text("")
-    assert (Store(tmp_path).get("edit", {}, write("whole")) / "out.txt").read_text() == "whole"
+    assert (Store(tmp_path).get(Entry("edit", {}), write("whole")) / "out.txt").read_text() == "whole"
 
 
 def test_a_lock_that_is_a_folder_with_something_in_it_is_set_aside(tmp_path):
     store = Store(tmp_path)
-    lock = tmp_path / "edit" / f"{store.key('edit', {})}.lock"
+    lock = tmp_path / "edit" / f"{Entry('edit', {}).key}.lock"
     lock.mkdir(parents=True)
     (lock / "mine").write_text("kept")
-    store.get("edit", {}, write("whole"))
+    store.get(Entry("edit", {}), write("whole"))
     assert (lock.with_name(f"{lock.name}.damaged-1") / "mine").read_text() == "kept"
 
 
@@ -332,7 +325,7 @@ def test_few_damaged_folders_are_kept(tmp_path):
     store, compute, folder = stored(tmp_path)
     for number in range(4):
         (folder / "out.txt").write_text(str(number))
-        store.get("edit", {"a": 1}, compute)
+        store.get(Entry("edit", {"a": 1}), compute)
     kept = sorted(p.name.rpartition(".")[2] for p in folder.parent.glob("*.damaged-*"))
     assert kept == ["damaged-3", "damaged-4"]
     assert (folder.with_name(f"{folder.name}.damaged-4") / "out.txt").read_text() == "3"
@@ -344,13 +337,13 @@ def test_what_nobody_reads_is_no_reason_to_fail(tmp_path, monkeypatch, caplog):
 
     store, _, folder = stored(tmp_path)
     flip(folder / "out.txt")
-    monkeypatch.setattr("retention_bench.pipeline.store.set_aside", refuse)
-    store.inspect("edit", {"a": 1})
+    monkeypatch.setattr("retention_bench.store.store.set_aside", refuse)
+    store.inspect(Entry("edit", {"a": 1}))
     [said] = caplog.messages
     assert re.search("could not be looked after: .*Read-only.* The results do not need it", said)
     monkeypatch.undo()
     caplog.clear()
-    store.inspect("edit", {"a": 1})
+    store.inspect(Entry("edit", {"a": 1}))
     assert f"kept as {folder}.damaged-1" in caplog.text
 
 
@@ -358,23 +351,23 @@ def test_who_only_looks_writes_nothing(tmp_path):
     store, _, folder = stored(tmp_path)
     flip(folder / "out.txt")
     before = sorted(tmp_path.rglob("*"))
-    assert store.holds("edit", {"a": 1})  # of the same size: hashes are taken where it is read
-    assert store.find("edit", {"a": 1}) is None
-    assert not store.holds("edit", {"a": 2})
+    assert store.holds(Entry("edit", {"a": 1}))  # of the same size: hashes are taken where it is read
+    assert store.find(Entry("edit", {"a": 1})) is None
+    assert not store.holds(Entry("edit", {"a": 2}))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_file_is_hashed_once_in_a_process_and_again_where_it_was_written(tmp_path, monkeypatch):
     store, _, folder = stored(tmp_path)
     time.sleep(0.1)  # what was written just now may be written again within a tick of the clock
-    assert store.find("edit", {"a": 1})
+    assert store.find(Entry("edit", {"a": 1}))
     taken = []
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: taken.append(file.name) or digest(file, name))
-    assert store.find("edit", {"a": 1})
+    assert store.find(Entry("edit", {"a": 1}))
     assert taken == []
     flip(folder / "out.txt")
-    assert store.find("edit", {"a": 1}) is None
+    assert store.find(Entry("edit", {"a": 1})) is None
     assert taken == [str(folder / "out.txt")]
 
 
@@ -398,7 +391,7 @@ def test_a_stage_is_on_the_disk_before_it_is_finished(tmp_path, monkeypatch):
     assert {"out.txt", "more.bin", "deep", f"{folder.name}.partial"} <= set(before)
     assert any("manifest.json" in name for name in before)
     assert "edit" in after
-    assert store.find("edit", {"a": 1}) == folder
+    assert store.find(Entry("edit", {"a": 1})) == folder
 
 
 JSON = st.recursive(
@@ -429,8 +422,8 @@ def forge(data, folder, compute, store):
         whole = bytearray(path.read_bytes())
         whole[data % len(whole)] ^= 1 << data % 8
         path.write_bytes(bytes(whole))
-    assert store.get("edit", {"a": 1}, compute) == folder
-    assert store.find("edit", {"a": 1}) == folder
+    assert store.get(Entry("edit", {"a": 1}), compute) == folder
+    assert store.find(Entry("edit", {"a": 1})) == folder
     assert (folder / "out.txt").read_text() == "whole"
 
 
@@ -485,7 +478,7 @@ def test_a_stage_whose_inputs_changed_is_not_kept(tmp_path, given_files, change,
         do(tmp_path / file)
 
     def compute(folder):
-        store.scratch("finetune", {}).joinpath("checkpoint").touch()
+        store.scratch(Entry("finetune", {})).joinpath("checkpoint").touch()
         if when == "meanwhile":
             time.sleep(0.02)
             do(tmp_path / file)
@@ -493,16 +486,16 @@ def test_a_stage_whose_inputs_changed_is_not_kept(tmp_path, given_files, change,
 
     named = file.rpartition("/")[2]
     with pytest.raises(RetentionBenchError, match="was changed while the run went on") as caught:
-        store.get("finetune", {}, compute, given_files)
+        store.get(Entry("finetune", {}, given_files), compute)
     assert named in str(caught.value)
-    assert store.find("finetune", {}) is None
+    assert store.find(Entry("finetune", {})) is None
     assert not [p for p in (tmp_path / "store").rglob("*") if p.name in ("out.txt", "checkpoint")]
 
 
 def test_what_did_not_change_or_lies_on_the_hub_is_no_reason_to_stop(tmp_path, given_files):
     hub = Input("owner/name", {"hub": "owner/name", "revision": "0" * 40})
     (tmp_path / "rows.jsonl").write_text("one")  # again, before the stage
-    assert Store(tmp_path / "store").get("facts", {}, write("x"), [*given_files, hub])
+    assert Store(tmp_path / "store").get(Entry("facts", {}, (*given_files, hub)), write("x"))
 
 
 def test_a_long_process_notices_that_a_model_was_replaced(tmp_path, given_files):
@@ -537,13 +530,13 @@ def quotes(error, cause):
 )
 def test_a_full_disk_is_said_plainly_and_keeps_what_was_done(tmp_path, error):
     store = Store(tmp_path)
-    done = store.get("facts", {}, write("kept"))
+    done = store.get(Entry("facts", {}), write("kept"))
 
     def full(folder):
         raise error
 
     with pytest.raises(RetentionBenchError, match="The disk is full: the edit stage.*kept.*RETENTION_BENCH_STORE") as e:
-        store.get("edit", {}, full)
+        store.get(Entry("edit", {}), full)
     assert "\n" not in str(e.value)
     assert (done / "out.txt").read_text() == "kept"
 
@@ -554,7 +547,7 @@ def test_a_disk_that_is_full_while_a_stage_is_sealed_leaves_nothing(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RetentionBenchError, match="The disk is full"):
-        Store(tmp_path).get("edit", {}, write("x"))
+        Store(tmp_path).get(Entry("edit", {}), write("x"))
     assert [p.suffix for p in (tmp_path / "edit").iterdir()] == [".lock"]
 
 
@@ -563,7 +556,7 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (28x122)")
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        Store(tmp_path).get("edit", {}, fail)
+        Store(tmp_path).get(Entry("edit", {}), fail)
 
 
 LIMITED = """
@@ -572,7 +565,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from retention_bench.errors import RetentionBenchError
-from retention_bench.pipeline.store import Store
+from retention_bench.store import Entry, Store
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 big = {"a": torch.zeros(100_000)}
@@ -583,7 +576,7 @@ ways = {
 }
 for name, way in ways.items():
     try:
-        Store(Path(sys.argv[1])).get("edit", {"way": name}, way)
+        Store(Path(sys.argv[1])).get(Entry("edit", {"way": name}), way)
     except RetentionBenchError as error:
         print(name, str(error)[:17])
 """
@@ -604,11 +597,11 @@ def test_a_second_run_says_whom_it_waits_for_and_takes_the_result(tmp_path, capl
         go.wait(20)
         (folder / "out.txt").write_text("first")
 
-    first = threading.Thread(target=store.get, args=("edit", {}, slow))
+    first = threading.Thread(target=store.get, args=(Entry("edit", {}), slow))
     first.start()
     begun.wait(20)
     threading.Timer(0.3, go.set).start()
-    folder = Store(tmp_path).get("edit", {}, write("second"))
+    folder = Store(tmp_path).get(Entry("edit", {}), write("second"))
     first.join()
     assert (folder / "out.txt").read_text() == "first"
     [record] = caplog.records

@@ -13,9 +13,12 @@ from typing import Any
 from retention_bench.data.durable import file_sha256
 from retention_bench.data.files import refuse_pointer
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.suite import ModelConfig
 
 _MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".bin")
+
+
+OUTSIDE: Mapping[str, Any] = {"outside the key": True}
+"""Marks a field that no result depends on: where a file lies, what something is called for people."""
 
 
 class InputChangedError(RetentionBenchError):
@@ -27,11 +30,11 @@ class Input:
     """What a stage reads from outside the store, as it was planned.
 
     Attributes:
-        path: A file, a model's folder, or an id on the Hub.
+        path: A file, a model's folder, or an id on the Hub; not a part of any key.
         fingerprint: As `source_fingerprint` or `model_fingerprint` gave it.
     """
 
-    path: str
+    path: str = dataclasses.field(metadata=OUTSIDE)
     fingerprint: Mapping[str, Any]
 
     def check(self) -> tuple[tuple[int, ...], ...]:
@@ -83,15 +86,6 @@ def _changed(path: Path) -> InputChangedError:
         f"{path} was changed while the run went on, so it is not what the results would be kept under. Leave it alone "
         "and run the same command again: what had finished is kept, the rest is computed with the file as it is then."
     )
-
-
-def model_inputs(model: ModelConfig, device: str) -> dict[str, Any]:
-    """What a stage's key has of the model: its files, its dtype and where it runs.
-
-    Raises:
-        RetentionBenchError: The model's files are missing.
-    """
-    return {"model": model_fingerprint(model.path, model.revision), "dtype": model.dtype, "device": device}
 
 
 def source_fingerprint(source: str, revision: str | None) -> dict[str, Any]:

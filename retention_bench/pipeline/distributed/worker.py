@@ -1,8 +1,8 @@
 """One of the processes that `accelerate` starts for a fine-tune.
 
-Run as `python -m retention_bench.pipeline.worker JOB FOLDER`. What it has to say goes to standard output, a JSON object
-a line: `{"progress": [stage, done, total, figures]}`, `{"notice": text}`, `{"error": message, "usage": bool}`,
-`{"out_of_memory": true}` or `{"bug": traceback}`.
+Run as `python -m retention_bench.pipeline.distributed.worker PLAN KEY STORE FOLDER WORK MICRO_BATCH_SIZE`. What it has
+to say goes to standard output, a JSON object a line: `{"progress": [stage, done, total, figures]}`, `{"notice": text}`,
+`{"error": message, "usage": bool}`, `{"out_of_memory": true}` or `{"bug": traceback}`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.disk import disk_errors
-from retention_bench.pipeline.tuning import Job, tune
+from retention_bench.pipeline.bench import Bench
+from retention_bench.pipeline.stage import read_plan
+from retention_bench.pipeline.stages import STAGES, Finetune
 from retention_bench.progress import silent
+from retention_bench.store import Store
+from retention_bench.store.disk import disk_errors
 
 
-def main(job_file: str, folder: str) -> None:
+def main(plan: str, key: str, store: str, folder: str, work: str, micro_batch_size: str) -> None:
     """Take part in a fine-tune.
 
     Args:
-        job_file: A JSON file with a `Job`.
+        plan: The file of a plan that holds it.
+        key: The fine-tune's key.
+        store: The store's folder; it holds all that the fine-tune needs.
         folder: Where the result goes.
+        work: A folder that outlives a kill.
+        micro_batch_size: Rows in a forward pass.
     """
     import torch
     from accelerate import PartialState
@@ -38,12 +45,14 @@ def main(job_file: str, folder: str) -> None:
 
     logging.getLogger("retention_bench").addHandler(_Notices())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
+    stage = read_plan(Path(plan), STAGES)[key]
+    assert isinstance(stage, Finetune)  # nothing else is started in several processes
     # The process group, and this process's own GPU. The others wait as long while the first one writes a model.
-    PartialState(cpu=job.device == "cpu", timeout=datetime.timedelta(hours=1))
+    PartialState(cpu=stage.model.device == "cpu", timeout=datetime.timedelta(hours=1))
     try:
         with disk_errors("the finetune stage", Path(folder).parent):
-            tune(job, Path(folder), silent if processes.index() else _report)
+            bench = Bench(Store(Path(store)), silent if processes.index() else _report)
+            stage.train(Path(folder), Path(work), bench, int(micro_batch_size))
     except RetentionBenchError as error:
         _fail({"error": str(error), "usage": isinstance(error, UsageError)})
     except torch.OutOfMemoryError:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.score_file import ScoreFile, read_scores
+from retention_bench.results.score_file import ScoreFile, read_scores
 
 KINDS = ("edited", "intrinsic", "locality")
 
@@ -93,7 +93,7 @@ def test_a_folder_or_a_pipe_is_refused(tmp_path):
 
 
 def test_a_line_that_did_not_fit_the_disk_is_taken_back(path, monkeypatch):
-    from retention_bench.pipeline import score_file
+    from retention_bench.results import score_file
 
     before = path.read_bytes()
     file = ScoreFile(path)

@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from retention_bench.analysis import clustered, rate
 from retention_bench.data import read_json
+from retention_bench.data.durable import canonical, file_sha256
 from retention_bench.engine_process import EngineError, EngineProcess
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.models.explain import explained, reason, without_bars
 from retention_bench.models.loading import load_config, local_folder, read_settings
 from retention_bench.models.reference import Reference, fetch
-from retention_bench.pipeline.inputs import config_file, model_fingerprint
-from retention_bench.pipeline.parity import check_parity
-from retention_bench.pipeline.score_file import ScoreFile
-from retention_bench.pipeline.store import canonical, exclusive, file_sha256, versions
 from retention_bench.progress import Progress, silent
+from retention_bench.results.schema import KINDS
+from retention_bench.results.score_file import ScoreFile
+from retention_bench.scoring.checkpoints.parity import check_parity
+from retention_bench.store.fingerprints import config_file, model_fingerprint
+from retention_bench.store.output import exclusive
+from retention_bench.store.store import versions
 
 if TYPE_CHECKING:
     from retention_bench.models import Checkpoint
-    from retention_bench.scoring import Kind
     from retention_bench.scoring.engine import Engine
 
 VERSION = 4
@@ -56,7 +58,7 @@ class Options:
     backend: str
     dtype: str
     device: str
-    kinds: tuple[Kind, ...]
+    kinds: tuple[str, ...]
     also: tuple[str, ...] = ()
     include_path: str | None = None
     batch_size: int = 64
@@ -147,7 +149,7 @@ class _Batch:
 
         self.facts, self.file, self.options = facts, file, options
         self.announce, self.progress = announce, progress
-        self.tasks = [f"retention_{kind}" for kind in options.kinds if documents(facts, kind)] + list(options.also)
+        self.tasks = [KINDS[kind].task for kind in options.kinds if documents(facts, kind)] + list(options.also)
         if not self.tasks:
             raise UsageError(
                 f"The facts have no question of the kinds {', '.join(options.kinds)}. Edited facts have a target_new, "
@@ -345,7 +347,7 @@ class _Batch:
                 "task": task,
             }
 
-        kinds = [kind for kind in self.options.kinds if f"retention_{kind}" in tasks]
+        kinds = [kind for kind in self.options.kinds if KINDS[kind].task in tasks]
         began = time.monotonic()
         samples = [sample.to_json() for sample in score_lm(self.engine.lm, self.asked, kinds=kinds)] if kinds else []
         seconds = time.monotonic() - began
@@ -356,7 +358,7 @@ class _Batch:
                 answered = clustered(((s["fact_id"], s["hit"]) for s in own), "fact")
             share = round(seconds * len(own) / max(1, len(samples)), 3)
             left_out = {why: {"facts": len(ids), "first": list(ids[:10])} for why, ids in self.left_out.items()}
-            line = {**about(f"retention_{kind}"), **answered.to_json(), "left_out": left_out}
+            line = {**about(KINDS[kind].task), **answered.to_json(), "left_out": left_out}
             self.file.add({**line, "seconds": share, "samples": own})
         failed = []
         for task in self.options.also:
