@@ -11,8 +11,9 @@ import yaml
 from retention_bench.editors import make_editor
 from retention_bench.facts import token_text
 from retention_bench.finetune import make_finetune
-from retention_bench.pipeline import Cell, Store, evaluate, load_suite, plan
+from retention_bench.pipeline import Cell, evaluate, load_suite, plan
 from retention_bench.pipeline.suite import PACKAGED
+from retention_bench.store import Store
 
 SUITES = {"gpt2-xl": ("gpt2", 48), "llama3-8b": ("llama", 32)}
 TASKS = ("commoncrawl", "counterfact", "imdb", "tulu3")
@@ -137,4 +138,4 @@ def test_every_other_entry_can_be_planned(shrunk):
     suite = load_suite(str(path))
     for editor in next(iter(suite.models.values())).editors:
         for task in TASKS:
-            assert plan(Cell(suite, None, editor, task, 0, "cpu"), Store(path.parent / "store")).stages()
+            assert plan(Cell(suite, None, editor, task, 0, "cpu")).plan()

@@ -13,9 +13,10 @@ import yaml
 
 from retention_bench.editors import KeyStatistics
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline import Cell, Store, load_suite, plan
+from retention_bench.pipeline import Cell, load_suite, plan
 from retention_bench.pipeline import statistics as module
 from retention_bench.pipeline.statistics import Request, answer
+from retention_bench.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,15 @@ def measured(request_, tmp_path_factory):
 
 def test_evaluate_finds_what_was_measured(small_suite, measured):
     store, file = measured
-    stage = plan(Cell(load_suite(str(small_suite)), None, "alphaedit", "tulu3", 0, "cpu"), store).statistics
-    assert str(store.find(stage.name, stage.inputs) / "statistics.safetensors") == file
+    stage = (
+        plan(Cell(load_suite(str(small_suite)), None, "alphaedit", "tulu3", 0, "cpu")).experiments[0].edit.covariance
+    )
+    assert str(store.find(stage) / "covariance.safetensors") == file
 
 
 def test_the_key_names_the_projections(small_suite, tmp_path):
     cell = Cell(load_suite(str(small_suite)), "atlas-llama", "alphaedit", "tulu3", 0, "cpu")
-    assert plan(cell, Store(tmp_path)).statistics.inputs["modules"] == [
+    assert plan(cell).experiments[0].edit.covariance.inputs["modules"] == [
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
     ]
