@@ -130,16 +130,16 @@ def rank(sides: Mapping[str, Sequence[Row]], kinds: Collection[str]) -> dict[str
     return ranks
 
 
-def about_fact(fact: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def about_fact(fact: str, rows: Sequence[Row], kinds: Sequence[str]) -> list[dict[str, Any]]:
     """All answers to one fact's questions.
 
     Args:
         fact: Its id.
         rows: Samples, of any stages.
+        kinds: All kinds of question, in the order in which they are given out.
 
     Returns:
-        Its questions, in the order in which they are first met, as `{kind, prompt, target, answers}`; an answer is
-        what the sample has besides.
+        Its questions, by kind, as `{kind, prompt, target, answers}`; an answer is what the sample has besides.
     """
     of_question = ("kind", "prompt", "target")
     grouped: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -147,9 +147,8 @@ def about_fact(fact: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row["fact_id"] == fact:
             answer = {name: value for name, value in row.items() if name not in (*of_question, "fact_id")}
             grouped[tuple(row[name] for name in of_question)].append(answer)
-    return [
-        dict(zip(of_question, question, strict=True)) | {"answers": answers} for question, answers in grouped.items()
-    ]
+    ordered = sorted(grouped.items(), key=lambda item: kinds.index(item[0][0]))
+    return [dict(zip(of_question, question, strict=True)) | {"answers": answers} for question, answers in ordered]
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, Answers]:

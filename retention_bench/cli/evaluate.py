@@ -90,6 +90,13 @@ if TYPE_CHECKING:
 @click.option("--out", type=Out(folder=True), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=Out(folder=False),
+    metavar="FILE",
+    help="Write the stages to a file, for `retention-bench stage`, and compute nothing.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the stages that would run, and which are in the store already.")
 @json_option("the results")
 def evaluate(
@@ -108,6 +115,7 @@ def evaluate(
     out: Path | None,
     device: str,
     save_checkpoints: bool,
+    plan_file: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -121,6 +129,7 @@ def evaluate(
     from retention_bench.pipeline.folder import default_folder
     from retention_bench.pipeline.run import evaluate as run
     from retention_bench.pipeline.run import preview
+    from retention_bench.pipeline.stage import write_plan
     from retention_bench.store import Store, default_root
     from retention_bench.store.store import read_jsonl
 
@@ -145,6 +154,10 @@ def evaluate(
     out = out or default_folder(cell, planned)
     if probe_fact:
         _check_known(cell.suite, probe_fact)
+    if plan_file:
+        write_plan(planned, plan_file)
+        if not dry_run:
+            return
     if dry_run:
         found = preview(planned, store=store, out=out)
         if as_json:

@@ -109,7 +109,7 @@ def inspected(fact: str, names: Sequence[str]) -> dict[str, Any]:
             {
                 "name": side.name,
                 "fact": next((f.to_json() for f in side.facts or () if f.id == fact), None),
-                "questions": about_fact(fact, side.rows),
+                "questions": about_fact(fact, side.rows, tuple(KINDS)),
             }
             for side in sides
         ],

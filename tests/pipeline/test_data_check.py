@@ -75,7 +75,7 @@ def test_unusable_data_is_refused_before_anything_is_computed(suite, model, tmp_
     if template:
         (model / "chat_template.jinja").write_text(template)
     path = write(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr(run, "_Bench", lambda *given: pytest.fail("something was computed"))
+    monkeypatch.setattr(run, "Bench", lambda *given: pytest.fail("something was computed"))
     with pytest.raises(RetentionBenchError) as refused:
         evaluate(cell(suite, f"path:{path}"), store=Store(tmp_path / "store"), out=tmp_path / "out")
     assert says in str(refused.value)

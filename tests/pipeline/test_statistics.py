@@ -64,7 +64,7 @@ def test_what_the_store_holds_is_not_measured_again(request_, measured, monkeypa
         store,
         announce=lambda *a: announced.append(a),
     )
-    assert (found["file"], announced) == (file, [("key statistics", True)])
+    assert (found["file"], announced) == (file, [("covariance", True)])
     assert KeyStatistics.load(tmp_path / "a" / "s.safetensors").measured.texts == 200
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["s.safetensors"]
 
@@ -294,7 +294,7 @@ def test_what_can_be_no_second_moment_is_not_merged(merged_, moment, why):
         ({"inputs": {"modules": ["a", "b"]}}, "for the modules"),
         ({"inputs": {"max_length": 7}}, "for the max_length 7, and holds 128"),
         ({"inputs": {"texts": 3}}, "for the texts 3, and holds 200"),
-        ({"inputs": {"dtype": "float16"}}, "for the dtype float16, and holds float32"),
+        ({"inputs": {"dtype": "float16"}}, "inputs.dtype"),
         ({"dtype": "float16"}, "for the dtype float32, and holds float16"),
         ({"texts": None}, "for the texts"),
         ({"settings": {"inputs": []}}, "settings: inputs: .*got a list of 0"),
