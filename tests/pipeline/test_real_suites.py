@@ -124,7 +124,7 @@ def write_data(folder, model, tokenizer):
 def test_a_cell_runs_end_to_end(shrunk, tmp_path, editor, task):
     path, name = shrunk
     cell = Cell(load_suite(str(path)), None, editor, task, 0, "cpu")
-    results = evaluate(cell, store=Store(path.parent / "store"), out=tmp_path)
+    results = evaluate(cell, store=Store(path.parent / "store"), out=tmp_path).to_dict()
     assert (results["suite"], results["editor"], results["finetune"]) == (name, editor, task)
     assert results["stages"]["base"]["intrinsic"]["rate"] == 1.0
     log = results["control"]["finetune_log"]
