@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.facts.written import write_paraphrases
+from retention_bench.facts.llm_paraphrases import write_paraphrases
 from retention_bench.progress import Progress, silent
 
 MODEL = "model:"

@@ -11,7 +11,7 @@ from typing import Any
 from retention_bench.data import check_characters, parse_json, read_text, shortened
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.facts.forms import FORMS, NO_TRUE, OWN, Draft, Form, find_form
+from retention_bench.facts.counterfact_formats import FORMS, NO_TRUE, OWN, Draft, Form, find_form
 from retention_bench.facts.relations import Asked, known_templates, name_relations, templates
 
 MALFORMED = "not a record of this form"

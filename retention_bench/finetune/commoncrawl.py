@@ -11,7 +11,7 @@ import pydantic
 from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.forms import TEXT, Sample
+from retention_bench.finetune.dataset_formats import TEXT, Sample
 from retention_bench.finetune.sampling import draw, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Positive, Settings, check_sampled_validation
 from retention_bench.finetune.texts import check_tokenizer, encode_text

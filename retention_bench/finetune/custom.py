@@ -12,7 +12,7 @@ from pydantic import Field
 from retention_bench.finetune.base import DataCheck, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.forms import FORMS, Form, encoder, labelled
+from retention_bench.finetune.dataset_formats import FORMS, Form, encoder, labelled
 from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import (
     Count,

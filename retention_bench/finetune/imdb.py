@@ -10,7 +10,7 @@ import pydantic
 from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped, Unusable
-from retention_bench.finetune.forms import Sample, encoder, labelled
+from retention_bench.finetune.dataset_formats import Sample, encoder, labelled
 from retention_bench.finetune.rows import is_local
 from retention_bench.finetune.sampling import draw, look, samples, words
 from retention_bench.finetune.settings import Count, Positive, Recipe, Size, check_share, check_steps

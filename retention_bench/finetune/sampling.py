@@ -10,7 +10,7 @@ from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune.base import DataCheck, Example
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped, Unusable, described
-from retention_bench.finetune.forms import Form, Sample, encoder, find_form
+from retention_bench.finetune.dataset_formats import Form, Sample, encoder, find_form
 from retention_bench.finetune.rows import Origin, column_names, first_rows, is_local, shuffled_rows, unreachable
 from retention_bench.finetune.settings import Recipe
 

@@ -11,7 +11,7 @@ from retention_bench.finetune.base import DataCheck, Metric, TuningContext, Tuni
 from retention_bench.finetune.chats import chat_template
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.forms import CHATS, encoder
+from retention_bench.finetune.dataset_formats import CHATS, encoder
 from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Count, Settings, check_sampled_validation
 

@@ -4,7 +4,7 @@ The metric is the paper's: greedy decoding past stop words, and a hit if the fir
 first token. `score` runs it on a loaded model, the task files in `tasks_dir()` run it under plain `lm_eval`.
 """
 
-from retention_bench.scoring.contained import contained_lm_eval
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.engine import Engine
 from retention_bench.scoring.hf import HFEngine, RetentionHFLM
 from retention_bench.scoring.metric import (
@@ -41,7 +41,7 @@ __all__ = [
     "Sample",
     "VLLMEngine",
     "Verdict",
-    "contained_lm_eval",
+    "quiet_lm_eval",
     "describe_left_out",
     "is_stop_token",
     "judge_document",

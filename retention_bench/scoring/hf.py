@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.models import Checkpoint
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.contained import contained_lm_eval
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS
 from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt, Row, rows
@@ -47,7 +47,7 @@ class RetentionHFLM(RetentionLM, HFLM):
             batch_size: Prompts a forward pass at most, each with its target; 512 tokens at most.
             progress: Told how many prompts are decoded.
         """
-        with contained_lm_eval(), _left_untied(model):
+        with quiet_lm_eval(), _left_untied(model):
             super().__init__(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.facts import FactSet
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.contained import contained_lm_eval
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import describe_left_out, scorable
 from retention_bench.scoring.model import RetentionLM
@@ -120,7 +120,7 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
         return []
     if isinstance(lm, RetentionLM):
         lm.prefetch((row["prompt"], f" {row['target']}") for kind in asked for row in documents(facts, kind))
-    with contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
+    with quiet_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         facts.write(path)
         manager = TaskManager(

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet, augment, unseen, written
 from retention_bench.facts.paraphrases import OPENINGS
-from retention_bench.facts.written import usable_prompts
+from retention_bench.facts.llm_paraphrases import usable_prompts
 
 SALTA = Fact(
     "salta",

@@ -12,7 +12,7 @@ import lm_eval.api.task
 
 
 @contextlib.contextmanager
-def contained_lm_eval() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """Keep lm-eval from writing to the terminal, errors apart, and from advancing Python's random generator."""
     logger = logging.getLogger("lm_eval")
     level, bar, state = logger.level, lm_eval.api.task.tqdm, random.getstate()
