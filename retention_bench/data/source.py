@@ -224,7 +224,7 @@ class Source:
             path = self._path()
             wanted = _wanted(str(self), _parquet_columns(path), required, optional)
             batches = list(_batches(path, wanted))
-            dataset = _dataset(batches) if batches else ()
+            dataset = _dataset(path, batches) if batches else ()
         else:
             dataset = self._load(streaming=False)
             dataset = dataset.select_columns(_wanted(str(self), dataset.column_names, required, optional))
@@ -312,10 +312,15 @@ class Source:
         elif self.is_parquet:
             path, before = self._path(), 0
             for batch in _batches(path, _wanted(str(self), _parquet_columns(path), required, optional)):
-                rows = Table(self, _dataset([batch]), _places(before))
-                for index in range(len(rows)):
-                    yield rows.place(index), rows.get(index), False
-                before += len(rows)
+                dataset = _dataset(path, [batch])
+                cells: Iterable[Mapping[str, Any] | RowError]
+                try:
+                    cells = list(dataset)
+                except (ValueError, OSError):  # of one row alone: which, and what of it, `Table` says
+                    cells = map(Table(self, dataset, _places(before)).get, range(batch.num_rows))
+                for index, row in enumerate(cells, start=before):
+                    yield _row_place(index), row, False
+                before += batch.num_rows
         elif (path := self._path()).name.endswith(_CSV):
             yield from ((place, cells, False) for place, cells in _csv_rows(self, path))
         else:
@@ -482,12 +487,13 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             yield batch
 
 
-def _dataset(batches: Iterable[Any]) -> Any:
+def _dataset(path: Path, batches: Iterable[Any]) -> Any:
     """Batches as rows of `datasets`, which knows how it writes what Parquet has no type for."""
     import datasets
     import pyarrow
 
-    return datasets.Dataset(pyarrow.Table.from_batches(batches))
+    with _readable(path):
+        return datasets.Dataset(pyarrow.Table.from_batches(batches))
 
 
 @contextlib.contextmanager
