@@ -1,4 +1,4 @@
-"""Files that others wrote, read at one boundary."""
+"""Reading files and data sets that others wrote, in one place."""
 
 from retention_bench.data.files import (
     check_characters,

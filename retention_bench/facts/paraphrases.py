@@ -1,4 +1,4 @@
-"""More prompts for a fact, to edit it with: its own paraphrases, other words before its prompt, or a model's."""
+"""More prompts to edit a fact with: its own paraphrases, its prompt behind an opening, or a model's paraphrases."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def augment(
 
 
 def unseen(facts: FactSet, prompts: Mapping[str, Sequence[str]]) -> FactSet:
-    """Facts without those of their paraphrases that they were edited with, which would be no test of the edit.
+    """Facts without those of their paraphrases that they were edited with, which would not test the edit.
 
     Args:
         facts: The facts.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.data import Row, RowError, Source, cut, shortened
-from retention_bench.errors import RetentionBenchError
+from retention_bench.errors import RetentionBenchError, unknown_name
 from retention_bench.facts.counterfact_formats import FORMATS, NO_TRUE, OWN, RawFact, RecordFormat, find_format
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.relations import Asked, known_templates, name_relations, templates
@@ -81,7 +81,12 @@ def read_pool(source: str, revision: str | None = None, config: str | None = Non
 
 
 def load_pool(
-    source: Path | str, revision: str | None = None, config: str | None = None, *, need_relation: bool = False
+    source: Path | str,
+    revision: str | None = None,
+    config: str | None = None,
+    *,
+    need_relation: bool = False,
+    keywords: Iterable[str] = (),
 ) -> Pool:
     """Read the facts of a source, and count the rows.
 
@@ -97,14 +102,21 @@ def load_pool(
         config: The Hub data set's configuration.
         need_relation: Drop facts whose relation nothing tells, as a split by relation must; else the prompt, with `{}`
             for the subject, names it.
+        keywords: The relations that a suite gives keywords for; each must be the relation of a fact.
 
     Raises:
-        UsageError: A local file does not exist or is of no known kind, or a Hub data set has no revision.
+        UsageError: A local file does not exist or is of no known kind, a Hub data set has no revision, or no fact has a
+            relation of `keywords`.
         RetentionBenchError: A record of our own format is malformed (the file and the row are named), the records have
             none of the formats, the file is not UTF-8 or not JSON, the Hub data set cannot be read, or no fact is left.
     """
     given = Source(str(source), revision, config, what="facts file")
-    return _Reader(given, list(given.rows(faults=True, unique_keys=True)), need_relation).pool()
+    pool = _Reader(given, list(given.rows(faults=True, unique_keys=True)), need_relation).pool()
+    relations = {fact.relation for fact in pool.facts}
+    for relation in keywords:
+        if relation not in relations:
+            raise unknown_name("relation in facts.keywords:", relation, relations)
+    return pool
 
 
 def _reads(given: RecordFormat, record: Mapping[str, Any]) -> bool:

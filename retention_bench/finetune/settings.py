@@ -13,7 +13,7 @@ from pydantic import Field
 from retention_bench.data import is_local
 from retention_bench.finetune.dropped import shown
 
-# The upper limits of counts are far beyond what anybody trains with, and keep a slip of the pen from taking all memory.
+# The upper limits of counts are far beyond what anybody trains with, and keep a typing error from taking all memory.
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Size = Annotated[int, Field(strict=True, ge=1, le=100_000_000)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]

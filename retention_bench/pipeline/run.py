@@ -215,7 +215,9 @@ class _Bench:
         """The suite's pool."""
         suite = self.plan.cell.suite
         facts = suite.facts
-        return load_pool(suite.locate(facts.source), facts.revision, facts.config, need_relation=True)
+        return load_pool(
+            suite.locate(facts.source), facts.revision, facts.config, need_relation=True, keywords=facts.keywords
+        )
 
     @functools.cached_property
     def _scorable(self) -> tuple[FactSet, LeftOut]:

@@ -1,4 +1,4 @@
-"""lm-eval's Hugging Face model, decoding greedily past stop words and handing on token ids; and one that stays up."""
+"""lm-eval's Hugging Face model, which decodes greedily past stop words, and an engine that swaps checkpoints."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _left_untied(model: PreTrainedModel) -> Iterator[None]:
 
 
 class HFEngine:
-    """Loads one checkpoint after another with transformers; what is kept between them is this process.
+    """Loads one checkpoint after another with transformers, all in this process.
 
     Attributes:
         lm: Answers with the checkpoint that was swapped in last.

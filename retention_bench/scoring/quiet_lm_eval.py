@@ -1,4 +1,4 @@
-"""lm-eval without what it does besides."""
+"""lm-eval without its progress bars, its log lines and its use of the global random generator."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def quiet_lm_eval() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
-        random.setstate(state)  # every task name that is looked up draws a random one in vain
+        random.setstate(state)  # lm-eval draws a random name for each task that it looks up

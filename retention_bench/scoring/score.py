@@ -30,7 +30,7 @@ class Sample:
     """One question put to one model.
 
     Attributes:
-        kind: What the question probes.
+        kind: The kind of question: edited, paraphrase, locality or intrinsic.
         fact_id: The fact it belongs to.
         prompt: The text the model was given.
         target: The object it should answer with, without leading space.
@@ -71,7 +71,7 @@ def score(
 ) -> list[Sample]:
     """Ask a loaded Hugging Face model about facts.
 
-    Facts whose answers the metric could not tell are left out, with a warning that counts and names them; ask
+    Facts that the metric cannot judge are left out, with a warning that counts and names them; ask
     `scorable` which they are.
 
     The model's weights and mode and the tokenizer are left as they were; no global random state is touched.

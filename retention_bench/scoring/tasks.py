@@ -55,7 +55,8 @@ def documents(facts: FactSet, kind: str) -> list[dict[str, str]]:
     Args:
         facts: Edited facts have a `target_new`, intrinsic ones do not.
         kind: `edited` asks edited facts' own prompts and `paraphrase` their paraphrases, target `target_new`;
-            `locality` asks their neighbours, target `target_true`; `intrinsic` asks the other facts, `target_true`.
+            `locality` asks their neighborhood prompts, target `target_true`; `intrinsic` asks the other facts,
+            target `target_true`.
 
     Returns:
         Rows of fact_id, prompt and target, in the order of the facts; none if there are no such questions.

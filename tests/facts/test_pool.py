@@ -274,6 +274,13 @@ def test_a_relation_that_only_some_rows_name_has_one_name(write):
     assert len({fact.relation for fact in load_pool(write([*mine, *unnamed], ".json")).facts}) == 1
 
 
+def test_keywords_of_a_relation_that_no_fact_has_are_refused_by_name(write):
+    path = write([OURS, OURS | {"id": "8", "relation": "capital"}], ".jsonl")
+    assert len(load_pool(path, keywords=["mother tongue", "capital"]).facts) == 2
+    with pytest.raises(UsageError, match="facts.keywords: 'capitol'. Did you mean 'capital'"):
+        load_pool(path, keywords=["mother tongue", "capitol"])
+
+
 def test_an_id_that_was_used_before_is_dropped(write):
     pool = load_pool(write([ROME, ROME], ".jsonl"))
     assert (len(pool.facts), pool.rows.dropped) == (1, {"its id was used before": 1})
