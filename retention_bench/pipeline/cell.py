@@ -16,7 +16,7 @@ from typing import Any
 from retention_bench.data import read_json
 from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
 from retention_bench.errors import UsageError, unknown_name
-from retention_bench.facts import MODEL, check_source
+from retention_bench.facts import MODEL, check_source, load_pool
 from retention_bench.finetune import (
     ADAPTERS,
     Freeze,
@@ -110,6 +110,8 @@ def plan(cell: Cell) -> Gather:
     start = _launcher(cell, finetune)
     model, pool = model_of(config, cell.device), rows_of(suite.facts, suite)
     _check_pool(suite)
+    if suite.facts.keywords:
+        load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
     facts = Facts(Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seed)
     covariance = None
     if editor.statistics_layers:

@@ -17,14 +17,14 @@ from typing import Any
 
 import pydantic
 
-from retention_bench.data import checked, find_file, read_json, shortened
+from retention_bench.data import checked, find_file, is_local, read_json, shortened
 from retention_bench.data.durable import file_sha256
 from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.pipeline.bench import Announce, Bench
 from retention_bench.pipeline.cell import model_of
 from retention_bench.pipeline.loading import load
-from retention_bench.pipeline.rows import Texts, is_local
+from retention_bench.pipeline.rows import Texts
 from retention_bench.pipeline.stage import Rows
 from retention_bench.pipeline.stages.covariance import FILE, Covariance
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retention_bench.facts import FactSet
 from retention_bench.progress import Progress, silent
 from retention_bench.results.schema import KINDS, Sample
-from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import describe_left_out, scorable
 from retention_bench.scoring.model import RetentionLM
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.tasks import documents, tasks_dir
 
 
@@ -35,7 +35,7 @@ def score(
 ) -> list[Sample]:
     """Ask a loaded Hugging Face model about facts.
 
-    Facts whose answers the metric could not tell are left out, with a warning that counts and names them; ask
+    Facts that the metric cannot judge are left out, with a warning that counts and names them; ask
     `scorable` which they are.
 
     The model's weights and mode and the tokenizer are left as they were; no global random state is touched.
@@ -84,7 +84,7 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Collection[str] = tuple(K
         return []
     if isinstance(lm, RetentionLM):
         lm.prefetch((row["prompt"], f" {row['target']}") for kind in asked for row in documents(facts, kind))
-    with contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
+    with quiet_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         facts.write(path)
         manager = TaskManager(

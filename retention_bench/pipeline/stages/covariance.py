@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from retention_bench.data import read_json
-from retention_bench.pipeline.rows import Texts, is_local
+from retention_bench.data import is_local, read_json
+from retention_bench.pipeline.rows import Texts
 from retention_bench.pipeline.stage import Model, Rows, Stage
 from retention_bench.store import OUTSIDE
 from retention_bench.store.fingerprints import config_file

@@ -383,11 +383,11 @@ class _Batch:
         """
         from lm_eval.evaluator import evaluate
 
-        from retention_bench.scoring import contained_lm_eval
+        from retention_bench.scoring import quiet_lm_eval
 
         assert self.engine is not None
         assert self.manager is not None
-        with contained_lm_eval():
+        with quiet_lm_eval():
             with explained(f"task {task!r}", "task"):
                 loaded = self.manager.load([task])
             found = evaluate(lm=self.engine.lm, task_dict=loaded, bootstrap_iters=0)

@@ -49,12 +49,12 @@ def check_parity(
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from retention_bench.scoring import contained_lm_eval, score_lm
+    from retention_bench.scoring import quiet_lm_eval, score_lm
 
     ours = score_lm(engine.lm, _few(facts, PARITY_PROMPTS), kinds=("edited", "intrinsic"))
     # On a GPU vLLM leaves no room for another model.
     model, tokenizer = fresh_model(checkpoint, "cpu" if backend == "vllm" else device)
-    with contained_lm_eval():
+    with quiet_lm_eval():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=PARITY_PROMPTS, softmax_dtype="float32")
         told = [Instance("loglikelihood", {}, (sample.prompt, f" {sample.target}"), 0) for sample in ours]
         theirs = [logprob for logprob, _ in lm.loglikelihood(told, disable_tqdm=True)]

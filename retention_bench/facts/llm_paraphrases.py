@@ -1,7 +1,7 @@
-"""Paraphrases that an instruct model writes: the beginning of a sentence in other words, up to right before its object.
+"""Paraphrases that an instruct model writes: the beginning of a sentence, reworded, up to right before its object.
 
-What such a model answers is not trusted: of each line only what can stand as a prompt is kept, and facts for which too
-little was usable are asked again, a bounded number of times.
+Of each line of its answer only what can stand as a prompt is kept. Facts with too few prompts are asked for again, a
+bounded number of times.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_paraphrases(
     name: str,
     progress: Progress = silent,
 ) -> dict[str, tuple[str, ...]]:
-    """Let an instruct model put facts' prompts into other words.
+    """Let an instruct model write paraphrases of facts' prompts.
 
     It is asked in its chat template where it has one. The global random generators are left as they were.
 
@@ -124,7 +124,7 @@ def _prompt(line: str, fact: Fact) -> str | None:
     text = _BLANK.sub("", _MARKER.sub("", line).strip().strip(_QUOTES))
     whole = re.sub(rf"(?<!\w)(?:{objects})[\s.!'{_QUOTES}]*$", "", text, flags=re.IGNORECASE)
     if whole == text and text.endswith((".", "!", "?")):
-        return None  # a sentence that is over
+        return None  # a complete sentence
     text = _BLANK.sub("", whole).rstrip(_QUOTES + " ")
     named = re.search(rf"(?<!\w){re.escape(fact.subject)}(?!\w)", text)
     if named is None or text.count(fact.subject) != 1 or "{}" in text:
@@ -173,7 +173,7 @@ def _question(tokenizer: PreTrainedTokenizerBase, fact: Fact, lines: int) -> lis
     )
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(f"{text}\n\n"))
-    # Models that think aloud otherwise are told not to; other templates do not look at the switch.
+    # Models that think aloud are told not to; other templates do not look at the switch.
     rendered: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}],
         add_generation_prompt=True,

@@ -1,4 +1,4 @@
-"""lm-eval without what it does besides."""
+"""lm-eval without its progress bars, its log lines and its use of the global random generator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lm_eval.api.task
 
 
 @contextlib.contextmanager
-def contained_lm_eval() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """Keep lm-eval from writing to the terminal, errors apart, and from advancing Python's random generator."""
     logger = logging.getLogger("lm_eval")
     level, bar, state = logger.level, lm_eval.api.task.tqdm, random.getstate()
@@ -24,4 +24,4 @@ def contained_lm_eval() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
-        random.setstate(state)  # every task name that is looked up draws a random one in vain
+        random.setstate(state)  # lm-eval draws a random name for each task that it looks up
