@@ -3,7 +3,7 @@
     python benchmarks/editing.py [--facts 50] [--steps 20] [--device cpu|cuda] [--shape gpt2|gpt2-xl] [--layers 0-4]
 
 On a GPT-2-shaped model with random weights: the value optimisation, the keys of all edited layers, the solves of
-MEMIT and AlphaEdit, AlphaEdit's projectors, and the key statistics (`key_statistics.py`). The plain loop takes one
+MEMIT and AlphaEdit, AlphaEdit's projectors, and the key statistics (`covariance.py`). The plain loop takes one
 fact at a time and runs the whole model for each step, over all positions, with logits of the whole vocabulary at every
 position, as `compute_z` of the references does. (`compute_ks` puts up to 128 contexts into a pass; here it is a
 fact's.) Both sides must give the same numbers, or the script ends with an error. Each side of a part runs in a process
@@ -30,9 +30,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from retention_bench.editors import EditRequest, null_space_projector
 from retention_bench.editors.alphaedit import _solve
-from retention_bench.editors.keys import SubjectStates
-from retention_bench.editors.solve import cholesky
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.linalg import cholesky
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.models import frozen
 
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-xl": (48, 25, 1600)}
@@ -324,7 +324,7 @@ def main() -> None:
                 raise SystemExit(f"{part}: the two sides differ by {apart:.1e}, more than {TOLERANCE:g}.")
     if "key statistics" in options.parts:
         print("\nKey statistics of five layers of a GPT-2 of the small shape, on the CPU:", flush=True)
-        script = Path(__file__).with_name("key_statistics.py")
+        script = Path(__file__).with_name("covariance.py")
         subprocess.run([sys.executable, str(script), str(torch.get_num_threads())], check=True)
 
 

@@ -161,7 +161,7 @@ def print_statistics(about: Mapping[str, Any]) -> None:
     """Print what a file of key statistics holds.
 
     Args:
-        about: As `pipeline.statistics.inspect` returns it.
+        about: As `pipeline.covariance.inspect` returns it.
     """
     console = screen()
     shard = about["shard"]

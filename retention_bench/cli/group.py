@@ -20,7 +20,7 @@ COMMANDS = {
     "inspect": "retention_bench.cli.inspect:inspect",
     "list": "retention_bench.cli.list:list_",
     "score": "retention_bench.cli.score:score",
-    "statistics": "retention_bench.cli.statistics:statistics",
+    "statistics": "retention_bench.cli.covariance:statistics",
 }
 """One line registers a command. Its module is imported when the command is called."""
 

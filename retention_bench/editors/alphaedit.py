@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.covariance.covariance import required_statistics
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.residual import spread
+from retention_bench.editors.locate.subject import check_requests
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
-from retention_bench.editors.spread import spread
-from retention_bench.editors.statistics import required_statistics
-from retention_bench.editors.subject import check_requests
-from retention_bench.editors.value import optimise_values
 from retention_bench.models import WeightDelta, frozen
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from retention_bench.editors.statistics import KeyStatistics
+    from retention_bench.editors.covariance.covariance import KeyStatistics
     from retention_bench.models import WeightDelta
 
 ENTRY_POINTS = "retention_bench.editors"

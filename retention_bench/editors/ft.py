@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.descent import Objective, descend
+from retention_bench.editors.finetune_loop import Objective, descend
+from retention_bench.editors.locate.subject import check_requests
 from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
-from retention_bench.editors.subject import check_requests
 from retention_bench.models import WeightDelta, frozen, last_hidden, projection, projection_name
 
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.descent import descend
+from retention_bench.editors.finetune_loop import descend
+from retention_bench.editors.locate.subject import check_requests
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive, Rank
-from retention_bench.editors.subject import check_requests
 from retention_bench.models import (
     LowRank,
     WeightDelta,

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.covariance.covariance import required_statistics
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.linalg import cholesky
+from retention_bench.editors.locate.subject import check_requests
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
-from retention_bench.editors.solve import cholesky
-from retention_bench.editors.statistics import required_statistics
-from retention_bench.editors.subject import check_requests
-from retention_bench.editors.value import optimise_values
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import LowRank, WeightDelta, frozen, is_in_out, projection, projection_name, restoring
 

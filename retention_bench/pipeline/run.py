@@ -28,12 +28,12 @@ from retention_bench.facts import (
     unseen,
 )
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
+from retention_bench.pipeline.covariance import measure
 from retention_bench.pipeline.data_check import check_data
 from retention_bench.pipeline.inputs import unchanged
 from retention_bench.pipeline.loading import load, save
 from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import gather
-from retention_bench.pipeline.statistics import measure
 from retention_bench.pipeline.store import MARK, Store, check_output, exclusive
 from retention_bench.progress import Progress, silent
 

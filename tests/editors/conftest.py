@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from retention_bench.editors import EditRequest, collect_key_statistics
-from retention_bench.editors.value import STOP_LOSS
+from retention_bench.editors.locate.value import STOP_LOSS
 from retention_bench.models import block, load_model, mlp, projection
 
 GOLDEN = Path(__file__).parent.parent / "golden"

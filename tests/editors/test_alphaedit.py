@@ -12,8 +12,8 @@ from retention_bench.editors import (
     edit_sequentially,
     null_space_projector,
 )
-from retention_bench.editors.keys import SubjectStates
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import UsageError
 from retention_bench.models import frozen
 

@@ -20,7 +20,7 @@ from retention_bench.editors import (
     collect_key_statistics,
     null_space_projector,
 )
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import frozen
 from retention_bench.models.families import FAMILIES

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from retention_bench.editors import ROME, EditContext, EditRequest, KeyStatistics, edit_sequentially, make_editor
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen
 

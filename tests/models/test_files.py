@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from retention_bench.editors import KeyStatistics
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors.locate.linalg import what_is_wrong
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import LowRank, WeightDelta, check_place, read_tensors, write_tensors
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retention_bench.data.durable import set_aside
 from retention_bench.display import plain
 from retention_bench.editors.base import EditContext, EditRequest
+from retention_bench.editors.locate.subject import check_requests
 from retention_bench.editors.malmen.fit import Training, load_networks, new_networks, save_networks
 from retention_bench.editors.malmen.steps import (
     MetaLosses,
@@ -28,7 +29,6 @@ from retention_bench.editors.malmen.steps import (
     read_gradients,
 )
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive, Rank
-from retention_bench.editors.subject import check_requests
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.models import WeightDelta, frozen

@@ -311,7 +311,7 @@ def import_npz(
 
     def compute(folder: Path) -> None:
         from retention_bench.editors import KeyStatistics
-        from retention_bench.editors.npz import SAMPLE
+        from retention_bench.editors.covariance.rome_npz import SAMPLE
 
         texts = list(itertools.islice(corpus, COMPARED)) if corpus else SAMPLE
         found = KeyStatistics.from_npz(files, source=", ".join(path.name for path in files.values()))
@@ -404,7 +404,7 @@ def _check_config(model: ModelConfig, layers: Iterable[int], max_length: int = 1
 
 def _check_out(out: Path, merged: Sequence[Path]) -> None:
     """Refuse a file that cannot be written, or that holds something else, and make its folder."""
-    from retention_bench.editors.statistics import KIND
+    from retention_bench.editors.covariance.covariance import KIND
     from retention_bench.models import check_place, kind_of
 
     try:

@@ -1,6 +1,6 @@
 """Key statistics: five layers in one pass against passes as the references' `layer_stats` makes them.
 
-    python benchmarks/key_statistics.py [THREADS]
+    python benchmarks/covariance.py [THREADS]
 
 A GPT-2 of the small one's shape with random weights; 100 texts of 50 to 600 random tokens, of which every sixth of the
 references' batches is taken: 100 texts would take some ten minutes, and a few texts alone would pad more than 100 do.

@@ -53,7 +53,7 @@ def statistics(**options: Any) -> None:
     """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench import console
     from retention_bench.pipeline import Store, default_root
-    from retention_bench.pipeline.statistics import Request, answer
+    from retention_bench.pipeline.covariance import Request, answer
 
     as_json, device = options.pop("as_json"), options.pop("device")
     request = Request(**options, device="" if options["inspect"] or options["merge"] else chosen_device(device))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.locate.keys import SubjectStates
 from retention_bench.models import LowRank, WeightDelta, is_in_out, projection, projection_name
 
 Solve = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.editors import KeyStatistics, collect_key_statistics, null_space_projector
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors.locate.linalg import what_is_wrong
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import WeightDelta, load_model, projection
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
-from retention_bench.editors.subject import target_ids
+from retention_bench.editors.locate.subject import target_ids
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import log_probabilities, pad
 from retention_bench.progress import Progress

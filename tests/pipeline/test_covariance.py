@@ -14,8 +14,8 @@ import yaml
 from retention_bench.editors import KeyStatistics
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline import Cell, Store, load_suite, plan
-from retention_bench.pipeline import statistics as module
-from retention_bench.pipeline.statistics import Request, answer
+from retention_bench.pipeline import covariance as module
+from retention_bench.pipeline.covariance import Request, answer
 
 
 @pytest.fixture(scope="module")

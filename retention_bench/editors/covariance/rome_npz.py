@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.data import find_file, shortened
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors.locate.linalg import what_is_wrong
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen, pad, record
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.data import shortened
 from retention_bench.editors.base import EditContext
-from retention_bench.editors.npz import SAMPLE, check_resemblance, read_second_moment
+from retention_bench.editors.covariance.rome_npz import SAMPLE, check_resemblance, read_second_moment
+from retention_bench.editors.locate.linalg import what_is_wrong
 from retention_bench.editors.settings import MOST_LAYERS
-from retention_bench.editors.solve import what_is_wrong
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen, key_size, projection_name, read_tensors, record, write_tensors
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retention_bench.data import shortened
 from retention_bench.data.durable import set_aside
 from retention_bench.display import plain
+from retention_bench.editors.covariance.covariance import KeyStatistics, describe, distance, probe_keys
 from retention_bench.editors.settings import MOST_LAYERS
-from retention_bench.editors.statistics import KeyStatistics, describe, distance, probe_keys
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import (
     check_place,

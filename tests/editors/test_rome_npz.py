@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.editors import KeyStatistics
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors.locate.linalg import what_is_wrong
 from retention_bench.errors import RetentionBenchError, UsageError
 
 
@@ -286,7 +286,7 @@ def test_fuzz_at_length(folder, contents):
 LIMITED = """
 import resource, sys
 from retention_bench.editors import KeyStatistics
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors.locate.linalg import what_is_wrong
 from retention_bench.errors import RetentionBenchError
 for path in sys.argv[1:]:
     try:
