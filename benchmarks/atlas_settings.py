@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from retention_bench.editors import (
+    Covariance,
     EditContext,
     EditRequest,
     FittedEditor,
-    KeyStatistics,
-    collect_key_statistics,
+    collect_covariance,
     make_editor,
     sample_context_templates,
 )
@@ -49,7 +49,7 @@ SHOWN = {
 
 
 def measure(
-    model, tokenizer, editor, facts: FactSet, pool: list[Fact], statistics: KeyStatistics, seed: int
+    model, tokenizer, editor, facts: FactSet, pool: list[Fact], statistics: Covariance, seed: int
 ) -> dict[str, float]:
     """Rates by kind of question after the edit, pooled over the editor's groups."""
     generator = torch.Generator().manual_seed(seed)
@@ -87,8 +87,8 @@ def main(name: str, table: str, editors: str = "", seeds: str = "0,1,2,3,4") -> 
     known = FactSet.of(k.fact for k in knowledge(model, tokenizer, pool) if k.margin >= suite.facts.margin)
     print(f"{name}: {len(known)} of {len(pool)} facts known")
     texts = Texts(suite.locate(suite.statistics.source), None, None, suite.statistics.texts)
-    statistics = collect_key_statistics(model, tokenizer, texts, range(4), max_length=suite.statistics.max_length)
-    for layer, moment in statistics.moments.items():
+    statistics = collect_covariance(model, tokenizer, texts, range(4), max_length=suite.statistics.max_length)
+    for layer, moment in statistics.mom2.items():
         values = torch.linalg.eigvalsh(moment.double())
         free = ", ".join(f"{(values < limit).sum()} below {limit:g}" for limit in (0.02, 0.1))
         print(f"layer {layer}: of {len(values)} directions of the keys {free}")

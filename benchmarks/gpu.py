@@ -25,7 +25,7 @@ import torch
 from editing import make_facts, make_model
 from safetensors.torch import load_file, save_file
 
-from retention_bench.editors import collect_key_statistics
+from retention_bench.editors import collect_covariance
 from retention_bench.facts import Fact, FactSet, read_pool
 from retention_bench.models import WeightDelta
 from retention_bench.pipeline.suite import load_suite
@@ -174,7 +174,7 @@ def statistics(options: argparse.Namespace, folder: Path) -> None:
         return {"input_ids": [[int(token) for token in text.split()][:max_length] for text in texts]}
 
     def run(texts: list[str]) -> int:
-        return collect_key_statistics(model, as_ids, texts, options.layers, max_length=1024).tokens
+        return collect_covariance(model, as_ids, texts, options.layers, max_length=1024).tokens
 
     run(texts[:8])
     began = time.perf_counter()

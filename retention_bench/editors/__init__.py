@@ -17,9 +17,9 @@ from retention_bench.editors.base import (
 
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
-    from retention_bench.editors.covariance.collect import collect_key_statistics
-    from retention_bench.editors.covariance.covariance import KeyStatistics, null_space_projector
+    from retention_bench.editors.covariance import Covariance, collect_covariance
     from retention_bench.editors.ft import FT
+    from retention_bench.editors.locate.linalg import null_space_projector
     from retention_bench.editors.locate.templates import sample_context_templates
     from retention_bench.editors.lora import LoRA
     from retention_bench.editors.malmen import MALMEN
@@ -33,11 +33,11 @@ _LATER = {
     "MEMIT": "memit",
     "ROME": "rome",
     "MALMEN": "malmen",
-    "KeyStatistics": "covariance.covariance",
+    "Covariance": "covariance",
     "LoRA": "lora",
     "edit_sequentially": "sequential",
-    "collect_key_statistics": "covariance.collect",
-    "null_space_projector": "covariance.covariance",
+    "collect_covariance": "covariance",
+    "null_space_projector": "locate.linalg",
     "sample_context_templates": "locate.templates",
 }
 
@@ -47,13 +47,13 @@ __all__ = [
     "MEMIT",
     "ROME",
     "AlphaEdit",
+    "Covariance",
     "EditContext",
     "EditRequest",
     "Editor",
     "FittedEditor",
-    "KeyStatistics",
     "LoRA",
-    "collect_key_statistics",
+    "collect_covariance",
     "edit_sequentially",
     "editor_names",
     "make_editor",

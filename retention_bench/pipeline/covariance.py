@@ -161,7 +161,7 @@ def measure(
         stage: From `statistics_stage`.
         loader: Gives the model and its tokenizer; called only where something is to be measured.
         corpus: The texts, their source absolute; the same that the stage was made from.
-        memory: Bytes that the sums may take; see `collect_key_statistics`.
+        memory: Bytes that the sums may take; see `collect_covariance`.
         progress: Told the texts done.
 
     Returns:
@@ -175,7 +175,7 @@ def measure(
     shard = stage.inputs.get("shard")
 
     def compute(folder: Path) -> None:
-        from retention_bench.editors import collect_key_statistics
+        from retention_bench.editors import collect_covariance
 
         texts = Texts(corpus.source, corpus.revision, corpus.config, corpus.texts)
         # What is wrong with a file is found before hours of work are done, and before the model is loaded; of a data
@@ -186,7 +186,7 @@ def measure(
         index, count = shard or (0, 1)
         # A file is passed round: where the corpus lay on one machine means nothing on another.
         named = Path(corpus.source).name if Path(corpus.source).is_file() else corpus.source
-        collect_key_statistics(
+        collect_covariance(
             model,
             tokenizer,
             texts,
@@ -219,13 +219,13 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
             measured with other versions of what computes them.
         RetentionBenchError: A file is missing or broken.
     """
-    from retention_bench.editors import KeyStatistics
+    from retention_bench.editors import Covariance
 
-    parts = [KeyStatistics.load(file) for file in files]
+    parts = [Covariance.load(file) for file in files]
     for file, part in zip(files, parts, strict=True):
         if len(parts) > 1 and part.measured.shard is None:
             raise UsageError(f"{file} is a whole measurement, not a shard. Give it alone, or all shards of one.")
-    merged = KeyStatistics.merged(parts)
+    merged = Covariance.merged(parts)
     measured = merged.measured
     if "inputs" not in measured.settings:
         raise UsageError(
@@ -310,11 +310,11 @@ def import_npz(
     reads.append(Input(model.path, inputs["model"]))
 
     def compute(folder: Path) -> None:
-        from retention_bench.editors import KeyStatistics
+        from retention_bench.editors import Covariance
         from retention_bench.editors.covariance.rome_npz import SAMPLE
 
         texts = list(itertools.islice(corpus, COMPARED)) if corpus else SAMPLE
-        found = KeyStatistics.from_npz(files, source=", ".join(path.name for path in files.values()))
+        found = Covariance.READNPZ(files, source=", ".join(path.name for path in files.values()))
         loaded, tokenizer = loader()
         found.of_model(loaded, tokenizer, texts).save(folder / FILE)
 
@@ -334,9 +334,9 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises:
         RetentionBenchError: There is no such file, or it holds no statistics.
     """
-    from retention_bench.editors import KeyStatistics
+    from retention_bench.editors import Covariance
 
-    statistics = KeyStatistics.load(path)
+    statistics = Covariance.load(path)
     measured = dataclasses.asdict(statistics.measured)
     modules = measured.pop("modules")
     layers = {}

@@ -113,9 +113,9 @@ def plan(cell: Cell, store: Store) -> Plan:
     )
     facts_key = store.key("facts", facts.inputs)
     statistics = None
-    if editor.statistics_layers:
+    if editor.covariance_layers:
         corpus = suite.statistics.model_copy(update={"source": suite.locate(suite.statistics.source)})
-        statistics = statistics_stage(model, cell.device, corpus, editor.statistics_layers)
+        statistics = statistics_stage(model, cell.device, corpus, editor.covariance_layers)
 
     fit = None
     if isinstance(editor, FittedEditor):

@@ -38,7 +38,7 @@ from retention_bench.pipeline.store import MARK, Store, check_output, exclusive
 from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from retention_bench.editors import KeyStatistics
+    from retention_bench.editors import Covariance
     from retention_bench.models import WeightDelta
     from retention_bench.scoring import LeftOut
 
@@ -330,11 +330,11 @@ class _Bench:
     # Read and sampled once, not for every edited copy of the model.
 
     @functools.cached_property
-    def key_statistics(self) -> KeyStatistics | None:
+    def key_statistics(self) -> Covariance | None:
         """What the file of the key statistics holds."""
-        from retention_bench.editors import KeyStatistics
+        from retention_bench.editors import Covariance
 
-        return KeyStatistics.load(self.statistics) if self.statistics else None
+        return Covariance.load(self.statistics) if self.statistics else None
 
     @functools.cached_property
     def templates(self) -> tuple[str, ...]:

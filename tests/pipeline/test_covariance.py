@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from retention_bench.editors import KeyStatistics
+from retention_bench.editors import Covariance
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline import Cell, Store, load_suite, plan
 from retention_bench.pipeline import covariance as module
@@ -62,7 +62,7 @@ def test_what_the_store_holds_is_not_measured_again(request_, measured, monkeypa
         announce=lambda *a: announced.append(a),
     )
     assert (found["file"], announced) == (file, [("key statistics", True)])
-    assert KeyStatistics.load(tmp_path / "a" / "s.safetensors").measured.texts == 200
+    assert Covariance.load(tmp_path / "a" / "s.safetensors").measured.texts == 200
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["s.safetensors"]
 
 
@@ -103,8 +103,8 @@ def test_a_run_that_was_cut_off_goes_on_from_the_scratch_folder(request_, measur
     def often(*args, **kwargs):
         return collect(*args, **kwargs, checkpoint_every=0)
 
-    collect = editors.collect_key_statistics
-    monkeypatch.setattr(editors, "collect_key_statistics", often, raising=False)
+    collect = editors.collect_covariance
+    monkeypatch.setattr(editors, "collect_covariance", often, raising=False)
     store, seen = Store(tmp_path), []
 
     def cut(stage, done, total, figures=None):
@@ -116,7 +116,7 @@ def test_a_run_that_was_cut_off_goes_on_from_the_scratch_folder(request_, measur
     file = answer(request_, store, progress=lambda stage, done, total, figures=None: seen.append((done, total)))["file"]
     assert seen[0][0] > 100
     assert seen[-1] == (200, 200)
-    first, again = (KeyStatistics.load(path) for path in (measured[1], file))
+    first, again = (Covariance.load(path) for path in (measured[1], file))
     assert all(torch.equal(again.moments[layer], moment) for layer, moment in first.moments.items())
     assert not list(tmp_path.rglob("*.work"))
 
@@ -130,7 +130,7 @@ def test_shards_from_elsewhere_become_the_whole_that_evaluate_finds(request_, me
     store = Store(tmp_path / "here")
     file = answer(Request(merge=tuple(parts), out=tmp_path / "whole.safetensors"), store)["file"]
     assert file == measured[1].replace(str(measured[0].root), str(store.root))
-    whole, merged = KeyStatistics.load(measured[1]), KeyStatistics.load(tmp_path / "whole.safetensors")
+    whole, merged = Covariance.load(measured[1]), Covariance.load(tmp_path / "whole.safetensors")
     assert (merged.tokens, merged.measured, merged.source) == (whole.tokens, whole.measured, whole.source)
     for layer, moment in whole.moments.items():
         torch.testing.assert_close(merged.moments[layer], moment, rtol=1e-4, atol=1e-6)
@@ -139,7 +139,7 @@ def test_shards_from_elsewhere_become_the_whole_that_evaluate_finds(request_, me
 
 
 def test_what_may_be_something_else_is_not_merged_into_the_store(measured, tmp_path):
-    whole = KeyStatistics.load(measured[1])
+    whole = Covariance.load(measured[1])
     settings = whole.measured.settings
     other = {**settings, "versions": {**settings["versions"], "torch": "1.0"}}
     for changed, why in [(other, "other versions .torch 1.0, here 2"), ({}, "does not say what model and corpus")]:
@@ -150,12 +150,12 @@ def test_what_may_be_something_else_is_not_merged_into_the_store(measured, tmp_p
 
 
 def test_files_of_the_references_are_imported(request_, measured, tmp_path):
-    whole = KeyStatistics.load(measured[1])
+    whole = Covariance.load(measured[1])
     for layer, moment in whole.moments.items():
         arrays = {"mom2.mom2": moment.numpy() * whole.tokens, "mom2.count": numpy.array(whole.tokens)}
         numpy.savez(tmp_path / f"{layer}.npz", **arrays)
     asked = Request(model=request_.model, from_npz=tuple(f"{layer}={tmp_path}/{layer}.npz" for layer in whole.moments))
-    found = KeyStatistics.load(answer(asked, Store(tmp_path / "store"))["file"])
+    found = Covariance.load(answer(asked, Store(tmp_path / "store"))["file"])
     assert (found.tokens, found.source) == (whole.tokens, "0.npz, 1.npz")
     for layer, moment in whole.moments.items():
         torch.testing.assert_close(found.moments[layer], moment)
@@ -173,7 +173,7 @@ def test_a_file_is_inspected(measured):
     assert found["probe"]
     layer = found["layers"]["1"]
     assert (layer["module"], layer["size"]) == ("transformer.h.1.mlp.c_proj", 1024)
-    assert layer["trace"] == pytest.approx(KeyStatistics.load(measured[1]).moments[1].trace().item(), rel=1e-4)
+    assert layer["trace"] == pytest.approx(Covariance.load(measured[1]).moments[1].trace().item(), rel=1e-4)
     assert 0 < layer["below"] < layer["size"]
 
 
@@ -247,13 +247,13 @@ MOMENT = torch.diag(torch.arange(1.0, 9.0)) + 1
 @pytest.fixture
 def merged_(request_, measured, tmp_path):
     """Merge statistics like the measured ones, whose moments, and what is kept beside them, are others."""
-    whole = KeyStatistics.load(measured[1])
+    whole = Covariance.load(measured[1])
 
     def merge(moments=None, inputs=None, **changes):
         changed = {layer: torch.eye(8) for layer in whole.moments} if moments is None else moments
         settings = {**whole.measured.settings, "inputs": {**whole.measured.settings["inputs"], **(inputs or {})}}
         measured = dataclasses.replace(whole.measured, **({"settings": settings} | changes))
-        KeyStatistics(changed, whole.tokens, "", {}, measured).save(tmp_path / "s.safetensors")
+        Covariance(changed, whole.tokens, "", {}, measured).save(tmp_path / "s.safetensors")
         store = Store(tmp_path / "store")
         try:
             return answer(Request(merge=(tmp_path / "s.safetensors",)), store)["file"]
@@ -348,9 +348,9 @@ def test_a_bad_row_is_found_before_the_model_is_loaded(request_, tmp_path, monke
 def test_a_damaged_checkpoint_is_no_dead_end(request_, measured, tmp_path, monkeypatch, caplog):
     from retention_bench import editors
 
-    collect = editors.collect_key_statistics
+    collect = editors.collect_covariance
     monkeypatch.setattr(
-        editors, "collect_key_statistics", lambda *a, **k: collect(*a, **k, checkpoint_every=0), raising=False
+        editors, "collect_covariance", lambda *a, **k: collect(*a, **k, checkpoint_every=0), raising=False
     )
     store = Store(tmp_path)
 
