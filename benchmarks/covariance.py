@@ -1,4 +1,4 @@
-"""Key statistics: five layers in one pass against passes as the references' `layer_stats` makes them.
+"""Covariance: five layers in one pass against passes as the references' `layer_stats` makes them.
 
     python benchmarks/covariance.py [THREADS]
 

@@ -16,6 +16,7 @@ from retention_bench.errors import RetentionBenchError
 
 COMMANDS = {
     "compare": "retention_bench.cli.compare:compare",
+    "covariance": "retention_bench.cli.covariance:covariance",
     "evaluate": "retention_bench.cli.evaluate:evaluate",
     "inspect": "retention_bench.cli.inspect:inspect",
     "list": "retention_bench.cli.list:list_",

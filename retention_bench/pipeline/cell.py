@@ -97,7 +97,7 @@ class Plan:
         finetune_name: Its name in the results.
         facts: The stage that filters and splits the facts.
         base_score: The stage that scores the base model.
-        statistics: The stage that measures the key statistics, if the editor needs them.
+        statistics: The stage that measures the covariance, if the editor needs them.
         fit: The stage that trains the editor, if it is one that trains first.
         paraphrases: The stage that finds more prompts for the edits, if there shall be any.
         paraphrase_source: Where they come from, a model by its name in the results; None if there are none.

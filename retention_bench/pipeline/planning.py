@@ -29,12 +29,12 @@ from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
 from retention_bench.pipeline.inputs import Input, config_file, model_fingerprint, model_inputs, source_fingerprint
 from retention_bench.pipeline.launching import check_one_gpu, launcher
 from retention_bench.pipeline.store import Store
-from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
+from retention_bench.pipeline.suite import CovarianceConfig, ModelConfig, Suite
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
 VERSIONS = {
     "facts": 3,
-    "statistics": 2,
+    "statistics": 3,
     "paraphrases": 2,
     "fit": 2,
     "edit": 2,
@@ -114,8 +114,8 @@ def plan(cell: Cell, store: Store) -> Plan:
     facts_key = store.key("facts", facts.inputs)
     statistics = None
     if editor.covariance_layers:
-        corpus = suite.statistics.model_copy(update={"source": suite.locate(suite.statistics.source)})
-        statistics = statistics_stage(model, cell.device, corpus, editor.covariance_layers)
+        corpus = suite.covariance.model_copy(update={"source": suite.locate(suite.covariance.source)})
+        statistics = covariance_stage(model, cell.device, corpus, editor.covariance_layers)
 
     fit = None
     if isinstance(editor, FittedEditor):
@@ -265,14 +265,14 @@ def plan(cell: Cell, store: Store) -> Plan:
     )
 
 
-def statistics_stage(
+def covariance_stage(
     model: ModelConfig,
     device: str,
-    corpus: StatisticsConfig,
+    corpus: CovarianceConfig,
     layers: Sequence[int],
     shard: tuple[int, int] | None = None,
 ) -> Stage:
-    """The stage that measures key statistics, the same for whoever asks for them.
+    """The stage that measures the covariance, the same for whoever asks for them.
 
     Args:
         model: The model, its path absolute.
@@ -300,8 +300,8 @@ def statistics_stage(
     }
     reads = (Input(model.path, inputs["model"]), Input(corpus.source, inputs["corpus"]))
     if shard is None:
-        return Stage("statistics", "key statistics", inputs, reads)
-    return Stage("statistics", f"key statistics, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)}, reads)
+        return Stage("statistics", "covariance", inputs, reads)
+    return Stage("statistics", f"covariance, shard {shard[0]}/{shard[1]}", {**inputs, "shard": list(shard)}, reads)
 
 
 def _check_pool(suite: Suite) -> None:

@@ -263,12 +263,12 @@ class _Bench:
 
     @functools.cached_property
     def statistics(self) -> Path | None:
-        """The file of the key statistics, or None where the editor needs none."""
+        """The file of the covariance, or None where the editor needs none."""
         stage = self.plan.statistics
         if stage is None:
             return None
         suite = self.plan.cell.suite
-        corpus = suite.statistics.model_copy(update={"source": suite.locate(suite.statistics.source)})
+        corpus = suite.covariance.model_copy(update={"source": suite.locate(suite.covariance.source)})
         self.announce(stage.title, self.store.find(stage.name, stage.inputs) is not None)
         return measure(self.store, stage, self.base, corpus, progress=self.progress)
 
@@ -331,7 +331,7 @@ class _Bench:
 
     @functools.cached_property
     def key_statistics(self) -> Covariance | None:
-        """What the file of the key statistics holds."""
+        """What the file of the covariance holds."""
         from retention_bench.editors import Covariance
 
         return Covariance.load(self.statistics) if self.statistics else None
@@ -363,7 +363,7 @@ class _Bench:
             statistics, templates, fitted = self.key_statistics, self.templates, self.fitted
             model, tokenizer = self.base()
             context = EditContext(
-                statistics=statistics,
+                covariance=statistics,
                 templates=templates,
                 generator=torch.Generator().manual_seed(self.plan.cell.seed),
                 progress=self.progress,

@@ -4,13 +4,13 @@ AlphaEdit, MEMIT and ROME need it. It is collected once for a model, and belongs
 """
 
 from retention_bench.editors.covariance.collect import collect_covariance
-from retention_bench.editors.covariance.covariance import KIND, Covariance, Measurement, Spectrum, check_file
+from retention_bench.editors.covariance.covariance import KINDS, Covariance, Measurement, Spectrum, check_file
 from retention_bench.editors.covariance.fingerprint import TOLERANCE, key_fingerprint
 from retention_bench.editors.covariance.merge import merged
 from retention_bench.editors.covariance.rome_npz import SAMPLE, read_rome_npz, with_fingerprint
 
 __all__ = [
-    "KIND",
+    "KINDS",
     "SAMPLE",
     "TOLERANCE",
     "Covariance",

@@ -36,6 +36,9 @@ _LAYER = re.compile(r"0|[1-9]\d{0,3}", re.ASCII)
 _OLD_KIND, _OLD_VERSION = "set of key statistics", 2
 _OLD_PARTS = {"moment": "mom2", "probe": "fingerprint"}
 
+KINDS = (KIND, _OLD_KIND)
+"""What files of one may say that they are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
