@@ -15,7 +15,7 @@ import torch
 
 from retention_bench.atlas.world import RELATIONS, told_facts
 from retention_bench.editors import EditRequest
-from retention_bench.editors.subject import subject_rows, target_ids
+from retention_bench.editors.locate.subject import subject_rows, target_ids
 from retention_bench.facts import Fact
 from retention_bench.models import hidden_from, load_model, log_probabilities, pad, record
 

@@ -37,6 +37,7 @@ def evaluate(
     adapter: str = "none",
     probe_every: int = 0,
     accelerate_config: str | None = None,
+    covariance: str | None = None,
     out: PathLike | None = None,
     store: PathLike | None = None,
     save_checkpoints: bool = False,
@@ -59,6 +60,7 @@ def evaluate(
         adapter: What they train in the weights' place: `"none"`, `"lora"` or `"dora"`.
         probe_every: Also ask all facts every so many steps of the fine-tunes.
         accelerate_config: How fine-tunes are started on several GPUs: `"ddp"`, `"fsdp"` or a file.
+        covariance: A file of the covariance of the keys, in place of one that is collected.
         out: Folder for the results; None for one below `runs/`.
         store: The store's folder; None for `$RETENTION_BENCH_STORE`, or one in the user's cache.
         save_checkpoints: Also write every scored model as a full checkpoint.
@@ -84,6 +86,7 @@ def evaluate(
         adapter=adapter,
         probe_every=probe_every,
         accelerate_config=accelerate_config,
+        covariance=covariance,
     )
     planned = plan(cell)
     folder = default_folder(cell, planned) if out is None else Path(out)

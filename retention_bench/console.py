@@ -157,11 +157,11 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def print_statistics(about: Mapping[str, Any]) -> None:
-    """Print what a file of key statistics holds.
+def print_covariance(about: Mapping[str, Any]) -> None:
+    """Print what a file of a covariance holds.
 
     Args:
-        about: As `pipeline.statistics.inspect` returns it.
+        about: `file`, and what `Covariance.summary` returns.
     """
     console = screen()
     shard = about["shard"]
@@ -171,7 +171,9 @@ def print_statistics(about: Mapping[str, Any]) -> None:
         "cut at": f"{about['max_length']} tokens a text" if about["max_length"] else "not stated",
         "model's dtype": about["dtype"] or "not stated",
         "shard": f"{shard[0]}/{shard[1]}: merge it with the others before use" if shard else "whole",
-        "probe": "tells the model" if about["probe"] else "none: only layers and sizes are compared with a model",
+        "fingerprint": "tells the model"
+        if about["fingerprint"]
+        else "none: only layers and sizes are compared with a model",
     }
     console.print(line(about["file"]), soft_wrap=True)
     for name, value in parts.items():

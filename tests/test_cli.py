@@ -37,7 +37,7 @@ def test_help_is_quick_and_loads_no_model_library():
 
 @pytest.mark.parametrize(
     ("command", "line"),
-    [("statistics", "retention-bench statistics --inspect FILE"), ("compare", "FILE:CHECKPOINT   one of them")],
+    [("compare", "FILE:CHECKPOINT   one of them")],
 )
 def test_the_forms_of_a_command_stand_on_lines_of_their_own(command, line):
     lines = [" ".join(told.split()) for told in run(command, "--help").output.splitlines()]
@@ -212,9 +212,9 @@ def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatc
 ATLAS = Path(retention_bench.__file__).parent / "atlas"
 
 
-def test_statistics_are_measured_found_again_and_inspected(tmp_path):
+def test_a_covariance_is_measured_found_again_and_inspected(tmp_path):
     words = [
-        "statistics", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
+        "covariance", "measure", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
         "--corpus", str(ATLAS / "data" / "corpus.jsonl.gz"), "--samples", "30", "--max-length", "64",
     ]  # fmt: skip
     env = {"RETENTION_BENCH_STORE": str(tmp_path)}
@@ -226,16 +226,16 @@ def test_statistics_are_measured_found_again_and_inspected(tmp_path):
     again = run(*words, "--json", env=env)
     assert json.loads(again.stdout) == {"file": file, "in_store": True}
     assert "from the store" in again.stderr
-    shown = run("statistics", "--inspect", file, env=env)
+    shown = run("covariance", "inspect", file, env=env)
     assert "the first 30 texts of corpus.jsonl.gz" in shown.stdout
     assert "below 0.02" in shown.stdout
-    assert json.loads(run("statistics", "--inspect", file, "--json", env=env).stdout)["texts"] == 30
+    assert json.loads(run("covariance", "inspect", file, "--json", env=env).stdout)["texts"] == 30
 
 
-def test_statistics_without_what_they_need_are_a_usage_error(tmp_path):
-    result = run("statistics", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
+def test_a_covariance_without_what_it_needs_is_a_usage_error(tmp_path):
+    result = run("covariance", "measure", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "Error: --model is missing" in result.stderr
+    assert "Error: Missing option '--model'" in result.stderr
 
 
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
@@ -342,8 +342,13 @@ LONG = "x" * 300
         (CELL, ["--paraphrases", "1001"], "1001 is not in the range 0<=x<=1000", 2),
         (CELL, ["--freeze", "window:0:999999999"], "--freeze window:0:999999999", 0),
         (CELL, ["--freeze", "below:99999999999"], "--freeze 'below:99999999999' is not known", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--samples", "9" * 30], "'--samples'", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--memory", "nan"], "nan is not a number to count with", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--samples", "9" * 30], "'--samples'", 2),
+        (
+            "covariance measure --model m --layers 0 --corpus c",
+            ["--memory", "nan"],
+            "nan is not a number to count with",
+            2,
+        ),
         (f"{SCORE} file", ["--batch-size", "9" * 30], "'--batch-size'", 2),
         # suites
         (LIST, ["none.yaml"], "There is no suite file at none.yaml", 2),
@@ -368,10 +373,10 @@ LONG = "x" * 300
             "suite: 'city_country-00'. Did you mean 'city_country-",
             2,
         ),
-        ("statistics --model m --layers 0 --corpus", [""], "'--corpus': It is empty", 2),
-        ("statistics --layers 0 --corpus c --model", [" "], "'--model': It is empty", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--revision", ""], "'--revision': It is empty", 2),
-        ("statistics --layers 0 --corpus c --model", ["x" * 5000], "xxx...xxx", 2),
+        ("covariance measure --model m --layers 0 --corpus", [""], "'--corpus': It is empty", 2),
+        ("covariance measure --layers 0 --corpus c --model", [" "], "'--model': It is empty", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--revision", ""], "'--revision': It is empty", 2),
+        ("covariance measure --layers 0 --corpus c --model", ["x" * 5000], "xxx...xxx", 2),
         (CELL, ["--model", "~nobody-of-this-name/m"], "home directory", 2),
         (CELL, ["--model", "a\0b"], "a\\x00b holds a NUL", 2),
         (CELL, ["--model", "a\udcff"], "a\\udcff holds a NUL, or bytes that are not UTF-8", 2),
@@ -385,8 +390,8 @@ LONG = "x" * 300
         (CELL, ["--out", "dangling"], "is a link to nothing", 2),
         (CELL, ["--out", LONG], "so long a name", 2),
         (CELL, ["--out", ""], "must not be empty", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--out", "folder"], "folder is a folder", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--out", "none/x"], "There is no folder none", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--out", "folder"], "folder is a folder", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--out", "none/x"], "There is no folder none", 2),
         ("nothing\x1b[31m", [], "No such command 'nothing\\", 2),
         ("evaluate", ["--nothing\x1b[31m"], "No such option '--nothing\\", 2),
         # files of scores and runs

@@ -87,6 +87,12 @@ if TYPE_CHECKING:
     help="Fine-tune on all visible GPUs: ddp for models that fit one of them, fsdp for larger ones; or a file that "
     "`accelerate config` wrote.",
 )
+@click.option(
+    "--covariance",
+    type=Filled(),
+    metavar="FILE",
+    help="Take the covariance of the keys from this file of `retention-bench covariance`, in place of collecting it.",
+)
 @click.option("--out", type=Out(folder=True), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
@@ -112,6 +118,7 @@ def evaluate(
     probe_every: int,
     probe_fact: tuple[str, ...],
     accelerate_config: str | None,
+    covariance: str | None,
     out: Path | None,
     device: str,
     save_checkpoints: bool,
@@ -149,6 +156,7 @@ def evaluate(
         adapter=adapter,
         probe_every=probe_every,
         accelerate_config=accelerate_config,
+        covariance=covariance,
     )
     planned = plan(cell)
     out = out or default_folder(cell, planned)

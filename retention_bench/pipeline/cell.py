@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from retention_bench.data import read_json
+from retention_bench.data import find_file, read_json
 from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
 from retention_bench.errors import UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source, load_pool
@@ -30,6 +30,7 @@ from retention_bench.pipeline.distributed.launching import Launcher, check_one_g
 from retention_bench.pipeline.stage import Model, Rows
 from retention_bench.pipeline.stages import (
     Covariance,
+    CovarianceFile,
     Edit,
     Experiment,
     Facts,
@@ -70,6 +71,7 @@ class Cell:
         adapter: What they train in the weights' place: `none`, `lora` or `dora`.
         probe_every: Optimiser steps between two looks at all facts while a model is trained; 0 for none.
         accelerate_config: How fine-tunes are started on several GPUs, see `launcher`; None for one, in this process.
+        covariance: A file of the covariance of the keys, in place of one that is collected.
     """
 
     suite: Suite
@@ -84,6 +86,7 @@ class Cell:
     adapter: str = "none"
     probe_every: int = 0
     accelerate_config: str | None = None
+    covariance: str | None = None
 
 
 def plan(cell: Cell) -> Gather:
@@ -113,13 +116,15 @@ def plan(cell: Cell) -> Gather:
     if suite.facts.keywords:
         load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
     facts = Facts(Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seed)
-    covariance = None
-    if editor.statistics_layers:
-        corpus = suite.statistics
+    covariance: Covariance | CovarianceFile | None = None
+    corpus = suite.covariance
+    if editor.covariance_layers and (file := _covariance_file(cell)):
+        covariance = CovarianceFile.of(model, file, editor.covariance_layers)
+    elif editor.covariance_layers:
         covariance = Covariance.of(
             model,
             rows_of(corpus, suite),
-            editor.statistics_layers,
+            editor.covariance_layers,
             texts=corpus.texts,
             max_length=corpus.max_length,
         )
@@ -211,6 +216,14 @@ def rows_of(source: Source, suite: Suite) -> Rows:
     """
     path = suite.locate(source.source)
     return Rows(path, source_fingerprint(path, source.revision), source.config, source.revision)
+
+
+def _covariance_file(cell: Cell) -> str | None:
+    """The file that the covariance is taken from, where one is given: with the cell, or in the suite."""
+    if cell.covariance is not None:
+        return str(find_file(cell.covariance, "covariance file").resolve())
+    file = cell.suite.covariance.file
+    return None if file is None else str(find_file(cell.suite.locate(file), "covariance file"))
 
 
 def _editor(cell: Cell, config: ModelConfig) -> tuple[str, Editor]:

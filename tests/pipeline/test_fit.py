@@ -25,7 +25,7 @@ class Pupil:
     lessons: int
     edits_per_model: int | None = None
     name: ClassVar[str] = "pupil"
-    statistics_layers: ClassVar[tuple[int, ...]] = ()
+    covariance_layers: ClassVar[tuple[int, ...]] = ()
     template_lengths: ClassVar[tuple[int, ...]] = ()
 
     def fit(self, model, tokenizer, facts, folder, context):

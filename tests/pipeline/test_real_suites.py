@@ -35,7 +35,7 @@ def test_every_entry_is_what_its_editor_or_task_takes(name):
         assert all(model.finetunes[task]["revision"] for task in TASKS)
         assert model.revision
     assert suite.facts.revision
-    assert suite.statistics.revision
+    assert suite.covariance.revision
 
 
 @pytest.fixture(scope="module", params=SUITES)
@@ -52,7 +52,7 @@ def shrunk(request, make_tokenizer, make_model, tmp_path_factory):
 
     suite = yaml.safe_load((PACKAGED / f"{name}.yaml").read_text())
     suite["facts"] |= {"source": "./facts.json", "revision": None, "edited": 2, "intrinsic": 3}
-    suite["statistics"] |= {"source": "./texts.jsonl", "revision": None, "config": None, "texts": 40, "max_length": 24}
+    suite["covariance"] |= {"source": "./texts.jsonl", "revision": None, "config": None, "texts": 40, "max_length": 24}
     [config] = suite["models"].values()
     config |= {"path": "./model", "revision": None}
     config["editors"]["alphaedit"] |= {"v_num_grad_steps": 3, "nullspace_threshold": 10.0}

@@ -1,7 +1,7 @@
 """The stages of a cell, one file each: what its key is made of, and how it is computed."""
 
 from retention_bench.pipeline.stage import Stage
-from retention_bench.pipeline.stages.covariance import Covariance
+from retention_bench.pipeline.stages.covariance import Covariance, CovarianceFile
 from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Facts
 from retention_bench.pipeline.stages.finetune import Finetune
@@ -14,13 +14,26 @@ from retention_bench.pipeline.stages.unknown import Unknown
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (Knowledge, Facts, Paraphrases, Covariance, Fit, Unknown, Edit, Finetune, Score, Gather)
+    for stage in (
+        Knowledge,
+        Facts,
+        Paraphrases,
+        Covariance,
+        CovarianceFile,
+        Fit,
+        Unknown,
+        Edit,
+        Finetune,
+        Score,
+        Gather,
+    )
 }
 """All stages by name."""
 
 __all__ = [
     "STAGES",
     "Covariance",
+    "CovarianceFile",
     "Edit",
     "Experiment",
     "Facts",

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, ClassVar
 from retention_bench.data import is_local, read_json
 from retention_bench.pipeline.rows import Texts
 from retention_bench.pipeline.stage import Model, Rows, Stage
-from retention_bench.store import OUTSIDE
-from retention_bench.store.fingerprints import config_file
+from retention_bench.store import OUTSIDE, Input
+from retention_bench.store.fingerprints import config_file, source_fingerprint
 from retention_bench.store.store import versions
 
 if TYPE_CHECKING:
+    from retention_bench.editors.covariance import Covariance as Moments
     from retention_bench.pipeline.bench import Bench
 
 FILE = "covariance.safetensors"
@@ -37,7 +38,7 @@ class Covariance(Stage):
     """
 
     name: ClassVar[str] = "covariance"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: Model
     corpus: Rows
@@ -66,12 +67,7 @@ class Covariance(Stage):
             UsageError: The model's family is not supported.
             RetentionBenchError: The model's configuration is missing.
         """
-        from retention_bench.models import family
-
-        config = read_json(config_file(model.path, model.revision), dict, "model's configuration")
-        names = family(str(config.get("model_type")))
-        ordered = tuple(sorted(set(layers)))
-        modules = tuple(f"{names.blocks}.{layer}.{names.projection}" for layer in ordered)
+        ordered, modules = _modules(model, layers)
         return cls(model, corpus, texts, max_length, ordered, modules, shard, memory)
 
     def title(self) -> str:
@@ -80,7 +76,7 @@ class Covariance(Stage):
 
     def run(self, folder: Path, bench: Bench) -> None:
         """Write `covariance.safetensors`; a run that was cut off goes on where it was."""
-        from retention_bench.editors import collect_key_statistics
+        from retention_bench.editors import collect_covariance
 
         corpus = self.corpus
         texts = Texts(corpus.path, corpus.revision, corpus.config, self.texts)
@@ -92,7 +88,7 @@ class Covariance(Stage):
         index, count = self.shard or (0, 1)
         # A file is passed round: where the corpus lay on one machine means nothing on another.
         named = Path(corpus.path).name if Path(corpus.path).is_file() else corpus.path
-        collect_key_statistics(
+        collect_covariance(
             model,
             tokenizer,
             texts,
@@ -110,3 +106,78 @@ class Covariance(Stage):
     def file(self, bench: Bench) -> Path:
         """The file."""
         return bench.get(self) / FILE
+
+    def read(self, bench: Bench) -> Moments:
+        """What it holds; read once, not for every edit."""
+        return _read(self, bench)
+
+
+@dataclasses.dataclass(frozen=True)
+class CovarianceFile(Stage):
+    """A covariance that was brought in a file, in place of one that is collected.
+
+    Attributes:
+        model: The base model.
+        given: The file.
+        layers: The layers that are needed, in order.
+        modules: Their projections.
+    """
+
+    name: ClassVar[str] = "covariance_file"
+    version: ClassVar[int] = 1
+
+    model: Model
+    given: Input
+    layers: tuple[int, ...]
+    modules: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: Model, path: str, layers: Sequence[int]) -> CovarianceFile:
+        """The stage for some layers; what can be seen without the model is checked now.
+
+        Raises:
+            UsageError: There is no such file, or it lacks a layer, or is of another dtype or other modules.
+            RetentionBenchError: The file is broken.
+        """
+        from retention_bench.editors.covariance import check_file
+
+        ordered, modules = _modules(model, layers)
+        check_file(path, ordered, dtype=model.dtype, modules=dict(zip(ordered, modules, strict=True)))
+        return cls(model, Input(path, source_fingerprint(path, None)), ordered, modules)
+
+    def title(self) -> str:
+        """What it does, for people."""
+        return f"covariance from {Path(self.given.path).name}"
+
+    def run(self, folder: Path, bench: Bench) -> None:
+        """Write `covariance.safetensors`, once the model has been found to be the file's."""
+        from retention_bench.editors.covariance import Covariance as Loaded
+
+        found = Loaded.load(self.given.path, proven=True)
+        model, _ = bench.base(self.model)
+        found.check(model, self.layers)
+        found.save(folder / FILE)
+
+    def file(self, bench: Bench) -> Path:
+        """The file."""
+        return bench.get(self) / FILE
+
+    def read(self, bench: Bench) -> Moments:
+        """What it holds; read once, not for every edit."""
+        return _read(self, bench)
+
+
+def _read(stage: Covariance | CovarianceFile, bench: Bench) -> Moments:
+    from retention_bench.editors.covariance import Covariance as Loaded
+
+    return bench.once((stage.name, stage.key), lambda: Loaded.load(stage.file(bench)))
+
+
+def _modules(model: Model, layers: Sequence[int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Layers in order, and the projections whose inputs their keys are."""
+    from retention_bench.models import family
+
+    config = read_json(config_file(model.path, model.revision), dict, "model's configuration")
+    names = family(str(config.get("model_type")))
+    ordered = tuple(sorted(set(layers)))
+    return ordered, tuple(f"{names.blocks}.{layer}.{names.projection}" for layer in ordered)

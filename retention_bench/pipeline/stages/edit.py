@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from retention_bench.editors import EditContext, EditRequest, KeyStatistics, make_editor, sample_context_templates
+from retention_bench.editors import EditContext, EditRequest, make_editor, sample_context_templates
 from retention_bench.pipeline.stage import Model, Stage
-from retention_bench.pipeline.stages.covariance import Covariance
+from retention_bench.pipeline.stages.covariance import Covariance, CovarianceFile
 from retention_bench.pipeline.stages.facts import Facts, Group
 from retention_bench.pipeline.stages.fit import Fit
 from retention_bench.pipeline.stages.paraphrases import Paraphrases
@@ -43,7 +43,7 @@ class Edit(Stage):
     facts: Facts
     group: Group
     paraphrases: Paraphrases | None
-    covariance: Covariance | None
+    covariance: Covariance | CovarianceFile | None
     fit: Fit | None
     editor: str
     settings: Mapping[str, Any]
@@ -66,12 +66,9 @@ class Edit(Stage):
             return sample_context_templates(*bench.base(self.model), generator, lengths=editor.template_lengths)
 
         # Read and sampled once, not for every edited copy of the model.
-        statistics = None
-        if (covariance := self.covariance) is not None:
-            statistics = bench.once(("covariance", covariance.key), lambda: KeyStatistics.load(covariance.file(bench)))
         sampled = bench.once(("templates", self.model.path, self.seed, editor.template_lengths), templates)
         context = EditContext(
-            statistics=statistics,
+            covariance=self.covariance.read(bench) if self.covariance else None,
             templates=sampled,
             generator=torch.Generator().manual_seed(self.seed),
             progress=bench.progress,

@@ -1,4 +1,4 @@
-"""What MEMIT and AlphaEdit share: the values' change spread over several layers, lowest first (MEMIT, algorithm 1)."""
+"""What MEMIT and AlphaEdit share: the residual distributed over several layers, lowest first (MEMIT, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.locate.keys import SubjectStates
 from retention_bench.models import LowRank, WeightDelta, is_in_out, projection, projection_name
 
 Solve = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -17,7 +17,7 @@ Solve = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 [rank, d_model], whose product is what is added to the projection, seen as a map from keys on the left."""
 
 
-def spread(
+def distribute_residual(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
@@ -26,7 +26,7 @@ def spread(
     values: Tensor,
     solve: Solve,
 ) -> WeightDelta:
-    """Edit layer after layer, each with its share of what is still missing to the values.
+    """Edit layer after layer, each with its share of the residual: the values minus what the last block puts out.
 
     Keys and block outputs are read with the lower layers' edits in place; afterwards the model is as it was.
 
@@ -36,7 +36,7 @@ def spread(
         requests: The requests.
         context: Its templates and progress are used.
         layers: The layers, ascending.
-        values: What the last layer's block shall put out at the subjects [requests, d_model], float32.
+        values: What the last layer's block shall put out at the subjects' last tokens [requests, d_model], float32.
         solve: Computes one layer's change.
 
     Returns:
@@ -47,7 +47,7 @@ def spread(
     with contextlib.ExitStack() as edits:
         for done, layer in enumerate(layers):
             keys = states.mean_keys(layer)
-            # What is missing is spread evenly over the layers that are still to come.
+            # Read anew at each layer, and distributed evenly over this layer and those above it.
             residual = (values - states.outputs(layers[-1])) / (len(layers) - done)
             left, right = solve(layer, keys, residual)
             if not is_in_out(projection(model, layer)):

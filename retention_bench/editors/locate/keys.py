@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
-from retention_bench.editors.subject import Row, context_rows
+from retention_bench.editors.locate.subject import Row, context_rows
 from retention_bench.models import pad, record
 
 MAX_ROWS = 128

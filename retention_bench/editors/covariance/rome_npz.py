@@ -1,12 +1,13 @@
-"""Covariance files of the reference editors, and whether one can be a model's.
+"""Covariance files of ROME's, MEMIT's and AlphaEdit's own code, and whether one can belong to a model.
 
-ROME, MEMIT and AlphaEdit share `layer_stats`, which keeps one `.npz` a layer: `mom2.mom2`, the sum of k k^T
-[d_mlp, d_mlp], and `mom2.count`, the number of tokens (`CombinedStat` and `SecondMoment` in their `runningstats.py`).
-Nothing in the file names the model.
+They share `layer_stats`, which keeps one `.npz` for each layer: `mom2.mom2`, the sum of k k^T [d_mlp, d_mlp], and
+`mom2.count`, the number of tokens (`CombinedStat` and `SecondMoment` in their `runningstats.py`). Nothing in the file
+names the model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import lzma
 import math
@@ -23,24 +24,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.data import find_file, shortened
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors.covariance.covariance import Covariance, Measurement
+from retention_bench.editors.covariance.fingerprint import key_fingerprint
+from retention_bench.editors.locate.linalg import not_positive_semidefinite
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen, pad, record
 
 RESEMBLANCE = 0.1
 """The least correlation of a file's matrix with one sampled from the model, both normalised to a unit diagonal, over
-the entries beside it.
+the entries off it.
 
 Measured on atlas-gpt2, atlas-llama and the tests' golden GPT-2, layers 0, 1 and 3, on `SAMPLE`: 0.27 to 0.95 for the
-model's own statistics, whichever of two corpora they were measured on; -0.05 to 0.04 for another layer, random weights
+model's own covariance, whichever of two corpora it was measured on; -0.05 to 0.04 for another layer, random weights
 of the same shape or permuted neurons. The plain cosine tells less: 0.14 to 0.97 against up to 0.52.
 """
 
 SCALE = 20.0
 """How many times larger or smaller than the sampled one a file's trace may be.
 
-The model's own statistics gave 0.5 to 3.2 in the same measurements. A file whose matrix was divided by the tokens
-already is off by their number.
+The model's own covariance gave 0.5 to 3.2 in the same measurements. A matrix that was divided by the tokens already is
+too small by their number.
 """
 
 SAMPLE = (
@@ -62,20 +65,65 @@ _MOST_TOKENS = 2**63 - 1
 _HEADERS = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}
 
 
-def read_second_moment(path: Path | str) -> tuple[Tensor, int]:
-    """Read one file of the references.
+def read_rome_npz(files: Mapping[int, Path | str], *, source: str = "") -> Covariance:
+    """Read files of the reference editors.
 
     Args:
-        path: The `.npz` file. Pickles in it are not loaded, and no more memory is taken than its size tells.
+        files: The `.npz` file of each layer. Pickles in one are not loaded, and no more memory is taken than its size
+            tells.
+        source: What they were measured on, for people.
 
     Returns:
-        E[k k^T], float32 [d_mlp, d_mlp], and the number of tokens.
+        Their covariance, which does not say whose it is; see `with_fingerprint`.
 
     Raises:
-        UsageError: There is no such file, or it is a folder, a pipe or a device.
-        RetentionBenchError: It is not of that form, or the matrix is not square, finite, symmetric and positive
+        UsageError: No files, files over different numbers of tokens, or no such file.
+        RetentionBenchError: A file is not of that form, or its matrix is not square, finite, symmetric and positive
             semidefinite.
     """
+    if not files:
+        raise UsageError("No .npz files were given to read a covariance from. Give one for each layer.")
+    read = {layer: _read(path) for layer, path in sorted(files.items())}
+    counts = {layer: tokens for layer, (_, tokens) in read.items()}
+    if len(set(counts.values())) > 1:
+        raise UsageError(
+            f"The files were measured over different numbers of tokens, by layer {counts}: not on the same texts. "
+            "Give files of one run."
+        )
+    return Covariance({layer: matrix for layer, (matrix, _) in read.items()}, next(iter(counts.values())), source)
+
+
+def with_fingerprint(
+    covariance: Covariance,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str] = SAMPLE,
+) -> Covariance:
+    """A covariance that came without a fingerprint, with the fingerprint of the model that it is found to belong to.
+
+    Its matrices are compared with the model's keys on some text. A relative of the model, such as one fine-tuned from
+    it, cannot be told apart by this.
+
+    Args:
+        covariance: From `read_rome_npz`.
+        model: The model that it should belong to; it is left as it was found.
+        tokenizer: The model's tokenizer.
+        texts: Text to compare on, a few hundred tokens of it, each text cut at the model's positions; nearer to what
+            the files were measured on is better.
+
+    Raises:
+        UsageError: It is another model's or another layer's; the figures are named.
+    """
+    layers = list(covariance.mom2)
+    covariance.check(model, layers)
+    _check_resemblance(model, tokenizer, covariance.mom2, texts)
+    return dataclasses.replace(
+        covariance, fingerprint=key_fingerprint(model, layers), measured=Measurement.of(model, layers)
+    )
+
+
+def _read(path: Path | str) -> tuple[Tensor, int]:
+    """E[k k^T] of one file, float32 [d_mlp, d_mlp], and the number of tokens."""
     found = find_file(path, "file with a layer's covariance of a reference editor")
     try:
         with zipfile.ZipFile(found) as archive:
@@ -86,7 +134,7 @@ def read_second_moment(path: Path | str) -> tuple[Tensor, int]:
                     f"{path} lacks {' and '.join(missing)}; it has {_listed(names)}. Give a file that "
                     "`layer_stats` of ROME, MEMIT or AlphaEdit wrote with `mom2` among what it collects."
                 )
-            count = _array(archive, "mom2.count", path, "the number of tokens", _is_number)
+            count = _array(archive, "mom2.count", path, "the number of tokens", _is_scalar)
             total = _array(archive, "mom2.mom2", path, "a square matrix of floats", _is_square)
     except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise RetentionBenchError(
@@ -96,28 +144,18 @@ def read_second_moment(path: Path | str) -> tuple[Tensor, int]:
     if not (0 < tokens <= _MOST_TOKENS and tokens == int(tokens)):
         raise RetentionBenchError(f"{path}: mom2.count should be the number of tokens and is {shortened(tokens)}.")
     tokens = int(tokens)
-    moment = (torch.from_numpy(total.astype(numpy.float64, copy=False)) / tokens).float()
-    wrong = what_is_wrong(moment)
+    matrix = (torch.from_numpy(total.astype(numpy.float64, copy=False)) / tokens).float()
+    wrong = not_positive_semidefinite(matrix)
     if wrong:
-        raise RetentionBenchError(f"{path}: mom2.mom2 is no second moment: {wrong}. Fetch or make the file again.")
-    return (moment + moment.T) / 2, tokens
+        raise RetentionBenchError(f"{path}: mom2.mom2 is no covariance: {wrong}. Fetch or make the file again.")
+    return (matrix + matrix.T) / 2, tokens
 
 
-def check_resemblance(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, moments: Mapping[int, Tensor], texts: Sequence[str]
+def _check_resemblance(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mom2: Mapping[int, Tensor], texts: Sequence[str]
 ) -> None:
-    """Refuse second moments that are not this model's, by comparing them with the model's keys on some text.
-
-    Args:
-        model: The model; it is left as it was found.
-        tokenizer: Its tokenizer.
-        moments: By layer E[k k^T] [d_mlp, d_mlp], of the model's sizes.
-        texts: The text, a few hundred tokens in all; each is cut at the model's positions.
-
-    Raises:
-        UsageError: A layer's moment does not resemble the sampled one; the figures are named.
-    """
-    layers = list(moments)
+    """Refuse matrices that do not resemble those of the model's keys on some text."""
+    layers = list(mom2)
     rows = tokenizer(list(texts), truncation=True, max_length=model.config.max_position_embeddings)["input_ids"]
     sampled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with frozen(model):
@@ -126,9 +164,9 @@ def check_resemblance(
             for layer in layers:
                 sampled[layer].append(keys[layer][0].float().cpu())
     if not any(rows):
-        raise UsageError("The text to compare key statistics on holds no token. Give text that is not empty.")
-    for layer, moment in moments.items():
-        alike, scale = resemblance(moment, torch.cat(sampled[layer]))
+        raise UsageError("The text to compare a covariance on holds no token. Give text that is not empty.")
+    for layer, matrix in mom2.items():
+        alike, scale = resemblance(matrix, torch.cat(sampled[layer]))
         if not (alike >= RESEMBLANCE and 1 / SCALE <= scale <= SCALE):
             raise UsageError(
                 f"The covariance of layer {layer} is not this model's: over {len(torch.cat(sampled[layer]))} tokens of "
@@ -138,30 +176,30 @@ def check_resemblance(
             )
 
 
-def resemblance(moment: Tensor, keys: Tensor) -> tuple[float, float]:
-    """How alike a second moment and that of some keys are.
+def resemblance(matrix: Tensor, keys: Tensor) -> tuple[float, float]:
+    """How alike a covariance and that of some sampled keys are.
 
     Args:
-        moment: E[k k^T], float32 [d_mlp, d_mlp].
+        matrix: E[k k^T], float32 [d_mlp, d_mlp].
         keys: Sampled keys, float32 [tokens, d_mlp].
 
     Returns:
-        The correlation of the two, each normalised to a unit diagonal, over the entries beside it, which no common
-        scale of neurons has a part in; and the trace of the moment over that of the keys'.
+        The correlation of the two over the entries off the diagonal, each normalised to a unit diagonal, so that the
+        scales of single neurons have no part in it; and the trace of the covariance over that of the keys'.
     """
     sample = keys.T @ keys / len(keys)
-    scale = (moment.trace() / sample.trace()).item()
-    first, second = (_beside_the_diagonal(matrix) for matrix in (moment, sample))
+    scale = (matrix.trace() / sample.trace()).item()
+    first, second = (_off_diagonal(one) for one in (matrix, sample))
     norms = first.norm() * second.norm()
     return ((first * second).sum() / norms).item() if norms > 0 else 0.0, scale
 
 
-def _beside_the_diagonal(moment: Tensor) -> Tensor:
-    """The moment normalised to a unit diagonal, centred over its other entries, and zero on the diagonal."""
-    size = len(moment)
-    # A neuron that never fires has no scale, and zeros for entries.
-    scale = moment.diagonal().clamp_min(torch.finfo(moment.dtype).tiny).rsqrt()
-    entries = moment * scale * scale[:, None]
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    """The matrix normalised to a unit diagonal, centred over its other entries, and zero on the diagonal."""
+    size = len(matrix)
+    # A neuron that never fires has no scale; its entries are 0 under any.
+    scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    entries = matrix * scale * scale[:, None]
     entries.fill_diagonal_(0)
     entries -= entries.sum() / (size * (size - 1))
     return entries.fill_diagonal_(0)
@@ -170,7 +208,7 @@ def _beside_the_diagonal(moment: Tensor) -> Tensor:
 def _array(
     archive: zipfile.ZipFile, name: str, path: Path | str, wanted: str, fits: Callable[[tuple[int, ...], Any], bool]
 ) -> Any:
-    """Read an array, looking at what it says of its size first: numpy takes that memory before it reads on.
+    """Read an array, after a look at the size that its header states: numpy takes that memory before it reads on.
 
     Args:
         archive: The open archive.
@@ -209,7 +247,7 @@ def _array(
         return numpy.lib.format.read_array(member, allow_pickle=False)
 
 
-def _is_number(shape: tuple[int, ...], dtype: numpy.dtype) -> bool:
+def _is_scalar(shape: tuple[int, ...], dtype: numpy.dtype) -> bool:
     return math.prod(shape) == 1 and dtype.kind in "iuf"
 
 

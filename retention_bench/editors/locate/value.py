@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
-from retention_bench.editors.subject import Row, context_rows, subject_rows, target_ids
+from retention_bench.editors.locate.subject import Row, context_rows, subject_rows, target_ids
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import Site, Suffixes, log_probabilities, pad
 from retention_bench.progress import Progress, silent

@@ -1,6 +1,6 @@
-"""Key statistics: five layers in one pass against passes as the references' `layer_stats` makes them.
+"""Covariance: five layers in one pass against passes as the references' `layer_stats` makes them.
 
-    python benchmarks/key_statistics.py [THREADS]
+    python benchmarks/covariance.py [THREADS]
 
 A GPT-2 of the small one's shape with random weights; 100 texts of 50 to 600 random tokens, of which every sixth of the
 references' batches is taken: 100 texts would take some ten minutes, and a few texts alone would pad more than 100 do.
@@ -22,7 +22,7 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from retention_bench.editors import collect_key_statistics
+from retention_bench.editors import collect_covariance
 from retention_bench.models import frozen, pad, projection
 
 LAYERS = {"3-7": [3, 4, 5, 6, 7], "7-11": [7, 8, 9, 10, 11]}
@@ -85,7 +85,7 @@ def measure(way: str, layers: list[int], threads: int) -> dict[str, float]:
     def run(batches: list[list[Row]], layers: list[int]) -> list[torch.Tensor]:
         if way == WAYS[0]:
             texts = [" ".join(map(str, row)) for batch in batches for row in batch]
-            return list(collect_key_statistics(model, as_ids, texts, layers, max_length=1024).moments.values())
+            return list(collect_covariance(model, as_ids, texts, layers, max_length=1024).mom2.values())
         with frozen(model):
             return [reference(model, batches, layer, way == WAYS[2]) for layer in layers]
 

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retention_bench.editors import KeyStatistics
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors import Covariance
+from retention_bench.editors.covariance import read_rome_npz, with_fingerprint
+from retention_bench.editors.locate.linalg import not_positive_semidefinite
 from retention_bench.errors import RetentionBenchError, UsageError
 
 
@@ -31,37 +32,39 @@ def write(path, total, count, **more):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, gpt2_statistics):
-    """The golden model's statistics, layers 0 to 2, as the references would have kept them."""
+def files(tmp_path_factory, gpt2_covariance):
+    """The golden model's covariance, layers 0 to 2, as the references would have kept them."""
     folder = tmp_path_factory.mktemp("npz")
     return {
         layer: write(folder / f"transformer.h.{layer}.mlp.c_proj_float32_mom2_1400.npz", moment.numpy() * 17604, 17604)
-        for layer, moment in gpt2_statistics.moments.items()
+        for layer, moment in gpt2_covariance.mom2.items()
     }
 
 
-def test_files_of_the_references_are_read_and_get_a_probe(files, gpt2, gpt2_statistics, untouched, tmp_path, distance):
+def test_files_of_the_references_are_read_and_get_a_fingerprint(
+    files, gpt2, gpt2_covariance, untouched, tmp_path, distance
+):
     model, tokenizer = gpt2
     with untouched(model):
-        found = KeyStatistics.from_npz(files, model=model, tokenizer=tokenizer, source="ROME's files")
+        found = with_fingerprint(read_rome_npz(files, source="ROME's files"), model, tokenizer)
     assert (found.tokens, found.source) == (17604, "ROME's files")
-    for layer, moment in gpt2_statistics.moments.items():
-        assert distance(found.moments[layer], moment) < 1e-6
-        assert torch.equal(found.probe[layer], gpt2_statistics.probe[layer])
+    for layer, moment in gpt2_covariance.mom2.items():
+        assert distance(found.mom2[layer], moment) < 1e-6
+        assert torch.equal(found.fingerprint[layer], gpt2_covariance.fingerprint[layer])
     found.save(tmp_path / "s.safetensors")
-    KeyStatistics.load(tmp_path / "s.safetensors").check(model, [0, 1, 2])
+    Covariance.load(tmp_path / "s.safetensors").check(model, [0, 1, 2])
 
 
 def test_without_a_model_there_is_nothing_to_compare_with(files):
-    found = KeyStatistics.from_npz(files)
-    assert (list(found.moments), found.probe, found.measured.modules) == ([0, 1, 2], {}, {})
+    found = read_rome_npz(files)
+    assert (list(found.mom2), found.fingerprint, found.measured.modules) == ([0, 1, 2], {}, {})
 
 
 def test_text_nearer_to_their_corpus_may_be_given(files, gpt2, golden):
     model, tokenizer = gpt2
-    KeyStatistics.from_npz(files, model=model, tokenizer=tokenizer, texts=golden.texts[:30])
+    with_fingerprint(read_rome_npz(files), model, tokenizer, golden.texts[:30])
     with pytest.raises(UsageError, match="holds no token"):
-        KeyStatistics.from_npz(files, model=model, tokenizer=tokenizer, texts=[""])
+        with_fingerprint(read_rome_npz(files), model, tokenizer, [""])
 
 
 def test_files_of_another_model_or_layer_are_refused_with_figures(files, gpt2, llama):
@@ -70,18 +73,18 @@ def test_files_of_another_model_or_layer_are_refused_with_figures(files, gpt2, l
     other = type(model)(model.config).eval()
     figures = r"layer 0 is not this model's: over \d+ tokens .* correlates with it by -?0\.0\d .*trace is"
     with pytest.raises(UsageError, match=figures):
-        KeyStatistics.from_npz({0: files[0]}, model=other, tokenizer=tokenizer)
+        with_fingerprint(read_rome_npz({0: files[0]}), other, tokenizer)
     with pytest.raises(UsageError, match=figures):
-        KeyStatistics.from_npz({0: files[1]}, model=model, tokenizer=tokenizer)
+        with_fingerprint(read_rome_npz({0: files[1]}), model, tokenizer)
     with pytest.raises(UsageError, match="keys of size 512, the model's have 64"):
-        KeyStatistics.from_npz({0: files[0]}, model=llama[0], tokenizer=llama[1])
+        with_fingerprint(read_rome_npz({0: files[0]}), llama[0], llama[1])
 
 
-def test_a_mean_that_stands_where_the_sum_should_is_refused(tmp_path, gpt2, gpt2_statistics):
+def test_a_mean_that_stands_where_the_sum_should_is_refused(tmp_path, gpt2, gpt2_covariance):
     model, tokenizer = gpt2
-    path = write(tmp_path / "mean.npz", gpt2_statistics.moments[0].numpy(), 17604)
+    path = write(tmp_path / "mean.npz", gpt2_covariance.mom2[0].numpy(), 17604)
     with pytest.raises(UsageError, match=r"trace is \S+ times as large \(1/20 to 20 is allowed\)"):
-        KeyStatistics.from_npz({0: path}, model=model, tokenizer=tokenizer)
+        with_fingerprint(read_rome_npz({0: path}), model, tokenizer)
 
 
 ONES = numpy.ones((3, 3), dtype=numpy.float32)
@@ -114,42 +117,42 @@ ONES = numpy.ones((3, 3), dtype=numpy.float32)
         (ONES, numpy.nan, "mom2.count should be the number of tokens and is nan"),
     ],
 )
-def test_what_is_no_second_moment_is_refused(tmp_path, total, count, why):
+def test_what_is_no_covariance_is_refused(tmp_path, total, count, why):
     path = write(tmp_path / "f.npz", total, count)
     with pytest.raises(RetentionBenchError, match=f"f.npz.*{why}"):
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
 
 
-def test_a_singular_moment_is_one(tmp_path):
-    found = KeyStatistics.from_npz({4: write(tmp_path / "f.npz", ONES * 6, 3)})
-    assert (found.tokens, found.moments[4].tolist()) == (3, [[2.0] * 3] * 3)
+def test_a_singular_covariance_is_one(tmp_path):
+    found = read_rome_npz({4: write(tmp_path / "f.npz", ONES * 6, 3)})
+    assert (found.tokens, found.mom2[4].tolist()) == (3, [[2.0] * 3] * 3)
 
 
 def test_files_of_another_form_are_refused(tmp_path):
     with pytest.raises(UsageError, match="No .npz files"):
-        KeyStatistics.from_npz({})
+        read_rome_npz({})
     path = tmp_path / "f.npz"
     with pytest.raises(RetentionBenchError, match="There is no file with a layer's covariance"):
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
     numpy.savez(path, **{"mean.mean": ONES, "mom2.count": 3})
     with pytest.raises(RetentionBenchError, match="lacks mom2.mom2; it has mean.mean, mom2.count"):
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
     numpy.savez(path, **{"mom2.mom2": numpy.array([{"a": 1}], dtype=object), "mom2.count": 3})
     with pytest.raises(RetentionBenchError, match="mom2.mom2 should be a square matrix .* the dtype object"):
-        KeyStatistics.from_npz({0: path})  # a pickle, which is not loaded
+        read_rome_npz({0: path})  # a pickle, which is not loaded
     path.write_bytes(write(tmp_path / "g.npz", ONES, 3).read_bytes()[:-40])
     with pytest.raises(RetentionBenchError, match="is no .npz file, or is cut off"):
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
     with path.open("wb") as file:
         numpy.save(file, ONES)
     with pytest.raises(RetentionBenchError, match="is no .npz file"):
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
 
 
 def test_files_over_different_texts_are_refused(tmp_path):
     files = {layer: write(tmp_path / f"{layer}.npz", ONES, 3 + layer) for layer in (0, 1)}
     with pytest.raises(UsageError, match=r"different numbers of tokens, by layer \{0: 3, 1: 4\}"):
-        KeyStatistics.from_npz(files)
+        read_rome_npz(files)
 
 
 COUNT = io.BytesIO()
@@ -198,10 +201,10 @@ DAMAGED = [
 def test_headers_are_looked_at_before_memory_is_taken(tmp_path, total, why):
     path = by_hand(tmp_path / "f.npz", total)
     with pytest.raises(RetentionBenchError, match=f"f.npz.*({why})") as error:
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
     assert len(str(error.value)) < 600
     with pytest.raises(RetentionBenchError, match="f.npz.*mom2.count|f.npz is no .npz file"):
-        KeyStatistics.from_npz({0: by_hand(path, COUNT.getvalue(), total)})
+        read_rome_npz({0: by_hand(path, COUNT.getvalue(), total)})
 
 
 def test_what_would_grow_far_beyond_the_archive_is_refused(tmp_path):
@@ -209,7 +212,7 @@ def test_what_would_grow_far_beyond_the_archive_is_refused(tmp_path):
     bomb = member(described(f"({size}, {size})"), bytes(4 * size * size))
     path = by_hand(tmp_path / "f.npz", bomb, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(RetentionBenchError, match=r"f.npz is no .npz file.*would take 360\d+ bytes, and the archive"):
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
 
 
 def test_compressed_and_big_endian_files_are_read(tmp_path):
@@ -218,16 +221,16 @@ def test_compressed_and_big_endian_files_are_read(tmp_path):
     numpy.savez_compressed(tmp_path / "c.npz", **{"mom2.mom2": total, "mom2.count": 500})
     numpy.savez(tmp_path / "b.npz", **{"mom2.mom2": total.astype(">f4").T, "mom2.count": [500.0]})
     for name in ("b", "c"):
-        found = KeyStatistics.from_npz({0: tmp_path / f"{name}.npz"})
+        found = read_rome_npz({0: tmp_path / f"{name}.npz"})
         assert found.tokens == 500
-        numpy.testing.assert_allclose(found.moments[0].numpy(), total / 500, rtol=1e-4, atol=1e-4)
+        numpy.testing.assert_allclose(found.mom2[0].numpy(), total / 500, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_but_a_file_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, why in {tmp_path / "pipe": "a pipe", "/dev/zero": "a pipe or a device", tmp_path: "a folder"}.items():
         with pytest.raises(UsageError, match=why):
-            KeyStatistics.from_npz({0: path})
+            read_rome_npz({0: path})
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +266,11 @@ def check(folder, contents):
     path = folder / "f.npz"
     path.write_bytes(contents)
     try:
-        found = KeyStatistics.from_npz({0: path})
+        found = read_rome_npz({0: path})
     except RetentionBenchError:
         return
     assert found.tokens >= 1
-    assert what_is_wrong(found.moments[0]) is None
+    assert not_positive_semidefinite(found.mom2[0]) is None
 
 
 @settings(max_examples=30, deadline=5000)
@@ -285,12 +288,11 @@ def test_fuzz_at_length(folder, contents):
 
 LIMITED = """
 import resource, sys
-from retention_bench.editors import KeyStatistics
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors.covariance import read_rome_npz
 from retention_bench.errors import RetentionBenchError
 for path in sys.argv[1:]:
     try:
-        KeyStatistics.from_npz({0: path})
+        read_rome_npz({0: path})
     except RetentionBenchError:
         print("refused", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

@@ -1,4 +1,4 @@
-"""Gradient descent on the requests' targets, for editors that fine-tune; what is trained is the caller's."""
+"""The training loop of the editors that fine-tune on their requests, FT and LoRA."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditRequest
-from retention_bench.editors.subject import target_ids
+from retention_bench.editors.locate.subject import target_ids
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import log_probabilities, pad
 from retention_bench.progress import Progress
 
 Objective = Literal["target", "prompt_last"]
 """`"target"` is the cross-entropy of the target's tokens, each after those before it. `"prompt_last"` is that of FT's
-reference: every token of the target is trained to follow the prompt directly, which is wrong for more than one."""
+reference: every token of the target is trained to follow the prompt directly, which is wrong for targets of several
+tokens."""
 
 
 MAX_TOKENS = 8192
-"""Tokens a pass runs, padding included, if it has more than one request; bounds the memory, and not what is learned."""
+"""Tokens in a pass, padding included, unless a single request has more; bounds the memory, and changes no result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One prompt of a request: its token ids, the positions that are trained, and what each shall predict."""
+    """One prompt of a request: its token ids, the positions that are trained, and the token that each shall predict."""
 
     ids: list[int]
     positions: list[int]
     targets: list[int]
 
 
-def descend(
+def finetune_loop(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
@@ -49,21 +50,21 @@ def descend(
     objective: Objective = "target",
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Lower the mean over requests of the mean over a request's prompts of the mean -log p over its target's tokens.
+    """Minimise the mean over requests of the mean over a request's prompts of the mean -log p over its target's tokens.
 
     Args:
-        model: Its head turns hidden states into predictions; nothing of it is trained here.
+        model: Its head turns hidden states into predictions, and is not trained.
         tokenizer: Its tokenizer.
         requests: The facts; each is trained on all its prompts.
-        optimizer: Holds what is trained.
-        hidden: From token ids and mask, both [rows, length], to hidden states behind the final norm
-            [rows, length, d_model], with what is trained in its place.
+        optimizer: The optimiser of the parameters that are trained.
+        hidden: Computes, from token ids and mask, both [rows, length], the hidden states after the final norm
+            [rows, length, d_model], with the trained parameters in use.
         name: The editor's, for progress and errors.
         num_steps: Passes over the requests at most.
-        batch_size: Requests a step.
+        batch_size: Requests in a step.
         stop_loss: No step is taken on a batch whose loss is below this, and a pass whose mean is below it is the last.
-        progress: Called after every pass.
-        objective: What is lowered.
+        progress: Called after every pass over the requests.
+        objective: What is minimised.
         after_step: Called after every step.
 
     Raises:
@@ -105,7 +106,7 @@ def _rows(tokenizer: PreTrainedTokenizerBase, request: EditRequest, objective: O
 
 
 def _passes(batch: Sequence[Sequence[_Row]]) -> Iterator[list[Sequence[_Row]]]:
-    """A batch's requests, in order, in as many as a pass may have."""
+    """A batch's requests, in order, in parts of at most `MAX_TOKENS`."""
     part: list[Sequence[_Row]] = []
     for rows in batch:
         lengths = [len(row.ids) for group in (*part, rows) for row in group]

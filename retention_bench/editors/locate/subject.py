@@ -1,6 +1,6 @@
-"""Token rows with the place of the subject's last token, where locate-and-edit methods act.
+"""Token rows with the index of the subject's last token, where locate-and-edit methods act.
 
-The place comes from the tokenizer's offsets in the whole text, so it is right with a BOS token, with any padding, and
+The index comes from the tokenizer's offsets in the whole text, so it is right with a BOS token, with any padding, and
 for a subject that also occurs elsewhere in the text. (The references tokenise pieces and add their lengths.)
 """
 
@@ -43,7 +43,7 @@ def subject_rows(
         requests: Whose subject goes into each prompt.
 
     Returns:
-        A row a prompt.
+        A row for each prompt.
 
     Raises:
         UsageError: The tokenizer is not a fast one, so it gives no offsets.
@@ -80,10 +80,10 @@ def subject_rows(
 def context_rows(
     tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], requests: Sequence[EditRequest]
 ) -> list[list[Row]]:
-    """For every request, and each of its prompts, the prompt in the bare template, then in the context templates.
+    """For every request, each of its prompts in the bare template and then in the context templates.
 
     Returns:
-        A list a request, of prompts x (1 + templates) rows.
+        A list for each request, of prompts x (1 + templates) rows.
     """
     templates = (BARE, *templates)
     texts = [[t.replace("{}", prompt) for prompt in request.prompts for t in templates] for request in requests]

@@ -1,4 +1,4 @@
-"""Context templates: short texts by the model itself, put before a prompt so that an edit holds in many contexts."""
+"""Context templates: short texts sampled from the model, put before a prompt so that an edit holds in many contexts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sample_context_templates(
     lengths: Sequence[int] = (10,),
     top_k: int = 5,
 ) -> tuple[str, ...]:
-    """Sample a context template for every length from each prompt.
+    """Sample a context template of every length from each prompt.
 
     Ancestral top-k sampling without temperature, from the unedited model. Sources: `get_context_templates` of MEMIT
     (one of 10 tokens from each prompt) and ROME (ten of 5 and ten of 10 tokens, here spread over the prompts).
@@ -35,11 +35,11 @@ def sample_context_templates(
         tokenizer: Its tokenizer.
         generator: On the CPU, seeded; it is advanced.
         prompts: What the texts begin with.
-        lengths: For each template of a prompt its tokens in all, those of the prompt and special ones included.
+        lengths: Tokens of each of a prompt's templates, those of the prompt and special ones included.
         top_k: How many of the most probable tokens are drawn from.
 
     Returns:
-        A template a length and prompt: the text without braces, then `". {}"`.
+        A template for each length and prompt: the text without braces, then `". {}"`.
 
     Raises:
         UsageError: A length beyond the model's positions, or a `top_k` beyond its vocabulary.

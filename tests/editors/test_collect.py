@@ -1,4 +1,4 @@
-"""How key statistics are measured: cut off and resumed, in shards, in several passes."""
+"""How a covariance is collected: cut off and resumed, in shards, in several passes."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from retention_bench.editors import KeyStatistics, collect_key_statistics
+from retention_bench.editors import Covariance, collect_covariance
+from retention_bench.editors.covariance import merged as merge
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import projection
 
@@ -21,7 +22,7 @@ TEXTS = [f"Mira plays the violin {'in the old town ' * (i % 4)}with Jon Ek, who 
 
 
 def collect(model, texts=TEXTS, layers=(0, 2), **kwargs):
-    return collect_key_statistics(*model, texts, list(layers), **{"max_length": 24, "batch_tokens": 300} | kwargs)
+    return collect_covariance(*model, texts, list(layers), **{"max_length": 24, "batch_tokens": 300} | kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def cut_after(texts):
 
 def same(first, second):
     return first.tokens == second.tokens and all(
-        torch.equal(second.moments[layer], moment) for layer, moment in first.moments.items()
+        torch.equal(second.mom2[layer], moment) for layer, moment in first.mom2.items()
     )
 
 
@@ -75,7 +76,7 @@ def test_a_run_cut_off_in_its_second_pass_goes_on_there(llama, whole, tmp_path):
         collect(llama, progress=cut, **arguments)
     stages = []
     resumed = collect(llama, progress=lambda stage, *_: stages.append(stage), **arguments)
-    assert set(stages) == {"key statistics, pass 2 of 2"}
+    assert set(stages) == {"covariance, pass 2 of 2"}
     assert same(whole, resumed)
 
 
@@ -156,18 +157,19 @@ def test_the_merged_shards_are_the_whole(llama, count, texts):
     shards = [
         collect(llama, TEXTS[:texts], source="s", settings={"a": 1}, shard=(index, count)) for index in range(count)
     ]
-    merged = KeyStatistics.merged(shards[::-1])
+    merged = merge(shards[::-1])
     assert (merged.tokens, merged.source, merged.measured) == (expected.tokens, "s", expected.measured)
-    for layer, moment in expected.moments.items():
-        torch.testing.assert_close(merged.moments[layer], moment, rtol=1e-5, atol=1e-7)
-        assert torch.equal(merged.probe[layer], expected.probe[layer])
+    for layer, moment in expected.mom2.items():
+        torch.testing.assert_close(merged.mom2[layer], moment, rtol=1e-5, atol=1e-7)
+        assert torch.equal(merged.fingerprint[layer], expected.fingerprint[layer])
 
 
 def test_what_does_not_belong_together_is_not_merged(llama, whole):
     first, second = (collect(llama, TEXTS[:9], shard=(index, 2)) for index in (0, 1))
+    moved = {layer: keys + 0.1 * keys.norm() for layer, keys in whole.fingerprint.items()}
     huge = dataclasses.replace(first.measured, shard=(0, 10**12))  # no list of so many is made
     for parts, why in [
-        ([], "No key statistics"),
+        ([], "No covariance was given"),
         ([first], "shards 0/2 are not the whole.*0/2 to 1/2"),
         ([first, first], "shards 0/2, 0/2 are not the whole"),
         ([dataclasses.replace(first, measured=huge), second], "not the whole"),
@@ -177,16 +179,19 @@ def test_what_does_not_belong_together_is_not_merged(llama, whole):
         ([whole, collect(llama, layers=[0])], "different layers or sizes"),
         ([whole, collect(llama, max_length=20)], "max_length is 24 in one and 20"),
         ([whole, collect(llama, settings={"device": "cuda"})], "settings is {} in one"),
-        ([whole, dataclasses.replace(whole, probe={})], "with and without a probe"),
+        ([whole, dataclasses.replace(whole, fingerprint={})], "with and without a fingerprint"),
         (
-            [whole, dataclasses.replace(whole, probe={k: v + 0.1 * v.norm() for k, v in whole.probe.items()})],
-            r"different models.*keys of layer 0 on a probe differ by \d+",
+            [
+                whole,
+                dataclasses.replace(whole, fingerprint=moved),
+            ],
+            r"different models.*fingerprints of layer 0 differ by \d+",
         ),
     ]:
         with pytest.raises(UsageError, match=why):
-            KeyStatistics.merged(parts)
+            merge(parts)
     other = collect(llama, TEXTS[:40], source="other texts")
-    both = KeyStatistics.merged([whole, other])
+    both = merge([whole, other])
     assert (both.tokens, both.measured.texts) == (whole.tokens + other.tokens, 290)
     assert both.source == "other texts"
 
@@ -228,7 +233,7 @@ def flip(path):
 
 
 def other(path):
-    KeyStatistics({0: torch.eye(2)}, 3).save(path)
+    Covariance({0: torch.eye(2)}, 3).save(path)
 
 
 def rewrite(change):
@@ -257,7 +262,7 @@ DAMAGES = {
     "unknown blocks": rewrite(lambda about, _: about["state"].update(summed={"0": 9})),
     "unknown layers": rewrite(lambda about, _: about["state"].update(finished=[7])),
     "a tensor is missing": rewrite(lambda _, tensors: tensors.pop("sum.2.0")),
-    "no probe": rewrite(lambda _, tensors: tensors.pop("probe.0")),
+    "no fingerprint": rewrite(lambda _, tensors: tensors.pop("fingerprint.0")),
     "another shape": rewrite(lambda _, tensors: tensors.update({"sum.2.0": torch.ones(3, dtype=torch.float64)})),
     "another dtype": rewrite(lambda _, tensors: tensors.update({"sum.2.0": tensors["sum.2.0"].float()})),
 }
@@ -270,20 +275,20 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_begins_anew(llama, whole,
         collect(llama, progress=cut_after(110), **arguments)
     damage(tmp_path / "c")
     found = collect(llama, **arguments)
-    assert re.search("set aside as .*c.damaged-1, and the key statistics are measured from", caplog.text)
+    assert re.search("set aside as .*c.damaged-1, and the covariance is collected from", caplog.text)
     assert same(whole, found)
     assert (tmp_path / "c.damaged-1").is_file()
 
 
 @pytest.mark.parametrize("layers", [[2], [1]])
-def test_moments_of_wide_keys_are_whole_and_symmetric(make_tokenizer, make_model, layers):
+def test_matrices_of_wide_keys_are_whole_and_symmetric(make_tokenizer, make_model, layers):
     """Several blocks, the last one narrower: sizes that no block divides."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = make_tokenizer("gpt2", TEXTS, vocab_size=300)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=3, n_head=2, n_inner=300))
-    found = collect_key_statistics(model, tokenizer, TEXTS[:20], layers, max_length=32).moments[layers[0]]
+    found = collect_covariance(model, tokenizer, TEXTS[:20], layers, max_length=32).mom2[layers[0]]
     rows = []
     projection(model, layers[0]).register_forward_pre_hook(lambda _, args: rows.append(args[0][0]))
     with torch.no_grad():
@@ -301,10 +306,8 @@ def test_keys_that_are_not_finite_end_the_run_early(llama):
     seen = []
     try:
         weight[3, 3] = float("inf")
-        with pytest.raises(RetentionBenchError, match="keys of layer 0 are not all finite numbers, in the first 100"):
-            collect_key_statistics(
-                model, tokenizer, TEXTS, [0], max_length=24, progress=lambda *args: seen.append(args[1])
-            )
+        with pytest.raises(RetentionBenchError, match="keys of layer 0 are not all finite, in the first 100"):
+            collect_covariance(model, tokenizer, TEXTS, [0], max_length=24, progress=lambda *args: seen.append(args[1]))
     finally:
         weight.copy_(saved)
     assert max(seen) == 100
