@@ -1,0 +1,41 @@
+"""`retention-bench compare`: runs or scored checkpoints, fact by fact."""
+
+from __future__ import annotations
+
+import click
+
+from retention_bench.cli.options import json_option
+from retention_bench.display import say_json
+
+_KINDS = click.Choice(["edited", "intrinsic", "paraphrase", "locality"])
+_STAGES = click.Choice(["base", "post_edit", "post_finetune", "control_finetune"])
+
+
+@click.command()
+@click.argument("sides", nargs=-1, required=True, metavar="A B...")
+@click.option(
+    "--stage", type=_STAGES, default="post_finetune", show_default=True, help="The stage of a run without one."
+)
+@click.option("--kind", "kinds", type=_KINDS, multiple=True, help="Compare only this kind of question; repeatable.")
+@json_option("the comparison")
+def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json: bool) -> None:
+    """Compare runs or scored checkpoints, fact by fact: what was lost, gained and kept.
+
+    \b
+    A side is one of
+      RUN               a folder that `evaluate` wrote, after its fine-tune or at --stage
+      RUN:STAGE         the same at base, post_edit, post_finetune or control_finetune
+      FILE              all checkpoints in a file that `score` wrote
+      FILE:CHECKPOINT   one of them
+
+    Only questions that both sides of a pair were asked are compared. The p-values are McNemar's exact test's, with
+    Holm's correction for all pairs and kinds shown.
+    """  # noqa: D301 - click keeps lines as they are behind a backspace
+    from retention_bench import tables
+    from retention_bench.pipeline.scored import compared
+
+    found = compared(sides, stage=stage, **({"kinds": kinds} if kinds else {}))
+    if as_json:
+        say_json(found)
+    else:
+        tables.print_comparisons(found)

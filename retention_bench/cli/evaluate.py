@@ -1,0 +1,232 @@
+"""`retention-bench evaluate`: one cell."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from retention_bench.cli.options import SEED, Filled, Out, chosen_device, count, json_option
+from retention_bench.display import say_json
+from retention_bench.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from retention_bench.pipeline import Plan, Suite
+
+
+@click.command()
+@click.option(
+    "--editor",
+    required=True,
+    help="The editor, by its name in the suite; see `retention-bench list editors --suite NAME`.",
+)
+@click.option(
+    "--finetune",
+    required=True,
+    help="The downstream fine-tune, see `retention-bench list finetunes`; or path:FILE or path:OWNER/NAME@REVISION for "
+    "data of your own.",
+)
+@click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
+@click.option(
+    "--model", type=Filled(), help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]"
+)
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes."
+)
+@click.option(
+    "--paraphrases",
+    type=click.IntRange(min=0, max=1000),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Edit each fact with N more prompts.",
+)
+@click.option(
+    "--paraphrase-source",
+    default="own",
+    show_default=True,
+    metavar="own|template|model:NAME",
+    help="Where those come from: the fact's own paraphrases (which are not asked then), other words before its prompt, "
+    "or an instruct model (one of the suite, a folder, or a Hub id) that writes them.",
+)
+@click.option(
+    "--freeze",
+    default="none",
+    show_default=True,
+    metavar="none|edited|unedited|below:K|window:C:W",
+    help="What the fine-tunes leave as it is: the edited layers; all but those; layers below K, counted from 0; all "
+    "but the W layers around C.",
+)
+@click.option(
+    "--adapter",
+    default="none",
+    show_default=True,
+    metavar="none|lora|dora",
+    help="Train adapters, merged for scoring, and not the weights.",
+)
+@click.option(
+    "--probe-every",
+    type=count(0),
+    default=0,
+    metavar="N",
+    help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
+)
+@click.option(
+    "--probe-fact",
+    multiple=True,
+    metavar="ID",
+    help="With --probe-every: also print this fact's most probable tokens, step by step.",
+)
+@click.option(
+    "--accelerate-config",
+    type=Filled(),
+    metavar="ddp|fsdp|FILE",
+    help="Fine-tune on all visible GPUs: ddp for models that fit one of them, fsdp for larger ones; or a file that "
+    "`accelerate config` wrote.",
+)
+@click.option("--out", type=Out(folder=True), help="Folder for the results.  [default: below runs/]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Print the stages that would run, and which are in the store already.")
+@json_option("the results")
+def evaluate(
+    editor: str,
+    finetune: str,
+    suite: str,
+    model: str | None,
+    seed: int,
+    paraphrases: int,
+    paraphrase_source: str,
+    freeze: str,
+    adapter: str,
+    probe_every: int,
+    probe_fact: tuple[str, ...],
+    accelerate_config: str | None,
+    out: Path | None,
+    device: str,
+    save_checkpoints: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Edit, fine-tune and score one cell: an editor and a fine-tune on one model.
+
+    What was computed before is taken from the store ($RETENTION_BENCH_STORE, or retention-bench in your cache folder),
+    so an interrupted run goes on with the stage it was in.
+    """
+    from retention_bench import console
+    from retention_bench.pipeline import Cell, Store, check_data, default_root, estimate, load_suite, plan
+    from retention_bench.pipeline.run import FILES
+    from retention_bench.pipeline.store import check_output
+
+    if probe_fact and not probe_every:
+        raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
+    store = Store(default_root())
+    cell = Cell(
+        load_suite(suite),
+        model=model,
+        editor=editor,
+        finetune=finetune,
+        seed=seed,
+        device=chosen_device(device),
+        paraphrases=paraphrases,
+        paraphrase_source=paraphrase_source,
+        freeze=freeze,
+        adapter=adapter,
+        probe_every=probe_every,
+        accelerate_config=accelerate_config,
+    )
+    planned = plan(cell, store)
+    out = out or _folder(planned)
+    if probe_fact:
+        _check_known(cell.suite, probe_fact)
+    if dry_run:
+        check_output(out, "evaluate", FILES)
+        stages = [
+            {
+                "stage": s.name,
+                "title": s.title,
+                "key": store.key(s.name, s.inputs),
+                "in_store": store.holds(s.name, s.inputs),
+            }
+            for s in planned.stages()
+        ]
+        data = check_data(planned, store)
+        looked = data.to_json() if data else None
+        found = estimate(planned, store).to_json()
+        if as_json:
+            say_json({"store": str(store.root), "stages": stages, "estimate": found, "data": looked})
+        else:
+            console.print_plan(stages, store.root, found, looked)
+        return
+    from retention_bench.pipeline import evaluate as run
+
+    with console.progress(len(planned.stages())) as (announce, progress):
+        results = run(
+            cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
+        )
+    if as_json:
+        say_json(results)
+    else:
+        console.print_results(results, out, real=cell.suite.real)
+    if probe_fact:
+        from retention_bench.pipeline.store import read_jsonl
+
+        rows = read_jsonl(out / "trajectory.jsonl")
+        ids = dict.fromkeys(row["fact_id"] for row in rows)
+        for fact in probe_fact:
+            if fact not in ids:
+                raise unknown_name("fact of this cell:", fact, ids)
+            if not as_json:
+                console.print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
+
+
+def _check_known(suite: Suite, facts: Collection[str]) -> None:
+    """Refuse ids that no fact of a suite has; which of its facts a cell takes is found out when it runs."""
+    from retention_bench.facts import load_pool
+
+    source = suite.facts
+    pool = load_pool(suite.locate(source.source), source.revision, source.config).facts
+    ids = [fact.id for fact in pool]
+    for fact in set(facts) - set(ids):
+        raise unknown_name("fact of this suite:", fact, ids)
+
+
+def _folder(planned: Plan) -> Path:
+    """The folder of a cell's results where none is named; what differs from the usual is in its name."""
+    cell = planned.cell
+    model = _model_folder(planned.model_name, cell.model, planned.model.path, planned)
+    folder = Path("runs") / cell.suite.name / model / _part(cell.editor) / _part(planned.finetune_name)
+    if cell.paraphrases:
+        source = str(planned.paraphrase_source)
+        if planned.writer:
+            given = cell.paraphrase_source.partition(":")[2]
+            source = f"model-{_model_folder(source.partition(':')[2], given, planned.writer.path, planned)}"
+        folder /= _part(f"paraphrases-{cell.paraphrases}-{source}")
+    if cell.freeze != "none":
+        folder /= _part(f"freeze-{cell.freeze}")
+    if cell.adapter != "none":
+        folder /= _part(cell.adapter)
+    return folder / f"seed-{cell.seed}"
+
+
+def _model_folder(name: str, given: str | None, path: str, planned: Plan) -> str:
+    """A model's part of that; folders of one name are told apart by where they lie and what is in them."""
+    if given in (None, *planned.cell.suite.models) or not Path(path).is_dir():
+        return _part(name)
+    from retention_bench.pipeline.inputs import model_fingerprint
+    from retention_bench.pipeline.store import canonical
+
+    told_apart = hashlib.sha256(canonical([path, model_fingerprint(path, None)]).encode()).hexdigest()
+    return f"{_part(name)}-{told_apart[:8]}"
+
+
+def _part(name: str) -> str:
+    """A name as one part of a path: of the characters that every file system has, and not too long."""
+    part = re.sub(r"[^A-Za-z0-9._@-]", "-", name)
+    if part.startswith(".") or len(part) > 150:
+        part = f"{part[:140].lstrip('.')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return part
