@@ -238,6 +238,10 @@ class _Bench:
             return {}
 
         def compute(folder: Path) -> None:
+            import torch
+
+            from retention_bench.models import load_model
+
             if writer is not None:
                 self.release()
             found = augment(
@@ -245,9 +249,12 @@ class _Bench:
                 cell.paraphrases,
                 f"{MODEL}{writer.path}" if writer else cell.paraphrase_source,
                 seed=cell.seed,
-                device=cell.device,
-                dtype=self.plan.model.dtype,
-                revision=writer.revision if writer else None,
+                load=functools.partial(
+                    load_model,
+                    device=cell.device,
+                    dtype=getattr(torch, self.plan.model.dtype),
+                    revision=writer.revision if writer else None,
+                ),
                 progress=self.progress,
             )
             write_text(folder / "prompts.json", json.dumps(found, indent=2, ensure_ascii=False))

@@ -283,7 +283,8 @@ def test_a_model_that_writes_is_a_part_of_the_key_and_gets_the_edited_facts(
 
     def write(facts, count, source, **given):
         assert [f.target_new is not None for f in facts] == [True] * 6
-        assert (count, source, given["device"], given["dtype"]) == (2, f"model:{folder}", "cpu", "float32")
+        loads = given["load"].keywords
+        assert (count, source, loads["device"], loads["dtype"]) == (2, f"model:{folder}", "cpu", torch.float32)
         raise RetentionBenchError("Fact 'x': too few")
 
     monkeypatch.setattr(run, "augment", write)

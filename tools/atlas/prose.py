@@ -1,6 +1,7 @@
 """The stand-in for Common Crawl: short documents of many kinds, about no fact of the world.
 
-They share everyday words with the pre-training corpus, and none of its sentences. `python -m tools.atlas build` writes them.
+They share everyday words with the pre-training corpus, and none of its sentences. `python -m tools.atlas build` writes
+them.
 """
 
 from __future__ import annotations
