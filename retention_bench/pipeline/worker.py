@@ -12,16 +12,16 @@ import json
 import logging
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retention_bench.display.progress import silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.disk import disk_errors
 from retention_bench.pipeline.tuning import Job, tune
-from retention_bench.progress import silent
+from retention_bench.processes import end_with_parent
 
 
 def main(job_file: str, folder: str) -> None:
@@ -37,7 +37,7 @@ def main(job_file: str, folder: str) -> None:
     from retention_bench.finetune import processes
 
     logging.getLogger("retention_bench").addHandler(_Notices())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
     # The process group, and this process's own GPU. The others wait as long while the first one writes a model.
     PartialState(cpu=job.device == "cpu", timeout=datetime.timedelta(hours=1))
@@ -61,13 +61,6 @@ class _Notices(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         _say({"notice": record.getMessage()})
-
-
-def _end_with_parent() -> None:
-    """End at once when the one who started us is gone, however it went: standard input ends with it."""
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 def _report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
