@@ -117,7 +117,8 @@ def evaluate(
     What was computed before is taken from the store ($RETENTION_BENCH_STORE, or retention-bench in your cache folder),
     so an interrupted run goes on with the stage it was in.
     """
-    from retention_bench import console
+    from retention_bench.display.progress import show_progress
+    from retention_bench.display.results import print_plan, print_results, print_tokens
     from retention_bench.pipeline import Cell, Store, check_data, default_root, estimate, load_suite, plan
     from retention_bench.pipeline.run import FILES
     from retention_bench.pipeline.store import check_output
@@ -160,18 +161,19 @@ def evaluate(
         if as_json:
             say_json({"store": str(store.root), "stages": stages, "estimate": found, "data": looked})
         else:
-            console.print_plan(stages, store.root, found, looked)
+            print_plan(stages, store.root, found, looked)
         return
     from retention_bench.pipeline import evaluate as run
 
-    with console.progress(len(planned.stages())) as (announce, progress):
+    written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
+    with show_progress(len(planned.stages()) + written) as (announce, progress):
         results = run(
             cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
         )
     if as_json:
         say_json(results)
     else:
-        console.print_results(results, out, real=cell.suite.real)
+        print_results(results, out, real=cell.suite.real)
     if probe_fact:
         from retention_bench.pipeline.store import read_jsonl
 
@@ -181,7 +183,7 @@ def evaluate(
             if fact not in ids:
                 raise unknown_name("fact of this cell:", fact, ids)
             if not as_json:
-                console.print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
+                print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
 
 
 def _check_known(suite: Suite, facts: Collection[str]) -> None:

@@ -51,18 +51,19 @@ def statistics(**options: Any) -> None:
     Prints the file. It is kept in the store under everything it depends on, where `evaluate` finds it. A run that was
     cut off goes on where it was when it is started again.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
-    from retention_bench import console
+    from retention_bench.display import tables
+    from retention_bench.display.progress import show_progress
     from retention_bench.pipeline import Store, default_root
     from retention_bench.pipeline.statistics import Request, answer
 
     as_json, device = options.pop("as_json"), options.pop("device")
     request = Request(**options, device="" if options["inspect"] or options["merge"] else chosen_device(device))
-    with console.progress(1) as (announce, progress):
+    with show_progress(1) as (announce, progress):
         found = answer(request, Store(default_root()), announce=announce, progress=progress)
     if as_json:
         say_json(found)
     elif request.inspect:
-        console.print_statistics(found)
+        tables.print_statistics(found)
     elif request.dry_run:
         say(f"{found['file']} ({'in the store' if found['in_store'] else 'not there yet'})")
     else:

@@ -3,7 +3,6 @@
 from retention_bench.data.files import (
     check_characters,
     checked,
-    cut,
     find_file,
     has_half,
     locate,
@@ -20,7 +19,6 @@ from retention_bench.data.files import (
 __all__ = [
     "check_characters",
     "checked",
-    "cut",
     "find_file",
     "has_half",
     "locate",

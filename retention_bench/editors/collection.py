@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retention_bench.data import shortened
 from retention_bench.data.durable import set_aside
 from retention_bench.display import plain
+from retention_bench.display.progress import Progress, silent
 from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.editors.statistics import KeyStatistics, describe, distance, probe_keys
 from retention_bench.errors import RetentionBenchError, UsageError
@@ -33,7 +34,6 @@ from retention_bench.models import (
     record,
     write_tensors,
 )
-from retention_bench.progress import Progress, silent
 
 _Whole = Annotated[int, pydantic.Field(strict=True, ge=0, le=sys.maxsize)]
 

@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.written import write_paraphrases
-from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

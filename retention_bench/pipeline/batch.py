@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from retention_bench.analysis import clustered, rate
 from retention_bench.data import read_json
-from retention_bench.engine_process import EngineError, EngineProcess
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.models.explain import explained, reason, without_bars
@@ -23,7 +23,7 @@ from retention_bench.pipeline.inputs import config_file, model_fingerprint
 from retention_bench.pipeline.parity import check_parity
 from retention_bench.pipeline.score_file import ScoreFile
 from retention_bench.pipeline.store import canonical, exclusive, file_sha256, versions
-from retention_bench.progress import Progress, silent
+from retention_bench.scoring.engine_process import EngineError, EngineProcess
 
 if TYPE_CHECKING:
     from retention_bench.models import Checkpoint

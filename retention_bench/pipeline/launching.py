@@ -16,9 +16,9 @@ import pydantic
 
 from retention_bench.data import checked, find_file, shortened
 from retention_bench.data.yaml_files import read_yaml
+from retention_bench.display.progress import Progress
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.tuning import Job
-from retention_bench.progress import Progress
 
 _log = logging.getLogger("retention_bench")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.data.durable import DamagedError, check, remove, seal, write_text
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import (
     MODEL,
@@ -35,7 +36,6 @@ from retention_bench.pipeline.planning import plan
 from retention_bench.pipeline.results import gather
 from retention_bench.pipeline.statistics import measure
 from retention_bench.pipeline.store import MARK, Store, check_output, exclusive
-from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from retention_bench.editors import KeyStatistics
@@ -123,11 +123,14 @@ class _Bench:
         self.store = store
         self.progress = progress
         self.announce = announce
+        self._announced: set[str] = set()
         self._base: tuple[Any, Any] | None = None
 
     def _get(self, stage: Stage, compute: Callable[[Path], None]) -> Path:
         found = self.store.find(stage.name, stage.inputs)
-        self.announce(stage.title, found is not None)
+        if stage.title not in self._announced:  # writing checkpoints asks for the fine-tuned models once more
+            self._announced.add(stage.title)
+            self.announce(stage.title, found is not None)
         return found or self.store.get(stage.name, stage.inputs, compute, stage.reads)
 
     def _load(self, path: str, revision: str | None, *, finite: bool = True) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import pydantic
 
 from retention_bench.data import checked, find_file, read_json, shortened
+from retention_bench.display.progress import Progress, silent
 from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.pipeline.cell import Stage
@@ -28,7 +29,6 @@ from retention_bench.pipeline.planning import VERSIONS, statistics_stage
 from retention_bench.pipeline.rows import Texts, is_local
 from retention_bench.pipeline.store import Store, file_sha256, versions
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig
-from retention_bench.progress import Progress, silent
 
 FILE = "statistics.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.data.durable import write_text
+from retention_bench.display.progress import Progress
 from retention_bench.facts import FactSet
 from retention_bench.finetune import Terms, make_finetune
 from retention_bench.pipeline.loading import load, save
-from retention_bench.progress import Progress
 
 if TYPE_CHECKING:
     from retention_bench.finetune import Watch
