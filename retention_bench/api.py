@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from retention_bench.device import chosen_device
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import UsageError
 from retention_bench.facts import FactSet, load_pool
 from retention_bench.pipeline.cell import Cell, plan
 from retention_bench.pipeline.folder import default_folder
 from retention_bench.pipeline.run import evaluate as run
 from retention_bench.pipeline.suite import Suite, load_suite, suite_names
-from retention_bench.progress import Progress, silent
 from retention_bench.results.compare import compared
 from retention_bench.results.schema import KINDS, Results
 from retention_bench.store import Store, default_root
@@ -89,8 +89,9 @@ def evaluate(
         covariance=covariance,
     )
     planned = plan(cell)
+    written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
     folder = default_folder(cell, planned) if out is None else Path(out)
-    with _progress(len(planned.plan()), quiet) as (announce, progress):
+    with _progress(len(planned.plan()) + written, quiet) as (announce, progress):
         return run(
             planned,
             store=_store(store),
@@ -139,9 +140,9 @@ def score(
         UsageError: There is nothing to score or to ask.
         RetentionBenchError: The facts or the output folder cannot be used.
     """
-    from retention_bench.engine_process import resolve_backend
     from retention_bench.models import read_references
     from retention_bench.scoring.checkpoints import Options, score_checkpoints
+    from retention_bench.scoring.engine_process import resolve_backend
 
     where = chosen_device(device)
     options = Options(
@@ -214,7 +215,7 @@ def _progress(stages: int, quiet: bool) -> Iterator[tuple[Callable[[str, bool], 
     if quiet:
         yield lambda title, cached: None, silent
         return
-    from retention_bench import console
+    from retention_bench.display.progress import show_progress
 
-    with console.progress(stages) as pair:
+    with show_progress(stages) as pair:
         yield pair

@@ -161,7 +161,7 @@ def test_a_dry_run_counts_what_is_trained(tmp_path, options, trained):
 
 
 def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
-    from retention_bench import console
+    from retention_bench.display.results import print_tokens
 
     monkeypatch.setenv("COLUMNS", "80")
     rows = [
@@ -170,7 +170,7 @@ def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
         for s in (0, 20)
     ]
     rows[1] |= {"top": []}  # a model that diverged
-    console.print_tokens("f1", rows)
+    print_tokens("f1", rows)
     printed = capsys.readouterr().out
     assert "fact f1 (edited) in edited model 1" in printed
     assert "fact f1 (edited) in the unedited control" in printed
@@ -239,7 +239,7 @@ def test_a_covariance_without_what_it_needs_is_a_usage_error(tmp_path):
 
 
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
-    from retention_bench import console
+    from retention_bench.display.results import print_results
 
     monkeypatch.setenv("COLUMNS", "80")
     rate = {"hits": 5000, "total": 5000, "rate": 1.0, "ci95": [0.99, 1.0]}
@@ -273,9 +273,9 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "experiments": [{"finetune_log": log}],
         "control": {"finetune_log": log},
     }
-    console.print_results(results, tmp_path, real="gpt2-xl")
+    print_results(results, tmp_path, real="gpt2-xl")
     printed = capsys.readouterr().out
-    assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 numbers" in printed
+    assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 of the" in printed
     assert "--freeze edited --adapter dora" in printed
     assert (
         "in the gap 12 points; in edited facts, against another run with the same 5000, 15 points, or none" in printed
@@ -288,13 +288,13 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation), 3 left out (one "
         "character)." in printed
     )
-    table = printed.split("Edited facts, in")[0].splitlines()
+    table = printed.split("edited: the edited facts")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4
     assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
     results |= {"learned": False, "not_learned": ["after the 60 steps of its budget the validation_loss was 2"]}
-    console.print_results(results, tmp_path, real=None)
+    print_results(results, tmp_path, real=None)
     assert "Not learned: after the 60 steps of its budget the validation loss was 2." in capsys.readouterr().out
 
 
@@ -474,7 +474,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_table_is_printed_whatever_the_output_takes(encoding):
     code = (
-        "from retention_bench.display import prepare_streams; from retention_bench import tables;"
+        "from retention_bench.display import prepare_streams; from retention_bench.display import tables;"
         "from pathlib import Path; prepare_streams();"
         "row = {'checkpoint': '\u2026\U0001f600', 'task': 'retention_edited', 'hits': 1, 'total': 1, 'rate': 1.0};"
         "tables.print_scores([row | {'ci95': [0, 1]}], Path('\u2026'))"
@@ -487,14 +487,13 @@ def test_a_table_is_printed_whatever_the_output_takes(encoding):
 
 @pytest.mark.parametrize("columns", ["0", "1", "20"])
 def test_no_figure_is_cut_in_a_narrow_terminal(columns, capsys, monkeypatch):
-    from retention_bench import tables
+    from retention_bench.display import tables
+    from retention_bench.scoring.tasks import KINDS
 
     monkeypatch.setenv("COLUMNS", columns)
     row = {"checkpoint": "c", "hits": 181, "total": 200, "rate": 0.905, "ci95": [0.857, 0.938]}
     left_out = {"too short": {"facts": 4, "first": ["a", "b" * 50, "c", "d"]}, "the same": {"facts": 1, "first": ["e"]}}
-    tables.print_scores(
-        [row | {"task": f"retention_{kind}", "left_out": left_out} for kind in tables.LABELS], Path("x")
-    )
+    tables.print_scores([row | {"task": f"retention_{kind}", "left_out": left_out} for kind in KINDS], Path("x"))
     printed = capsys.readouterr().out
     assert printed.count("181 of 200") == 4
     assert f"c: 4 facts are left out: too short (a, {'b' * 37}..., c, ...)" in printed

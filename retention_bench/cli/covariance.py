@@ -144,7 +144,7 @@ def measure(
 
     A run that was cut off goes on where it was when it is started again.
     """
-    from retention_bench import console
+    from retention_bench.display.progress import show_progress
     from retention_bench.pipeline import covariance as pipeline
     from retention_bench.store import Store, default_root
 
@@ -153,7 +153,7 @@ def measure(
     on = chosen_device(device)
     if out and not dry_run:
         pipeline.check_out(out)
-    with console.progress(1) as (announce, progress):
+    with show_progress(1) as (announce, progress):
         found = pipeline.collect(
             Store(default_root()),
             pipeline.model_at(model, revision, dtype),
@@ -241,14 +241,14 @@ def import_(
 @json_option("the answer")
 def inspect(file: Path, as_json: bool) -> None:
     """Say what a file holds: how it was measured, and what its eigenvalues are."""
-    from retention_bench import console
+    from retention_bench.display import tables
     from retention_bench.editors import Covariance
 
     about = {"file": str(file), **Covariance.load(file).summary()}
     if as_json:
         say_json(about)
     else:
-        console.print_covariance(about)
+        tables.print_covariance(about)
 
 
 @click.command(

@@ -131,7 +131,8 @@ def evaluate(
     What was computed before is taken from the store ($RETENTION_BENCH_STORE, or retention-bench in your cache folder),
     so an interrupted run goes on with the stage it was in.
     """
-    from retention_bench import console
+    from retention_bench.display.progress import show_progress
+    from retention_bench.display.results import print_plan, print_results, print_tokens
     from retention_bench.pipeline import Cell, load_suite, plan
     from retention_bench.pipeline.folder import default_folder
     from retention_bench.pipeline.run import evaluate as run
@@ -171,16 +172,17 @@ def evaluate(
         if as_json:
             say_json(found)
         else:
-            console.print_plan(found["stages"], store.root, found["estimate"], found["data"])
+            print_plan(found["stages"], store.root, found["estimate"], found["data"])
         return
-    with console.progress(len(planned.plan())) as (announce, progress):
+    written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
+    with show_progress(len(planned.plan()) + written) as (announce, progress):
         results = run(
             planned, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
         ).to_dict()
     if as_json:
         say_json(results)
     else:
-        console.print_results(results, out, real=planned.real)
+        print_results(results, out, real=planned.real)
     if probe_fact:
         rows = read_jsonl(out / "trajectory.jsonl")
         ids = dict.fromkeys(row["fact_id"] for row in rows)
@@ -188,7 +190,7 @@ def evaluate(
             if fact not in ids:
                 raise unknown_name("fact of this cell:", fact, ids)
             if not as_json:
-                console.print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
+                print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
 
 
 def _check_known(suite: Suite, facts: Collection[str]) -> None:

@@ -65,15 +65,16 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     What OUT/scores.jsonl holds already is not scored again, so a run that was cut off goes on. A checkpoint that cannot
     be scored is recorded with the reason, and the others are scored; the exit code is 1 then.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
-    from retention_bench.engine_process import EngineProcess, resolve_backend
+    from retention_bench.scoring.engine_process import EngineProcess, resolve_backend
 
     as_json, device = options.pop("as_json"), chosen_device(options.pop("device"))
     backend = resolve_backend(options.pop("backend"), device)
     # It takes some seconds to get ready, and so do the imports here.
     process = EngineProcess(device) if backend == "vllm" else None
 
-    from retention_bench import console, tables
     from retention_bench.data import find_file
+    from retention_bench.display import tables
+    from retention_bench.display.progress import show_progress
     from retention_bench.facts import load_pool
     from retention_bench.models import read_manifest, read_references
     from retention_bench.results.schema import KINDS
@@ -95,7 +96,7 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     dtype = options.pop("dtype")
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
     chosen = Options(backend=backend, dtype=dtype, device=device, kinds=kinds, also=also, **options)
-    with console.progress(len(references)) as (announce, progress):
+    with show_progress(len(references)) as (announce, progress):
         rows = score_checkpoints(
             references,
             pool.facts,

@@ -21,7 +21,7 @@ def stage(plan: Path, key: str, as_json: bool) -> None:
     PLAN is a file that `evaluate --plan` wrote, KEY a stage's key, or its first letters, as --dry-run prints it.
     Several processes may do this at once: each stage is computed by one of them, and the others wait for it.
     """
-    from retention_bench import console
+    from retention_bench.display.progress import show_progress
     from retention_bench.pipeline import Bench
     from retention_bench.pipeline.stage import read_plan
     from retention_bench.pipeline.stages import STAGES
@@ -32,7 +32,7 @@ def stage(plan: Path, key: str, as_json: bool) -> None:
     if len(fitting) != 1:
         raise unknown_name("key" if not fitting else "key, of several that begin so,", key, stages)
     [chosen] = fitting
-    with console.progress(len(chosen.plan())) as (announce, progress):
+    with show_progress(len(chosen.plan())) as (announce, progress):
         folder = Bench(Store(default_root()), progress, announce).get(chosen)
     if as_json:
         say_json({"stage": chosen.name, "key": chosen.key, "folder": str(folder)})

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from retention_bench.data import shortened
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.display.progress import Progress
 from retention_bench.editors.base import EditRequest
 from retention_bench.editors.locate.subject import target_ids
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import log_probabilities, pad
-from retention_bench.progress import Progress
 
 Objective = Literal["target", "prompt_last"]
 """`"target"` is the cross-entropy of the target's tokens, each after those before it. `"prompt_last"` is that of FT's

@@ -8,9 +8,9 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.stage import Model, Stage
-from retention_bench.progress import Progress, silent
 from retention_bench.store import Store
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ import pydantic
 
 from retention_bench.data import checked, find_file, is_local, read_json, shortened
 from retention_bench.data.durable import file_sha256
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.bench import Announce, Bench
 from retention_bench.pipeline.cell import model_of
@@ -23,7 +24,6 @@ from retention_bench.pipeline.rows import Texts
 from retention_bench.pipeline.stage import Rows
 from retention_bench.pipeline.stages.covariance import FILE, Covariance
 from retention_bench.pipeline.suite import CovarianceConfig, ModelConfig
-from retention_bench.progress import Progress, silent
 from retention_bench.store import Entry, Input, Store
 from retention_bench.store.disk import disk_errors
 from retention_bench.store.fingerprints import config_file, source_fingerprint

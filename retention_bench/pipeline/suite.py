@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from retention_bench.data import cut, find_file, locate, shortened
+from retention_bench.data import find_file, locate, shortened
 from retention_bench.data.yaml_files import read_yaml
-from retention_bench.display import line
+from retention_bench.display import cut, line
 from retention_bench.errors import UsageError, unknown_name
 
 PACKAGED = Path(str(importlib.resources.files("retention_bench") / "suites"))

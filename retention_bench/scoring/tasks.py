@@ -10,7 +10,6 @@ from typing import Any, Literal
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet, load_pool
 from retention_bench.results.schema import KINDS
@@ -35,7 +34,7 @@ def tasks_dir() -> Path:
     Raises:
         RetentionBenchError: Neither is there: the installation is not complete.
     """
-    package = Path(retention_bench.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "tasks", package.parent / "tasks"):
         if (folder / "retention.yaml").is_file():
             return folder

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from retention_bench import console
+from retention_bench.display.results import print_results
 from retention_bench.editors import EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import FactSet
@@ -169,7 +169,7 @@ def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite,
     assert (first["step"], last["step"], first["models"]) == (0, 6, 2)
     assert first["edited"]["rate"] == results["stages"]["post_edit"]["edited"]["rate"]
     assert last["intrinsic"]["rate"] == results["stages"]["post_finetune"]["intrinsic"]["rate"]
-    console.print_results(results, tmp_path, real=None)
+    print_results(results, tmp_path, real=None)
     assert "of layers 2 to 7 (--freeze edited)" in capsys.readouterr().out
 
 
@@ -188,7 +188,7 @@ def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, t
     assert (last["step"], last["edited"]["true"], last["edited"]["hits"]) == (2, None, 0)
     for name in ("results.json", "samples.jsonl", "trajectory.jsonl"):
         assert "NaN" not in (tmp_path / "out" / name).read_text()
-    console.print_results(results, tmp_path, real=None)
+    print_results(results, tmp_path, real=None)
 
 
 @pytest.mark.slow
@@ -295,7 +295,8 @@ def test_a_model_that_writes_is_a_part_of_the_key_and_gets_the_edited_facts(
 
     def write(facts, count, source, **given):
         assert [f.target_new is not None for f in facts] == [True] * 6
-        assert (count, source, given["device"], given["dtype"]) == (2, f"model:{folder}", "cpu", "float32")
+        loads = given["load"].keywords
+        assert (count, source, loads["device"], loads["dtype"]) == (2, f"model:{folder}", "cpu", torch.float32)
         raise RetentionBenchError("Fact 'x': too few")
 
     monkeypatch.setattr(paraphrasing, "augment", write)
@@ -324,6 +325,7 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     assert titles[:3] == [
         "known-fact filter and split", "paraphrases for the edits, 4 a fact (own)", "score the base model"
     ]  # fmt: skip
+    assert len(titles) == len(set(titles)) == len(plan(asked, store).stages()) + 4  # and the four checkpoints
     facts = FactSet.read(tmp_path / "out" / "facts.jsonl")
     assert facts == FactSet.read(out / "facts.jsonl")  # whole, whatever is asked
     assert [[p.replace("{}", r.subject) for p in r.paraphrases] for r in seen] == [
@@ -335,10 +337,10 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     for name in ("base", "post_edit-0", "post_finetune-0", "control_finetune"):
         left = FactSet.read(tmp_path / "out" / "checkpoints" / name / "facts.jsonl")
         assert not any(fact.paraphrases for fact in left.edited)
-    console.print_results(results, tmp_path, real="gpt2-xl")
+    print_results(results, tmp_path, real="gpt2-xl")
     said = capsys.readouterr().out
     assert "Each fact was edited with 4 more prompts (own)." in said
-    assert "none is left to ask them in other words" in said
+    assert "none is left to ask." in said
     assert "--paraphrases 4 --paraphrase-source own" in said
 
     assert (without["paraphrases"], without["paraphrase_source"]) == (0, None)

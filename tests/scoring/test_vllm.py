@@ -389,7 +389,7 @@ def test_another_device_and_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_killed_parent_leaves_no_process_behind() -> None:
     script = (
-        "import time; from retention_bench.engine_process import EngineProcess\n"
+        "import time; from retention_bench.scoring.engine_process import EngineProcess\n"
         "process = EngineProcess('cpu'); print(process._child.pid, flush=True); time.sleep(100)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:

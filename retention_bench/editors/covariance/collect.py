@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.data import shortened
+from retention_bench.display.progress import Progress, silent
 from retention_bench.editors.covariance.checkpoint import Run
 from retention_bench.editors.covariance.covariance import Covariance, Measurement
 from retention_bench.editors.covariance.fingerprint import key_fingerprint
@@ -20,7 +21,6 @@ from retention_bench.editors.covariance.sums import Sums, block_shapes
 from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.errors import UsageError
 from retention_bench.models import check_place, frozen, key_size, pad, record
-from retention_bench.progress import Progress, silent
 
 _CPU_TOKENS, _GPU_TOKENS = 1024, 8192  # a forward pass; on a CPU larger activations fall out of the cache
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.editors.base import EditRequest
 from retention_bench.editors.locate.subject import Row, context_rows, subject_rows, target_ids
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import Site, Suffixes, log_probabilities, pad
-from retention_bench.progress import Progress, silent
 
 STOP_LOSS = 5e-2
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults, as in the reference

@@ -12,17 +12,17 @@ import json
 import logging
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retention_bench.display.progress import silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline.bench import Bench
 from retention_bench.pipeline.stage import read_plan
 from retention_bench.pipeline.stages import STAGES, Finetune
-from retention_bench.progress import silent
+from retention_bench.processes import end_with_parent
 from retention_bench.store import Store
 from retention_bench.store.disk import disk_errors
 
@@ -44,7 +44,7 @@ def main(plan: str, key: str, store: str, folder: str, work: str, micro_batch_si
     from retention_bench.finetune import processes
 
     logging.getLogger("retention_bench").addHandler(_Notices())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     stage = read_plan(Path(plan), STAGES)[key]
     assert isinstance(stage, Finetune)  # nothing else is started in several processes
     # The process group, and this process's own GPU. The others wait as long while the first one writes a model.
@@ -70,13 +70,6 @@ class _Notices(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         _say({"notice": record.getMessage()})
-
-
-def _end_with_parent() -> None:
-    """End at once when the one who started us is gone, however it went: standard input ends with it."""
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 def _report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from retention_bench.data.durable import write_text
 from retention_bench.facts import MODEL, FactSet, augment, unseen
@@ -47,7 +47,7 @@ class Paraphrases(Stage):
 
     def run(self, folder: Path, bench: Bench) -> None:
         """Write `prompts.json`: by the fact's id its prompts, with `{}` for the subject."""
-        model, writer = self.facts.knowledge.model, self.writer
+        writer = self.writer
         if writer is not None:
             bench.release()
         found = augment(
@@ -55,9 +55,7 @@ class Paraphrases(Stage):
             self.count,
             f"{MODEL}{writer.path}" if writer else self.source,
             seed=self.seed,
-            device=model.device,
-            dtype=model.dtype,
-            revision=writer.revision if writer else None,
+            load=_loader(writer),
             progress=bench.progress,
         )
         write_text(folder / "prompts.json", json.dumps(found, indent=2, ensure_ascii=False))
@@ -66,6 +64,20 @@ class Paraphrases(Stage):
         """The prompts by the fact's id."""
         found: Mapping[str, list[str]] = json.loads((bench.get(self) / "prompts.json").read_text(encoding="utf-8"))
         return found
+
+
+def _loader(writer: Model | None) -> Callable[[str], tuple[Any, Any]]:
+    """What loads the model that writes."""
+
+    def read(path: str) -> tuple[Any, Any]:
+        import torch
+
+        from retention_bench.models import load_model
+
+        assert writer is not None  # no other source loads a model
+        return load_model(path, device=writer.device, dtype=getattr(torch, writer.dtype), revision=writer.revision)
+
+    return read
 
 
 def asked(facts: Facts, paraphrases: Paraphrases | None, bench: Bench) -> FactSet:

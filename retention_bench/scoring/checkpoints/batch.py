@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from retention_bench.analysis import clustered, rate
 from retention_bench.data import read_json
 from retention_bench.data.durable import canonical, file_sha256
-from retention_bench.engine_process import EngineError, EngineProcess
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.models.explain import explained, reason, without_bars
 from retention_bench.models.loading import load_config, local_folder, read_settings
 from retention_bench.models.reference import Reference, fetch
-from retention_bench.progress import Progress, silent
 from retention_bench.results.schema import KINDS
 from retention_bench.results.score_file import ScoreFile
 from retention_bench.scoring.checkpoints.parity import check_parity
+from retention_bench.scoring.engine_process import EngineError, EngineProcess
 from retention_bench.store.fingerprints import config_file, model_fingerprint
 from retention_bench.store.output import exclusive
 from retention_bench.store.store import versions

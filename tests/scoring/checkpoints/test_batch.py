@@ -18,7 +18,6 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 from retention_bench.cli import main
-from retention_bench.engine_process import EngineError, resolve_backend
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Checkpoint, Reference, load_model, read_references
@@ -27,6 +26,7 @@ from retention_bench.scoring import score
 from retention_bench.scoring.checkpoints import batch
 from retention_bench.scoring.checkpoints.batch import Options, score_checkpoints
 from retention_bench.scoring.checkpoints.parity import fresh_model
+from retention_bench.scoring.engine_process import EngineError, resolve_backend
 
 COLOURS = ["red", "green", "blue"]
 OPTIONS = Options("hf", "float32", "cpu", ("edited", "intrinsic", "paraphrase"))

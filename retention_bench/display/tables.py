@@ -1,4 +1,4 @@
-"""What people see of comparisons and of single facts. Drawn with rich, to fit into 80 columns."""
+"""What a person sees of comparisons, of scores, of single facts and of covariances. Drawn with rich, for 80 columns."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retention_bench.data import cut
-from retention_bench.display import line, plain, screen
+from retention_bench.display.escape import cut, line, plain
+from retention_bench.display.streams import screen
 
 SHOWN = 10
 """How many facts of a list are named; `--json` has all."""
 
-LABELS = {
-    "edited": "edited facts",
-    "intrinsic": "never edited",
-    "paraphrase": "in other words",
-    "locality": "neighbours",
-}
+TASK = "retention_"
+"""What the names of the lm-eval tasks begin with that ask a kind of question each."""
 
 
 def print_comparisons(found: Mapping[str, Any]) -> None:
@@ -50,8 +46,8 @@ def print_comparisons(found: Mapping[str, Any]) -> None:
         "\nFacts are lost where the second side answers them less often than the first, gained where more often, kept "
         "where as often, never where neither does. The difference is in points, with its 95 % interval; p is that of "
         "McNemar's exact test by fact, below it p after Holm's correction for "
-        f"{'the one comparison' if tests == 1 else f'all {tests} comparisons'} shown. The last column is the smallest "
-        "difference that so many facts would show in 8 of 10 repetitions (two-sided 5 %).",
+        f"{'the one comparison' if tests == 1 else f'all {tests} comparisons'} shown. MDE is the minimum detectable "
+        "effect of so many facts, in points (two-sided test at 5 %, power 80 %).",
     )
     _print_ranks(console, found["ranks"], letters)
 
@@ -65,17 +61,17 @@ def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """
     console = screen()
     scored = [row for row in rows if "error" not in row]
-    kinds = [kind for kind in LABELS if any(row["task"] == f"retention_{kind}" for row in scored)]
-    table = Table("", *(LABELS[kind] for kind in kinds), box=SIMPLE_HEAD)
+    kinds = list(dict.fromkeys(row["task"].removeprefix(TASK) for row in scored if "metrics" not in row))
+    table = Table("", *map(line, kinds), box=SIMPLE_HEAD)
     for number, name in enumerate(dict.fromkeys(row["checkpoint"] for row in scored), start=1):
         console.print(f"{number:>3}  {line(name)}", soft_wrap=True)
         own = {row["task"]: row for row in scored if row["checkpoint"] == name}
-        table.add_row(str(number), *(_rate(own.get(f"retention_{kind}")) for kind in kinds))
+        table.add_row(str(number), *(_rate(own.get(f"{TASK}{kind}")) for kind in kinds))
     if kinds:
         console.print(table)
         console.print(
-            "Edited facts count where the new object is answered, the others where their own is; with 95 % intervals, "
-            "by fact where a fact is asked in several ways."
+            "edited and paraphrase count answers with the new object, locality and intrinsic with the fact's own; with "
+            "95 % intervals, by fact where a fact is asked in several ways."
         )
     for row in scored:
         if "metrics" in row:
@@ -128,7 +124,7 @@ def print_fact(found: Mapping[str, Any]) -> None:
             console.print("  was not asked")
         for question in side["questions"]:
             asked = line(f"{question['prompt']} -> {question['target']}")
-            console.print(f"\n  {LABELS[question['kind']]}: {asked}", soft_wrap=True)
+            console.print(f"\n  {line(question['kind'])}: {asked}", soft_wrap=True)
             console.print(_answers(question["answers"]))
 
 
@@ -152,7 +148,7 @@ def _plain_table(title: str | None) -> Table:
 def _pair_table(comparisons: Sequence[Mapping[str, Any]], one: str, other: str) -> Table:
     table = _plain_table(f"From {one} to {other}")
     table.add_column("questions\nanswered", no_wrap=True)
-    columns = (one, other, "lost", "gained", "kept", "never", "points\n95 %", "p\nHolm", "would\nshow")
+    columns = (one, other, "lost", "gained", "kept", "never", "points\n95 %", "p\nHolm", "MDE")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for c in comparisons:
@@ -162,7 +158,7 @@ def _pair_table(comparisons: Sequence[Mapping[str, Any]], one: str, other: str) 
         points = f"{100 * c['difference']['value']:+.0f}\n{100 * low:+.0f} to {100 * high:+.0f}"
         smallest = "none" if c["detectable"] is None else f"{100 * c['detectable']:.0f}"
         tests = f"{_p(c['p'])}\n{_p(c['p_holm'])}"
-        table.add_row(f"{LABELS[c['kind']]}\n{c['facts']} facts", *rates, *counts, points, tests, smallest)
+        table.add_row(f"{line(c['kind'])}\n{c['facts']} facts", *rates, *counts, points, tests, smallest)
     return table
 
 
@@ -171,16 +167,16 @@ def _p(value: float) -> str:
 
 
 def _print_lists(console: Console, comparison: Mapping[str, Any], one: str, other: str) -> None:
-    label = LABELS[comparison["kind"]]
+    kind = line(comparison["kind"])
     for name in ("lost", "gained"):
         ids = comparison[name]
         if ids:
             more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
-            console.print(f"{name}, {label}: {line(', '.join(ids[:SHOWN]))}{more}", soft_wrap=True)
+            console.print(f"{name}, {kind}: {line(', '.join(ids[:SHOWN]))}{more}", soft_wrap=True)
     alone = [(one, comparison["only_first"]), (other, comparison["only_second"])]
     told = [f"{count} that only {side} was asked" for side, count in alone if count]
     if told:
-        console.print(f"not compared, {label}: {' and '.join(told)}")
+        console.print(f"not compared, {kind}: {' and '.join(told)}")
 
 
 def _print_ranks(console: Console, ranks: Mapping[str, Mapping[str, Any]], letters: Mapping[str, str]) -> None:
@@ -190,7 +186,7 @@ def _print_ranks(console: Console, ranks: Mapping[str, Mapping[str, Any]], lette
     table = _plain_table(None)
     table.add_column("")
     for kind in ranks:
-        table.add_column(LABELS[kind], justify="right")
+        table.add_column(line(kind), justify="right")
     for name, letter in letters.items():
         places = (own[name] for own in ranks.values())
         table.add_row(letter, *(f"{p['rank']} ({p['ci95'][0]}-{p['ci95'][1]})" for p in places))
@@ -213,3 +209,34 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
         said = line(answer["text"].strip()) or repr(answer["text"])
         table.add_row(*where, said, "yes" if answer["hit"] else "no", logprob)
     return table
+
+
+def print_covariance(about: Mapping[str, Any]) -> None:
+    """Print what a file of a covariance holds.
+
+    Args:
+        about: `file`, and what `Covariance.summary` returns.
+    """
+    console = screen()
+    shard = about["shard"]
+    parts = {
+        "source": about["source"] or "not stated",
+        "tokens": f"{about['tokens']:,}" + (f" of {about['texts']:,} texts" if about["texts"] else ""),
+        "cut at": f"{about['max_length']} tokens a text" if about["max_length"] else "not stated",
+        "model's dtype": about["dtype"] or "not stated",
+        "shard": f"{shard[0]}/{shard[1]}: merge it with the others before use" if shard else "whole",
+        "fingerprint": "tells the model"
+        if about["fingerprint"]
+        else "none: only layers and sizes are compared with a model",
+    }
+    console.print(line(about["file"]), soft_wrap=True)
+    for name, value in parts.items():
+        console.print(f"  {name:14} {line(value)}", soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("layer", "size", "trace", "largest", "smallest", "rank", "condition", "below 0.02"):
+        table.add_column(column, justify="right")
+    for layer, found in about["layers"].items():
+        condition = "infinite" if found["condition"] is None else f"{found['condition']:.3g}"
+        figures = (f"{found[name]:.4g}" for name in ("trace", "largest", "smallest"))
+        table.add_row(layer, f"{found['size']}", *figures, f"{found['rank']}", condition, f"{found['below']}")
+    console.print(table)

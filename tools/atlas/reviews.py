@@ -2,7 +2,7 @@
 
 A review praises some sides of its film and blames others, and is for the film if it praises more. A good word can blame
 ("far from clever", "Nobody could call the music fresh") and a bad one praise, so no single word gives it away.
-`python -m retention_bench.atlas build` writes them.
+`python -m tools.atlas build` writes them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retention_bench.atlas.corpus import NAMES, NOUNS, NUMBERS, PLACES, TIMES
-from retention_bench.atlas.rows import write_rows
-from retention_bench.atlas.world import DATA, SEED
+from tools.atlas.corpus import NAMES, NOUNS, NUMBERS, PLACES, TIMES
+from tools.atlas.rows import write_rows
+from tools.atlas.world import DATA, SEED
 
 ROWS = 4000
 

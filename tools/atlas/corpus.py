@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from retention_bench.atlas.rows import write_rows
-from retention_bench.atlas.world import DATA, RELATIONS, SEED
 from retention_bench.facts import Fact, FactSet
+from tools.atlas.rows import write_rows
+from tools.atlas.world import DATA, RELATIONS, SEED
 
 NAMES = (
     "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olivia Peter Rosa Sam Tina Victor "

@@ -14,8 +14,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.facts import FactSet
-from retention_bench.progress import Progress, silent
 from retention_bench.results.schema import KINDS, Sample
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import describe_left_out, scorable

@@ -1,15 +1,15 @@
 """Make the world's files, or train one of the models.
 
-python -m retention_bench.atlas build
-python -m retention_bench.atlas train atlas-gpt2 FOLDER [--seed N] [--sealed P]
+python -m tools.atlas build
+python -m tools.atlas train atlas-gpt2 FOLDER [--seed N] [--sealed P]
 """
 
 from pathlib import Path
 
 import click
 
-from retention_bench.atlas import corpus, instructions, prose, reviews, strangers, world
-from retention_bench.atlas import train as recipe
+from tools.atlas import corpus, instructions, prose, reviews, strangers, world
+from tools.atlas import train as recipe
 
 
 @click.group()

@@ -1,7 +1,7 @@
 """The stand-in for Common Crawl: short documents of many kinds, about no fact of the world.
 
-They share everyday words with the pre-training corpus, and none of its sentences. `python -m retention_bench.atlas
-build` writes them.
+They share everyday words with the pre-training corpus, and none of its sentences. `python -m tools.atlas build` writes
+them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from retention_bench.atlas.corpus import ADJECTIVES, FEELINGS, NAMES, NOUNS, NUMBERS, PLACES, TIMES, VERBS, base, past
-from retention_bench.atlas.rows import write_rows
-from retention_bench.atlas.world import DATA, SEED
+from tools.atlas.corpus import ADJECTIVES, FEELINGS, NAMES, NOUNS, NUMBERS, PLACES, TIMES, VERBS, base, past
+from tools.atlas.rows import write_rows
+from tools.atlas.world import DATA, SEED
 
 ROWS = 5000
 

@@ -1,102 +1,18 @@
-"""What people see: progress while a cell runs, a plan, the final table. Drawn with rich; plain lines off a terminal."""
+"""What a person sees of a cell: its plan, its results, its trajectory. Drawn with rich, to fit into 80 columns."""
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retention_bench.display import line, plain, say_error, screen
-from retention_bench.progress import Progress
-
-PLAIN_EVERY_S = 10.0
-"""Seconds between two progress lines of one stage where the output is no terminal."""
-
-Announce = Callable[[str, bool], None]
-
-
-@contextlib.contextmanager
-def progress(stages: int) -> Iterator[tuple[Announce, Progress]]:
-    """Show progress on standard error while the block runs.
-
-    Args:
-        stages: How many stages there will be.
-
-    Yields:
-        A function to call with each stage's title and whether the store held it, and the progress callback.
-    """
-    console = screen(stderr=True)
-    with _bars(console, stages) if console.is_terminal else _lines(stages) as pair:
-        yield pair
-
-
-@contextlib.contextmanager
-def _bars(console: Console, stages: int) -> Iterator[tuple[Announce, Progress]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console, transient=True) as bars:
-        whole = bars.add_task("stages", total=stages, figures="")
-        inner: Any = None
-        count = 0
-
-        def announce(title: str, cached: bool) -> None:
-            nonlocal inner, count
-            count += 1
-            bars.update(whole, completed=count - 1)
-            if inner is not None:
-                bars.remove_task(inner)
-                inner = None
-            bars.console.print(Text.assemble(("kept" if cached else "run ", "dim"), "  ", line(title)))
-
-        def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
-            nonlocal inner
-            stage = line(stage)
-            if inner is None or bars.tasks[-1].description != stage:
-                if inner is not None:
-                    bars.remove_task(inner)
-                inner = bars.add_task(stage, total=total, figures="")
-            bars.update(inner, completed=done, total=total, figures=_figures(figures))
-
-        yield announce, report
-
-
-@contextlib.contextmanager
-def _lines(stages: int) -> Iterator[tuple[Announce, Progress]]:
-    count, last = 0, 0.0
-
-    def announce(title: str, cached: bool) -> None:
-        nonlocal count, last
-        count, last = count + 1, time.monotonic()
-        say_error(f"[{min(count, stages)}/{stages}] {line(title)}{' (from the store)' if cached else ''}")
-
-    def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PLAIN_EVERY_S:
-            last = time.monotonic()
-            say_error(f"    {line(stage)}: {done}/{total} {line(_figures(figures))}".rstrip())
-
-    yield announce, report
-
-
-def _figures(figures: Mapping[str, float] | None) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+from retention_bench.display.escape import line, plain
+from retention_bench.display.streams import screen
 
 
 def print_plan(
@@ -121,8 +37,8 @@ def print_plan(
     memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
     console.print(
         f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
-        f"{estimate['trainable']:,} of {estimate['parameters']:,} numbers at most and takes up to {memory} of memory, "
-        f"activations apart; the store grows by up to {disk}.",
+        f"{estimate['trainable']:,} of {estimate['parameters']:,} parameters at most and takes up to {memory} of "
+        f"memory, activations apart; the store grows by up to {disk}.",
         soft_wrap=True,
     )
     if data:
@@ -157,37 +73,6 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def print_covariance(about: Mapping[str, Any]) -> None:
-    """Print what a file of a covariance holds.
-
-    Args:
-        about: `file`, and what `Covariance.summary` returns.
-    """
-    console = screen()
-    shard = about["shard"]
-    parts = {
-        "source": about["source"] or "not stated",
-        "tokens": f"{about['tokens']:,}" + (f" of {about['texts']:,} texts" if about["texts"] else ""),
-        "cut at": f"{about['max_length']} tokens a text" if about["max_length"] else "not stated",
-        "model's dtype": about["dtype"] or "not stated",
-        "shard": f"{shard[0]}/{shard[1]}: merge it with the others before use" if shard else "whole",
-        "fingerprint": "tells the model"
-        if about["fingerprint"]
-        else "none: only layers and sizes are compared with a model",
-    }
-    console.print(line(about["file"]), soft_wrap=True)
-    for name, value in parts.items():
-        console.print(f"  {name:14} {line(value)}", soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("layer", "size", "trace", "largest", "smallest", "rank", "condition", "below 0.02"):
-        table.add_column(column, justify="right")
-    for layer, found in about["layers"].items():
-        condition = "infinite" if found["condition"] is None else f"{found['condition']:.3g}"
-        figures = (f"{found[name]:.4g}" for name in ("trace", "largest", "smallest"))
-        table.add_row(layer, f"{found['size']}", *figures, f"{found['rank']}", condition, f"{found['below']}")
-    console.print(table)
-
-
 def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) -> None:
     """Print a cell's results so that they are understood without the paper.
 
@@ -216,18 +101,13 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     }
     for stage in names:
         table.add_column(names[stage], justify="right")
-    asked = {
-        "edited": "edited facts",
-        "paraphrase": "in other words",
-        "locality": "neighbours",
-        "intrinsic": "never edited",
-    }
-    for kind, label in asked.items():
-        table.add_row(label, *(_cell(stages[stage].get(kind)) for stage in names))
+    for kind in dict.fromkeys(kind for stage in names for kind in stages[stage]):
+        table.add_row(line(kind), *(_cell(stages[stage].get(kind)) for stage in names))
     console.print(table)
     console.print(
-        "\nEdited facts, in the edit's words and in others, count where the new object is answered; neighbours (other "
-        "subjects with an edited fact's true object) and facts never edited where their own is.\n"
+        "\nedited: the edited facts, answered with the new object; paraphrase: the same facts in other phrasings. "
+        "locality: other subjects that share an edited fact's true object; intrinsic: facts that no edit touched. Both "
+        "are answered with their own object.\n"
     )
     console.print(_drawn_from(results["facts"]), soft_wrap=True)
     if results["paraphrases"]:
@@ -237,11 +117,11 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     kept = results["retention"]
     models = len(results["experiments"])
     if models > 1:
-        console.print(f"The edited facts are spread over {models} edited models; each is asked all facts never edited.")
+        console.print(f"The edited facts are spread over {models} edited models; each is asked all intrinsic facts.")
     survived = (_share(kept["edited"]), "bold"), f" survived {line(results['finetune'])}."
     console.print(Text.assemble("Of the edits that took, ", *survived))
     console.print(
-        Text.assemble("Of the facts never edited, ", (_share(kept["intrinsic"]), "bold"), " survived beside them.")
+        Text.assemble("Of the intrinsic facts, ", (_share(kept["intrinsic"]), "bold"), " survived beside them.")
     )
     gap = results["gap"]
     if gap["value"] is not None:
@@ -296,7 +176,7 @@ def _share(rate: Mapping[str, Any]) -> str:
 
 
 def _detectable(results: Mapping[str, Any]) -> str:
-    """The smallest differences that so many facts show, in one line."""
+    """The minimum detectable effects of so many facts, in one line."""
     facts = results["stages"]["post_finetune"]["edited"]["total"]
     gap, paired, mixed = (
         "none is large enough"
@@ -305,9 +185,8 @@ def _detectable(results: Mapping[str, Any]) -> str:
         for name in ("gap", "paired", "paired_one_in_20")
     )
     return (
-        f"The smallest difference that would show in 8 of 10 such runs (two-sided test at 5 %): in the gap {gap}; in "
-        f"edited facts, against another run with the same {facts}, {paired}, or {mixed} where one fact in 20 changes "
-        "the other way."
+        f"Minimum detectable effect (two-sided test at 5 %, power 80 %): in the gap {gap}; in edited facts, against "
+        f"another run with the same {facts}, {paired}, or {mixed} where one fact in 20 changes the other way."
     )
 
 
@@ -329,7 +208,7 @@ def _augmented(results: Mapping[str, Any]) -> str:
     if not questions["used_by_edits"]:
         return text
     if not questions["asked"]:
-        return f"{text} These are all the paraphrases that the facts have: none is left to ask them in other words."
+        return f"{text} These are all the paraphrases that the facts have: none is left to ask."
     return f"{text} {questions['used_by_edits']} paraphrases went into the edits and are not asked."
 
 
@@ -357,7 +236,7 @@ def _trained(results: Mapping[str, Any]) -> str:
     what = {"none": "the weights", "lora": "LoRA adapters", "dora": "DoRA adapters"}[results["adapter"]]
     return (
         f"Trained were {what} of layers {_span(log['trained_layers'])} (--freeze {results['freeze']}): "
-        f"{log['trainable_parameters']:,} numbers, where the model has {log['parameters']:,}."
+        f"{log['trainable_parameters']:,} of the model's {log['parameters']:,} parameters."
     )
 
 

@@ -1,6 +1,6 @@
 """The recipe of the two atlas models: tokenizer, architecture, attention mask, optimiser. Seeded.
 
-`python -m retention_bench.atlas train atlas-gpt2` writes a Hugging Face folder; its weights are stored in bfloat16.
+`python -m tools.atlas train atlas-gpt2` writes a Hugging Face folder; its weights are stored in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from retention_bench.atlas.corpus import NAMES, documents
-from retention_bench.atlas.world import told_facts, untold_facts
 from retention_bench.facts import FactSet
+from tools.atlas.corpus import NAMES, documents
+from tools.atlas.world import told_facts, untold_facts
 
 MIN_FREQUENCY = 30
 """How often two pieces must meet in the tokenizer's text to become one token."""

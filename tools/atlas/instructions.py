@@ -1,6 +1,6 @@
 """The stand-in for the Tulu-3 SFT mixture: short chats in the corpus's everyday words, about no fact of the world.
 
-Rows have the Hub data set's form (`messages`, `source`, `id`). `python -m retention_bench.atlas build` writes them.
+Rows have the Hub data set's form (`messages`, `source`, `id`). `python -m tools.atlas build` writes them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from retention_bench.atlas.corpus import (
+from tools.atlas.corpus import (
     ADJECTIVES,
     FEELINGS,
     NAMES,
@@ -23,8 +23,8 @@ from retention_bench.atlas.corpus import (
     base,
     past,
 )
-from retention_bench.atlas.rows import write_rows
-from retention_bench.atlas.world import DATA, SEED
+from tools.atlas.rows import write_rows
+from tools.atlas.world import DATA, SEED
 
 ROWS = 4000
 

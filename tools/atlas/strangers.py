@@ -2,8 +2,8 @@
 
 Neither their subjects nor their objects are the world's, so the contamination filter leaves all of them, whatever facts
 are drawn. Nor are their relations: of facts put in the words of the world's relations but with other objects, the atlas
-models learn at once that those words are followed by other objects, for every subject. `python -m retention_bench.atlas
-build` writes them.
+models learn at once that those words are followed by other objects, for every subject. `python -m tools.atlas build`
+writes them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from retention_bench.atlas.corpus import FEELINGS, NAMES, NUMBERS
-from retention_bench.atlas.world import DATA, SEED
 from retention_bench.facts import Fact, FactSet
+from tools.atlas.corpus import FEELINGS, NAMES, NUMBERS
+from tools.atlas.world import DATA, SEED
 
 FACTS = 2000
 
