@@ -133,7 +133,7 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     told = json.loads(result.output)
     stages = [s["stage"] for s in told["stages"]]
-    assert stages[:3] == ["facts", "score", "statistics"]
+    assert stages[:4] == ["knowledge", "facts", "score", "covariance"]
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
@@ -185,15 +185,16 @@ def test_a_fact_is_not_followed_without_probing():
 
 
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
-    def stop(cell, *, out, **_):
-        folders.append((out, cell.paraphrases, cell.paraphrase_source))
+    def stop(planned, *, out, **_):
+        found = planned.base.paraphrases
+        folders.append((out, *((found.count, found.shown) if found else (0, "own"))))
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu", "--seed", "3"]
     where = {"RETENTION_BENCH_STORE": str(tmp_path)}
     for more in ([], ["--paraphrases", "2"], ["--paraphrases", "1", "--paraphrase-source", "model:atlas-llama"]):
@@ -205,7 +206,7 @@ def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatc
         (common / "paraphrases-1-model-atlas-llama" / "seed-3", 1, "model:atlas-llama"),
     ]
     dry = run(*command, "--paraphrases", "2", "--dry-run", "--json", env=where)
-    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:3] == ["facts", "paraphrases", "score"]
+    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:4] == ["knowledge", "facts", "paraphrases", "score"]
 
 
 ATLAS = Path(retention_bench.__file__).parent / "atlas"
@@ -514,7 +515,7 @@ def test_an_output_that_is_full_is_one_line(words):
 def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
     import shutil
 
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
@@ -522,7 +523,7 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
         folders.append(out)
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     for name in ("one", "two"):
         shutil.copytree(ATLAS / "models" / "atlas-gpt2", places / name / "my model")
     command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu"]
@@ -530,8 +531,6 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
         assert "far enough" in run(*command, "--model", model).output
     with open(places / "two" / "my model" / "config.json", "a") as file:
         file.write("\n")
-    cached = pipeline.inputs.model_fingerprint
-    getattr(cached, "cache_clear", lambda: None)()  # as in another process
     assert "far enough" in run(*command, "--model", "two/my model").output
     for model in ("one/my model", "two/my model"):
         more = ["--paraphrases", "1", "--paraphrase-source", f"model:{model}"]
@@ -545,7 +544,7 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
 
 
 def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
@@ -553,7 +552,7 @@ def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
         folders.append(out)
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     rows = "".join(json.dumps({"text": f"{n} and more words than that"}) + "\n" for n in range(200))
     for name in ("..x\x1b[b] é.jsonl", f"{'n' * 240}.jsonl"):
         (places / name).write_text(rows)
@@ -566,7 +565,7 @@ def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
 
 
 def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(places, monkeypatch):
-    from retention_bench.pipeline import batch
+    from retention_bench.scoring import checkpoints
 
     record = {"ground_truth": "French", "target_new": "English", "subject": "Ann", "relation_id": "P103"}
     records = [record | {"prompt": f"The mother tongue{of} is"} for of in (" of Ann", "")]
@@ -577,7 +576,7 @@ def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(place
         seen.extend(facts)
         return []
 
-    monkeypatch.setattr(batch, "score_checkpoints", scored)
+    monkeypatch.setattr(checkpoints, "score_checkpoints", scored)
     result = run("score", str(ATLAS / "models" / "atlas-gpt2"), "--facts", "cf.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert [fact.subject for fact in seen] == ["Ann"]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retention_bench.cli.options import PATH, Filled, Out, Positive, chosen_device, count, json_option
+from retention_bench.cli.options import PATH, Filled, Out, Positive, count, json_option
 from retention_bench.data import shortened
+from retention_bench.device import chosen_device
 from retention_bench.display import say, say_error, say_json
 from retention_bench.errors import UsageError
 
@@ -144,8 +145,8 @@ def measure(
     A run that was cut off goes on where it was when it is started again.
     """
     from retention_bench import console
-    from retention_bench.pipeline import Store, default_root
     from retention_bench.pipeline import covariance as pipeline
+    from retention_bench.store import Store, default_root
 
     if memory is not None and memory > 2**30:
         raise UsageError(f"--memory is {memory:g} GiB. Give up to {2**30}.")
@@ -179,8 +180,8 @@ def measure(
 @json_option("the answer")
 def merge(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Put all shards of one measurement, or a whole file from elsewhere, into the store, and print the file there."""
-    from retention_bench.pipeline import Store, default_root
     from retention_bench.pipeline import covariance as pipeline
+    from retention_bench.store import Store, default_root
 
     if out:
         pipeline.check_out(out, files)
@@ -214,8 +215,8 @@ def import_(
     They are compared with the model, and refused where they are another model's or layer's. Give the file that is
     printed to `evaluate`.
     """
-    from retention_bench.pipeline import Store, default_root
     from retention_bench.pipeline import covariance as pipeline
+    from retention_bench.store import Store, default_root
 
     by_layer = dict(files)
     if len(by_layer) < len(files):

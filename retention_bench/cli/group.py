@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "retention_bench.cli.inspect:inspect",
     "list": "retention_bench.cli.list:list_",
     "score": "retention_bench.cli.score:score",
+    "stage": "retention_bench.cli.stage:stage",
     "statistics": "retention_bench.cli.covariance:statistics",
 }
 """One line registers a command. Its module is imported when the command is called."""

@@ -6,32 +6,31 @@ computed.
 
 from __future__ import annotations
 
-import itertools
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
 
-from retention_bench.data import checked, find_file, read_json, shortened
+from retention_bench.data import checked, find_file, is_local, read_json, shortened
+from retention_bench.data.durable import file_sha256
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.cell import Stage
-from retention_bench.pipeline.disk import disk_errors
-from retention_bench.pipeline.inputs import Input, config_file, model_inputs
+from retention_bench.pipeline.bench import Announce, Bench
+from retention_bench.pipeline.cell import model_of
 from retention_bench.pipeline.loading import load
-from retention_bench.pipeline.planning import VERSIONS, covariance_stage
-from retention_bench.pipeline.rows import Texts, is_local
-from retention_bench.pipeline.store import Store, file_sha256, versions
+from retention_bench.pipeline.rows import Texts
+from retention_bench.pipeline.stage import Rows
+from retention_bench.pipeline.stages.covariance import FILE, Covariance
 from retention_bench.pipeline.suite import CovarianceConfig, ModelConfig
 from retention_bench.progress import Progress, silent
-
-FILE = "covariance.safetensors"
+from retention_bench.store import Entry, Input, Store
+from retention_bench.store.disk import disk_errors
+from retention_bench.store.fingerprints import config_file, source_fingerprint
+from retention_bench.store.store import versions
 
 COMPARED = 20
 """Texts of a corpus on which an imported covariance is compared with the model."""
-
-Load = Callable[[], tuple[Any, Any]]
 
 
 class Found(NamedTuple):
@@ -56,7 +55,7 @@ def collect(
     shard: tuple[int, int] | None = None,
     memory: int | None = None,
     dry_run: bool = False,
-    announce: Callable[[str, bool], None] = lambda title, cached: None,
+    announce: Announce = lambda title, cached: None,
     progress: Progress = silent,
 ) -> Found:
     """Measure a covariance, unless the store holds it, and say where it is.
@@ -84,72 +83,19 @@ def collect(
             "texts."
         )
     _check_config(model, layers, corpus.max_length)
-    stage = covariance_stage(model, device, corpus, layers, shard)
-    held = store.holds(stage.name, stage.inputs)
+    rows = Rows(corpus.source, source_fingerprint(corpus.source, corpus.revision), corpus.config, corpus.revision)
+    stage = Covariance.of(
+        model_of(model, device),
+        rows,
+        layers,
+        texts=corpus.texts,
+        max_length=corpus.max_length,
+        shard=shard,
+        memory=memory,
+    )
     if dry_run:
-        return Found(store.root / stage.name / store.key(stage.name, stage.inputs) / FILE, held)
-    announce(stage.title, held)
-    file = measure(store, stage, lambda: _load(model, device), corpus, memory=memory, progress=progress)
-    return Found(file, True)
-
-
-def measure(
-    store: Store,
-    stage: Stage,
-    loader: Load,
-    corpus: CovarianceConfig,
-    *,
-    memory: int | None = None,
-    progress: Progress = silent,
-) -> Path:
-    """Measure a covariance, unless the store holds it; a run that was cut off goes on where it was.
-
-    Args:
-        store: The store.
-        stage: From `covariance_stage`.
-        loader: Gives the model and its tokenizer; called only where something is to be measured.
-        corpus: The texts, their source absolute; the same that the stage was made from.
-        memory: Bytes that the sums may take; see `collect_covariance`.
-        progress: Called with the texts done.
-
-    Returns:
-        The file.
-
-    Raises:
-        UsageError: A layer that the model lacks, texts longer than its positions, or too little memory.
-        RetentionBenchError: The corpus cannot be read, or a key is not finite.
-    """
-    inputs = {name: value for name, value in stage.inputs.items() if name != "shard"}
-    shard = stage.inputs.get("shard")
-
-    def compute(folder: Path) -> None:
-        from retention_bench.editors import collect_covariance
-
-        texts = Texts(corpus.source, corpus.revision, corpus.config, corpus.texts)
-        # Faults of a file are found before the model is loaded and hours of work are done; of a Hub data set only
-        # whether it can be read at all.
-        for _ in texts if is_local(corpus.source) else itertools.islice(texts, 1):
-            pass
-        model, tokenizer = loader()
-        index, count = shard or (0, 1)
-        # The result may go to other machines, where the path of the corpus means nothing.
-        named = Path(corpus.source).name if Path(corpus.source).is_file() else corpus.source
-        collect_covariance(
-            model,
-            tokenizer,
-            texts,
-            stage.inputs["layers"],
-            max_length=corpus.max_length,
-            memory=memory,
-            shard=(index, count) if shard else None,
-            checkpoint=store.scratch(stage.name, stage.inputs) / "checkpoint.safetensors",
-            source=f"the first {corpus.texts} texts of {named}",
-            settings={"inputs": inputs, "versions": versions()},
-            total=-(-(corpus.texts - index) // count),
-            progress=progress,
-        ).save(folder / FILE)
-
-    return store.get(stage.name, stage.inputs, compute, stage.reads) / FILE
+        return Found(store.place(stage) / FILE, store.holds(stage))
+    return Found(stage.file(Bench(store, progress, announce)), True)
 
 
 def merge(store: Store, files: Sequence[Path]) -> Path:
@@ -167,11 +113,11 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
             measured for, or were measured with other versions of what computes them.
         RetentionBenchError: A file is broken, or lacks the hash or the fingerprint that proves what it is.
     """
-    from retention_bench.editors.covariance import Covariance
+    from retention_bench.editors.covariance import Covariance as File
     from retention_bench.editors.covariance import merged as merge_parts
 
     # Nothing but the files says whose they are, so each must hold what proves it.
-    parts = [Covariance.load(file, proven=True) for file in files]
+    parts = [File.load(file, proven=True) for file in files]
     for file, part in zip(files, parts, strict=True):
         if len(parts) > 1 and part.measured.shard is None:
             raise UsageError(f"{file} is a whole measurement, not a shard. Give it alone, or all shards of one.")
@@ -183,7 +129,7 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
             "Give files that `retention-bench covariance measure` wrote."
         )
     settings = checked(_Settings, measured.settings, f"{files[0]}, metadata, settings")
-    here = {"version": VERSIONS["statistics"], **versions()}
+    here = {"version": Covariance.version, **versions()}
     there = {"version": settings.inputs.version, **settings.versions}
     other = {name: (there.get(name), here[name]) for name in here if there.get(name) != here[name]}
     if other:
@@ -196,7 +142,7 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
     for name, found, wanted in (
         ("layers", sorted(merged.mom2), inputs.layers),
         ("modules", [measured.modules.get(layer) for layer in inputs.layers], inputs.modules),
-        ("dtype", measured.dtype, inputs.dtype),
+        ("dtype", measured.dtype, inputs.model.dtype),
         ("max_length", measured.max_length, inputs.max_length),
         ("texts", measured.texts, min(measured.texts or 0, inputs.texts)),  # a corpus may have fewer
     ):
@@ -206,24 +152,30 @@ def merge(store: Store, files: Sequence[Path]) -> Path:
                 "it anew."
             )
     given = dict(measured.settings["inputs"])
-    return store.get("statistics", given, lambda folder: merged.save(folder / FILE)) / FILE
+    return store.get(Entry(Covariance.name, given), lambda folder: merged.save(folder / FILE)) / FILE
+
+
+class _ModelInputs(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    fingerprint: dict[str, Any]
+    dtype: str
+    device: str
 
 
 class _Inputs(pydantic.BaseModel):
-    """What a measurement is filed under: the inputs of its stage, as `covariance_stage` makes them."""
+    """What a measurement is filed under: the inputs of its stage, as `Covariance` makes them."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
     version: int
-    model: dict[str, Any]
-    dtype: str
-    device: str
+    model: _ModelInputs
     corpus: dict[str, Any]
-    config: str | None
     texts: int
     max_length: int
     layers: list[int]
     modules: list[str]
+    shard: None
 
 
 class _Settings(pydantic.BaseModel):
@@ -255,9 +207,10 @@ def import_npz(
     _check_config(model, files)
     files = {layer: find_file(path, ".npz file") for layer, path in files.items()}
     hashes = {str(layer): file_sha256(path) for layer, path in sorted(files.items())}
-    inputs = {"version": VERSIONS["statistics"], **model_inputs(model, device), "npz": hashes}
+    base = model_of(model, device)
+    inputs = {"version": Covariance.version, "model": base.fingerprint, "dtype": base.dtype, "device": device}
     reads = [Input(str(path), {"sha256": hashes[str(layer)]}) for layer, path in files.items()]
-    reads.append(Input(model.path, inputs["model"]))
+    entry = Entry(Covariance.name, {**inputs, "npz": hashes}, (*reads, base))
 
     def compute(folder: Path) -> None:
         from retention_bench.editors.covariance import SAMPLE, read_rome_npz, with_fingerprint
@@ -269,7 +222,7 @@ def import_npz(
         loaded, tokenizer = _load(model, device)
         with_fingerprint(found, loaded, tokenizer, texts).save(folder / FILE)
 
-    return store.get("statistics", inputs, compute, reads) / FILE
+    return store.get(entry, compute) / FILE
 
 
 def model_at(path: str, revision: str | None = None, dtype: str = "float32") -> ModelConfig:

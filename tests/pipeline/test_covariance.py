@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 from retention_bench.cli import main
 from retention_bench.editors import Covariance
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline import Cell, Store, load_suite, plan
+from retention_bench.pipeline import Bench, Cell, load_suite, plan
 from retention_bench.pipeline import covariance as module
+from retention_bench.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +73,33 @@ def measured(asked, tmp_path_factory):
 
 def test_evaluate_finds_what_was_measured(small_suite, measured):
     store, file = measured
-    stage = plan(Cell(load_suite(str(small_suite)), None, "alphaedit", "tulu3", 0, "cpu"), store).statistics
-    assert str(store.find(stage.name, stage.inputs) / "covariance.safetensors") == file
+    stage = (
+        plan(Cell(load_suite(str(small_suite)), None, "alphaedit", "tulu3", 0, "cpu")).experiments[0].edit.covariance
+    )
+    assert str(store.find(stage) / "covariance.safetensors") == file
 
 
 def test_the_key_names_the_projections(small_suite, tmp_path):
     cell = Cell(load_suite(str(small_suite)), "atlas-llama", "alphaedit", "tulu3", 0, "cpu")
-    assert plan(cell, Store(tmp_path)).statistics.inputs["modules"] == [
+    assert plan(cell).experiments[0].edit.covariance.inputs["modules"] == [
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
     ]
+
+
+def test_a_file_serves_in_place_of_collecting_and_one_of_another_model_does_not(small_suite, measured, tmp_path):
+    cell = Cell(load_suite(str(small_suite)), None, "alphaedit", "tulu3", 0, "cpu", covariance=measured[1])
+    edit = plan(cell).experiments[0].edit
+    bench = Bench(Store(tmp_path / "store"))
+    assert torch.equal(edit.covariance.read(bench).mom2[0], Covariance.load(measured[1]).mom2[0])
+    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["covariance_file"]
+    shutil.copy(measured[1], tmp_path / "elsewhere.safetensors")
+    again = plan(dataclasses.replace(cell, covariance=str(tmp_path / "elsewhere.safetensors"))).experiments[0].edit
+    assert again.key == edit.key
+    with pytest.raises(UsageError, match="was measured on another model: the keys of its layer 0"):
+        plan(dataclasses.replace(cell, model="atlas-llama"))
+    with pytest.raises(UsageError, match="There is no covariance file"):
+        plan(dataclasses.replace(cell, covariance=str(tmp_path / "none.safetensors")))
 
 
 def test_what_the_store_holds_is_not_measured_again(asked, measured, monkeypatch, tmp_path):
@@ -394,7 +413,7 @@ def test_what_can_be_no_covariance_is_not_merged(merged_, matrix, why):
         ({"inputs": {"modules": ["a", "b"]}}, "for the modules"),
         ({"inputs": {"max_length": 7}}, "for the max_length 7, and holds 128"),
         ({"inputs": {"texts": 3}}, "for the texts 3, and holds 200"),
-        ({"inputs": {"dtype": "float16"}}, "for the dtype float16, and holds float32"),
+        ({"inputs": {"dtype": "float16"}}, "inputs.dtype"),
         ({"dtype": "float16"}, "for the dtype float32, and holds float16"),
         ({"texts": None}, "for the texts"),
         ({"settings": {"inputs": []}}, "settings: inputs: .*got a list of 0"),
@@ -422,7 +441,11 @@ def test_one_file_given_twice_is_not_merged(measured, tmp_path):
         ("{", {}, "config.json: not JSON"),
         (None, {"max-length": 4096}, "--max-length is 4096"),
         (None, {"layers": "2,99"}, "no layer 99"),
-        (None, {"corpus": "some/corpus", "corpus-revision": "abc"}, "'some/corpus' at revision abc cannot be read"),
+        (
+            None,
+            {"corpus": "some/corpus", "corpus-revision": "abc"},
+            "'some/corpus' at revision abc, split 'train', cannot be read",
+        ),
     ],
 )
 def test_what_can_be_known_is_known_before_the_model_is_loaded(asked, tmp_path, monkeypatch, changed, options, why):
@@ -443,7 +466,7 @@ def test_a_bad_row_is_found_before_the_model_is_loaded(asked, tmp_path, monkeypa
     monkeypatch.setattr(module, "load", None)
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "a"}\n' * 300 + '{"text": 3}\n')
-    with pytest.raises(RetentionBenchError, match="row 301: a corpus row needs a `text`"):
+    with pytest.raises(RetentionBenchError, match="line 301: a corpus row needs a `text`"):
         collect(asked | {"corpus": str(path), "samples": 400}, Store(tmp_path / "store"))
 
 

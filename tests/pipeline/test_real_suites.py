@@ -11,8 +11,9 @@ import yaml
 from retention_bench.editors import make_editor
 from retention_bench.facts import token_text
 from retention_bench.finetune import make_finetune
-from retention_bench.pipeline import Cell, Store, evaluate, load_suite, plan
+from retention_bench.pipeline import Cell, evaluate, load_suite, plan
 from retention_bench.pipeline.suite import PACKAGED
+from retention_bench.store import Store
 
 SUITES = {"gpt2-xl": ("gpt2", 48), "llama3-8b": ("llama", 32)}
 TASKS = ("commoncrawl", "counterfact", "imdb", "tulu3")
@@ -123,7 +124,7 @@ def write_data(folder, model, tokenizer):
 def test_a_cell_runs_end_to_end(shrunk, tmp_path, editor, task):
     path, name = shrunk
     cell = Cell(load_suite(str(path)), None, editor, task, 0, "cpu")
-    results = evaluate(cell, store=Store(path.parent / "store"), out=tmp_path)
+    results = evaluate(cell, store=Store(path.parent / "store"), out=tmp_path).to_dict()
     assert (results["suite"], results["editor"], results["finetune"]) == (name, editor, task)
     assert results["stages"]["base"]["intrinsic"]["rate"] == 1.0
     log = results["control"]["finetune_log"]
@@ -137,4 +138,4 @@ def test_every_other_entry_can_be_planned(shrunk):
     suite = load_suite(str(path))
     for editor in next(iter(suite.models.values())).editors:
         for task in TASKS:
-            assert plan(Cell(suite, None, editor, task, 0, "cpu"), Store(path.parent / "store")).stages()
+            assert plan(Cell(suite, None, editor, task, 0, "cpu")).plan()
