@@ -321,7 +321,11 @@ def test_one_file_given_twice_is_not_merged(measured, tmp_path):
         ("{", {}, "config.json: not JSON"),
         (None, {"max_length": 4096}, "--max-length is 4096"),
         (None, {"layers": "2,99"}, "no layer 99"),
-        (None, {"corpus": "some/corpus", "corpus_revision": "abc"}, "'some/corpus' at revision abc cannot be read"),
+        (
+            None,
+            {"corpus": "some/corpus", "corpus_revision": "abc"},
+            "'some/corpus' at revision abc, split 'train', cannot be read",
+        ),
     ],
 )
 def test_what_can_be_known_is_known_before_the_model_is_loaded(request_, tmp_path, monkeypatch, changed, options, why):
@@ -341,7 +345,7 @@ def test_a_bad_row_is_found_before_the_model_is_loaded(request_, tmp_path, monke
     monkeypatch.setattr(module, "load", None)
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "a"}\n' * 300 + '{"text": 3}\n')
-    with pytest.raises(RetentionBenchError, match="row 301: a corpus row needs a `text`"):
+    with pytest.raises(RetentionBenchError, match="line 301: a corpus row needs a `text`"):
         answer(dataclasses.replace(request_, corpus=str(path), samples=400), Store(tmp_path / "store"))
 
 
