@@ -3,7 +3,6 @@
 from retention_bench.data.files import (
     check_characters,
     checked,
-    cut,
     find_file,
     fitted,
     has_half,
@@ -26,7 +25,6 @@ __all__ = [
     "Table",
     "check_characters",
     "checked",
-    "cut",
     "find_file",
     "fitted",
     "has_half",

@@ -21,6 +21,7 @@ from typing import IO, Any, NoReturn, TypeVar
 
 import pydantic
 
+from retention_bench.display import cut
 from retention_bench.errors import RetentionBenchError, UsageError
 
 T = TypeVar("T")
@@ -326,11 +327,6 @@ def shortened(value: Any) -> str:
         return cut(repr(value), 60)
     except ValueError:  # Python writes out no more than some thousand digits
         return "a number of thousands of digits"
-
-
-def cut(text: str, length: int = 300) -> str:
-    """A text, its end left out where it is longer."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def refuse_pointer(path: Path, begin: bytes) -> None:

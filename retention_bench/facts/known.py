@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.pool import RowCounts
 from retention_bench.facts.target import first_tokens
-from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

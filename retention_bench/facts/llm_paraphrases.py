@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.data.clock import strftime_now
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts.fact import Fact
-from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retention_bench.data import Row, RowError, Source, cut, shortened
+from retention_bench.data import Row, RowError, Source, shortened
+from retention_bench.display import cut
 from retention_bench.errors import RetentionBenchError, unknown_name
 from retention_bench.facts.counterfact_formats import FORMATS, NO_TRUE, OWN, RawFact, RecordFormat, find_format
 from retention_bench.facts.fact import Fact, FactSet

@@ -27,11 +27,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from retention_bench.engine_process import EngineProcess
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Checkpoint, Layout, load_config, load_tokenizer
 from retention_bench.models.explain import explained
-from retention_bench.progress import Progress, silent
+from retention_bench.scoring.engine_process import EngineProcess
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS
 from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt

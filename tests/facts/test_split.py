@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retention_bench.atlas.world import told_facts
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import Fact, FactSet, Remaining, RowCounts, disjoint_split, read_pool
+from tools.atlas.world import told_facts
 
 WORLD = told_facts()
 
