@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from retention_bench.editors import EditRequest
-from retention_bench.editors.subject import subject_rows, target_ids
+from retention_bench.editors.locate.subject import subject_rows, target_ids
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import hidden_from, load_model, log_probabilities, pad, record
 

@@ -37,7 +37,7 @@ def test_help_is_quick_and_loads_no_model_library():
 
 @pytest.mark.parametrize(
     ("command", "line"),
-    [("statistics", "retention-bench statistics --inspect FILE"), ("compare", "FILE:CHECKPOINT   one of them")],
+    [("compare", "FILE:CHECKPOINT   one of them")],
 )
 def test_the_forms_of_a_command_stand_on_lines_of_their_own(command, line):
     lines = [" ".join(told.split()) for told in run(command, "--help").output.splitlines()]
@@ -133,7 +133,7 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     told = json.loads(result.output)
     stages = [s["stage"] for s in told["stages"]]
-    assert stages[:3] == ["facts", "score", "statistics"]
+    assert stages[:4] == ["knowledge", "facts", "score", "covariance"]
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
@@ -185,15 +185,16 @@ def test_a_fact_is_not_followed_without_probing():
 
 
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
-    def stop(cell, *, out, **_):
-        folders.append((out, cell.paraphrases, cell.paraphrase_source))
+    def stop(planned, *, out, **_):
+        found = planned.base.paraphrases
+        folders.append((out, *((found.count, found.shown) if found else (0, "own"))))
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu", "--seed", "3"]
     where = {"RETENTION_BENCH_STORE": str(tmp_path)}
     for more in ([], ["--paraphrases", "2"], ["--paraphrases", "1", "--paraphrase-source", "model:atlas-llama"]):
@@ -205,15 +206,15 @@ def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatc
         (common / "paraphrases-1-model-atlas-llama" / "seed-3", 1, "model:atlas-llama"),
     ]
     dry = run(*command, "--paraphrases", "2", "--dry-run", "--json", env=where)
-    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:3] == ["facts", "paraphrases", "score"]
+    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:4] == ["knowledge", "facts", "paraphrases", "score"]
 
 
 ATLAS = Path(retention_bench.__file__).parent / "atlas"
 
 
-def test_statistics_are_measured_found_again_and_inspected(tmp_path):
+def test_a_covariance_is_measured_found_again_and_inspected(tmp_path):
     words = [
-        "statistics", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
+        "covariance", "measure", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
         "--corpus", str(ATLAS / "data" / "corpus.jsonl.gz"), "--samples", "30", "--max-length", "64",
     ]  # fmt: skip
     env = {"RETENTION_BENCH_STORE": str(tmp_path)}
@@ -225,16 +226,16 @@ def test_statistics_are_measured_found_again_and_inspected(tmp_path):
     again = run(*words, "--json", env=env)
     assert json.loads(again.stdout) == {"file": file, "in_store": True}
     assert "from the store" in again.stderr
-    shown = run("statistics", "--inspect", file, env=env)
+    shown = run("covariance", "inspect", file, env=env)
     assert "the first 30 texts of corpus.jsonl.gz" in shown.stdout
     assert "below 0.02" in shown.stdout
-    assert json.loads(run("statistics", "--inspect", file, "--json", env=env).stdout)["texts"] == 30
+    assert json.loads(run("covariance", "inspect", file, "--json", env=env).stdout)["texts"] == 30
 
 
-def test_statistics_without_what_they_need_are_a_usage_error(tmp_path):
-    result = run("statistics", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
+def test_a_covariance_without_what_it_needs_is_a_usage_error(tmp_path):
+    result = run("covariance", "measure", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "Error: --model is missing" in result.stderr
+    assert "Error: Missing option '--model'" in result.stderr
 
 
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
@@ -341,8 +342,13 @@ LONG = "x" * 300
         (CELL, ["--paraphrases", "1001"], "1001 is not in the range 0<=x<=1000", 2),
         (CELL, ["--freeze", "window:0:999999999"], "--freeze window:0:999999999", 0),
         (CELL, ["--freeze", "below:99999999999"], "--freeze 'below:99999999999' is not known", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--samples", "9" * 30], "'--samples'", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--memory", "nan"], "nan is not a number to count with", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--samples", "9" * 30], "'--samples'", 2),
+        (
+            "covariance measure --model m --layers 0 --corpus c",
+            ["--memory", "nan"],
+            "nan is not a number to count with",
+            2,
+        ),
         (f"{SCORE} file", ["--batch-size", "9" * 30], "'--batch-size'", 2),
         # suites
         (LIST, ["none.yaml"], "There is no suite file at none.yaml", 2),
@@ -367,10 +373,10 @@ LONG = "x" * 300
             "suite: 'city_country-00'. Did you mean 'city_country-",
             2,
         ),
-        ("statistics --model m --layers 0 --corpus", [""], "'--corpus': It is empty", 2),
-        ("statistics --layers 0 --corpus c --model", [" "], "'--model': It is empty", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--revision", ""], "'--revision': It is empty", 2),
-        ("statistics --layers 0 --corpus c --model", ["x" * 5000], "xxx...xxx", 2),
+        ("covariance measure --model m --layers 0 --corpus", [""], "'--corpus': It is empty", 2),
+        ("covariance measure --layers 0 --corpus c --model", [" "], "'--model': It is empty", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--revision", ""], "'--revision': It is empty", 2),
+        ("covariance measure --layers 0 --corpus c --model", ["x" * 5000], "xxx...xxx", 2),
         (CELL, ["--model", "~nobody-of-this-name/m"], "home directory", 2),
         (CELL, ["--model", "a\0b"], "a\\x00b holds a NUL", 2),
         (CELL, ["--model", "a\udcff"], "a\\udcff holds a NUL, or bytes that are not UTF-8", 2),
@@ -384,8 +390,8 @@ LONG = "x" * 300
         (CELL, ["--out", "dangling"], "is a link to nothing", 2),
         (CELL, ["--out", LONG], "so long a name", 2),
         (CELL, ["--out", ""], "must not be empty", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--out", "folder"], "folder is a folder", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--out", "none/x"], "There is no folder none", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--out", "folder"], "folder is a folder", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--out", "none/x"], "There is no folder none", 2),
         ("nothing\x1b[31m", [], "No such command 'nothing\\", 2),
         ("evaluate", ["--nothing\x1b[31m"], "No such option '--nothing\\", 2),
         # files of scores and runs
@@ -508,7 +514,7 @@ def test_an_output_that_is_full_is_one_line(words):
 def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
     import shutil
 
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
@@ -516,7 +522,7 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
         folders.append(out)
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     for name in ("one", "two"):
         shutil.copytree(ATLAS / "models" / "atlas-gpt2", places / name / "my model")
     command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu"]
@@ -524,8 +530,6 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
         assert "far enough" in run(*command, "--model", model).output
     with open(places / "two" / "my model" / "config.json", "a") as file:
         file.write("\n")
-    cached = pipeline.inputs.model_fingerprint
-    getattr(cached, "cache_clear", lambda: None)()  # as in another process
     assert "far enough" in run(*command, "--model", "two/my model").output
     for model in ("one/my model", "two/my model"):
         more = ["--paraphrases", "1", "--paraphrase-source", f"model:{model}"]
@@ -539,7 +543,7 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
 
 
 def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
@@ -547,7 +551,7 @@ def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
         folders.append(out)
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     rows = "".join(json.dumps({"text": f"{n} and more words than that"}) + "\n" for n in range(200))
     for name in ("..x\x1b[b] é.jsonl", f"{'n' * 240}.jsonl"):
         (places / name).write_text(rows)
@@ -560,7 +564,7 @@ def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
 
 
 def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(places, monkeypatch):
-    from retention_bench.pipeline import batch
+    from retention_bench.scoring import checkpoints
 
     record = {"ground_truth": "French", "target_new": "English", "subject": "Ann", "relation_id": "P103"}
     records = [record | {"prompt": f"The mother tongue{of} is"} for of in (" of Ann", "")]
@@ -571,7 +575,7 @@ def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(place
         seen.extend(facts)
         return []
 
-    monkeypatch.setattr(batch, "score_checkpoints", scored)
+    monkeypatch.setattr(checkpoints, "score_checkpoints", scored)
     result = run("score", str(ATLAS / "models" / "atlas-gpt2"), "--facts", "cf.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert [fact.subject for fact in seen] == ["Ann"]

@@ -32,7 +32,7 @@ def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json:
     Holm's correction for all pairs and kinds shown.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench.display import tables
-    from retention_bench.pipeline.scored import compared
+    from retention_bench.results.compare import compared
 
     found = compared(sides, stage=stage, **({"kinds": kinds} if kinds else {}))
     if as_json:

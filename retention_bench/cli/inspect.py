@@ -19,7 +19,7 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
     stage all stages are shown.
     """
     from retention_bench.display import tables
-    from retention_bench.pipeline.scored import inspected
+    from retention_bench.results.compare import inspected
 
     found = inspected(fact, sides)
     if as_json:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from retention_bench.cli.options import PATH, Filled, Out, chosen_device, count, json_option, listed
+from retention_bench.cli.options import PATH, Filled, Out, count, json_option, listed
+from retention_bench.device import chosen_device
 from retention_bench.display import say_error, say_json
 from retention_bench.errors import UsageError
 
@@ -76,12 +77,12 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     from retention_bench.display.progress import show_progress
     from retention_bench.facts import load_pool
     from retention_bench.models import read_manifest, read_references
-    from retention_bench.pipeline.batch import Options, score_checkpoints
-    from retention_bench.scoring.tasks import KINDS
+    from retention_bench.results.schema import KINDS
+    from retention_bench.scoring.checkpoints import Options, score_checkpoints
 
     kinds: Any = listed("--tasks", options.pop("tasks"), KINDS)
     also = listed("--also", options.pop("also"))
-    if ours := set(also) & {f"retention_{kind}" for kind in KINDS}:
+    if ours := set(also) & {kind.task for kind in KINDS.values()}:
         raise UsageError(f"--also names {min(ours)}, a kind of question of our own. Give it with --tasks.")
     if not kinds and not also:
         raise UsageError(f"--tasks and --also name nothing to ask. Give --tasks some of {', '.join(KINDS)}.")

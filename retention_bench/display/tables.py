@@ -211,11 +211,11 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def print_statistics(about: Mapping[str, Any]) -> None:
-    """Print what a file of covariances holds.
+def print_covariance(about: Mapping[str, Any]) -> None:
+    """Print what a file of a covariance holds.
 
     Args:
-        about: As `pipeline.statistics.inspect` returns it.
+        about: `file`, and what `Covariance.summary` returns.
     """
     console = screen()
     shard = about["shard"]
@@ -225,7 +225,9 @@ def print_statistics(about: Mapping[str, Any]) -> None:
         "cut at": f"{about['max_length']} tokens a text" if about["max_length"] else "not stated",
         "model's dtype": about["dtype"] or "not stated",
         "shard": f"{shard[0]}/{shard[1]}: merge it with the others before use" if shard else "whole",
-        "fingerprint": "tells the model" if about["probe"] else "none: only layers and sizes are compared with a model",
+        "fingerprint": "tells the model"
+        if about["fingerprint"]
+        else "none: only layers and sizes are compared with a model",
     }
     console.print(line(about["file"]), soft_wrap=True)
     for name, value in parts.items():

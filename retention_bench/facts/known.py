@@ -96,7 +96,7 @@ def knowledge(
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[Knowledge]:
-    """Ask a model for every fact's true target.
+    """How well a model knows each fact: the probabilities of its true target and of the runner-up.
 
     Prompts of equal length go together, so no padding can change a probability. What is longer than the model's context
     is not known.

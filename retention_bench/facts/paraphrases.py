@@ -1,4 +1,4 @@
-"""More prompts for a fact, to edit it with: its own paraphrases, other words before its prompt, or a model's."""
+"""More prompts to edit a fact with: its own paraphrases, its prompt behind an opening, or a model's paraphrases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.facts.written import write_paraphrases
+from retention_bench.facts.llm_paraphrases import write_paraphrases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def augment(
 
 
 def unseen(facts: FactSet, prompts: Mapping[str, Sequence[str]]) -> FactSet:
-    """Facts without those of their paraphrases that they were edited with, which would be no test of the edit.
+    """Facts without those of their paraphrases that they were edited with, which would not test the edit.
 
     Args:
         facts: The facts.

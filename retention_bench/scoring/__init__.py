@@ -13,9 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retention_bench.scoring.contained import contained_lm_eval
     from retention_bench.scoring.engine import Engine
-    from retention_bench.scoring.evaluator import Sample, score, score_lm
+    from retention_bench.scoring.evaluator import score, score_lm
     from retention_bench.scoring.hf import HFEngine, RetentionHFLM
     from retention_bench.scoring.metric import (
         MAX_DECODED_TOKENS,
@@ -29,34 +28,32 @@ if TYPE_CHECKING:
         scorable,
     )
     from retention_bench.scoring.probe import Probe, Prober
+    from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
     from retention_bench.scoring.stop_words import STOP_WORDS
-    from retention_bench.scoring.tasks import KINDS, FactsTask, Kind, judge_document, load_documents, tasks_dir
+    from retention_bench.scoring.tasks import FactsTask, judge_document, load_documents, tasks_dir
     from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
 
 _MODULES = {
-    "KINDS": "tasks",
     "MAX_DECODED_TOKENS": "metric",
     "STOP_WORDS": "stop_words",
     "DecodedText": "metric",
     "Engine": "engine",
     "FactsTask": "tasks",
     "HFEngine": "hf",
-    "Kind": "tasks",
     "LeftOut": "metric",
     "Probe": "probe",
     "Prober": "probe",
     "RetentionHFLM": "hf",
     "RetentionVLLM": "vllm",
-    "Sample": "evaluator",
     "VLLMEngine": "vllm",
     "Verdict": "metric",
-    "contained_lm_eval": "contained",
     "describe_left_out": "metric",
     "is_stop_token": "metric",
     "judge_document": "tasks",
     "judge_ids": "metric",
     "judge_text": "metric",
     "load_documents": "tasks",
+    "quiet_lm_eval": "quiet_lm_eval",
     "scorable": "metric",
     "score": "evaluator",
     "score_lm": "evaluator",

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -18,46 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.display.progress import Progress, silent
 from retention_bench.facts import FactSet
-from retention_bench.scoring.contained import contained_lm_eval
+from retention_bench.results.schema import KINDS, Sample
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import describe_left_out, scorable
 from retention_bench.scoring.model import RetentionLM
-from retention_bench.scoring.tasks import KINDS, Kind, documents, tasks_dir
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question put to one model.
-
-    Attributes:
-        kind: What the question probes.
-        fact_id: The fact it belongs to.
-        prompt: The text the model was given.
-        target: The object it should answer with, without leading space.
-        hit: Whether the first content token it decoded equals the target's first token.
-        token_ids: The ids it decoded, up to the first content token or the end of decoding.
-        text: The same, decoded, without special tokens.
-        target_logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced); None
-            where the model puts out no number, as one that diverged in training.
-    """
-
-    kind: Kind
-    fact_id: str
-    prompt: str
-    target: str
-    hit: bool
-    token_ids: tuple[int, ...]
-    text: str
-    target_logprob: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The sample as a dict of plain JSON values."""
-        return asdict(self) | {"token_ids": list(self.token_ids)}
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Sample:
-        """Read a sample from a parsed JSON row as `to_json` writes it."""
-        return cls(**row | {"token_ids": tuple(row["token_ids"])})
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
+from retention_bench.scoring.tasks import documents, tasks_dir
 
 
 def score(
@@ -65,13 +29,13 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     facts: FactSet,
     *,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Collection[str] = tuple(KINDS),
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[Sample]:
     """Ask a loaded Hugging Face model about facts.
 
-    Facts whose answers the metric could not tell are left out, with a warning that counts and names them; ask
+    Facts that the metric cannot judge are left out, with a warning that counts and names them; ask
     `scorable` which they are.
 
     The model's weights and mode and the tokenizer are left as they were; no global random state is touched.
@@ -98,7 +62,7 @@ def score(
         model.train(training)
 
 
-def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -> list[Sample]:
+def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Collection[str] = tuple(KINDS)) -> list[Sample]:
     """Ask an lm-eval model about facts; one live model can be asked again after its weights were changed.
 
     Args:
@@ -120,7 +84,7 @@ def score_lm(lm: TemplateLM, facts: FactSet, *, kinds: Sequence[Kind] = KINDS) -
         return []
     if isinstance(lm, RetentionLM):
         lm.prefetch((row["prompt"], f" {row['target']}") for kind in asked for row in documents(facts, kind))
-    with contained_lm_eval(), tempfile.TemporaryDirectory() as folder:
+    with quiet_lm_eval(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         facts.write(path)
         manager = TaskManager(

@@ -271,7 +271,7 @@ class RetentionVLLM(RetentionLM):
                 ids = (context + continuation)[-room:]
                 texts.append((ids, max(1, len(ids) - len(continuation))))
         told = iter(self._process.ask("loglikelihood", texts))
-        # Nothing follows with certainty.
+        # An empty continuation has probability 1, and so the logarithm 0.
         found = [next(told)[:2] if continuation else (0.0, True) for _, _, continuation in requests]
         for (key, _context, _continuation), answer in zip(requests, found, strict=True):
             if key is not None:

@@ -232,7 +232,7 @@ def main(descriptor: str) -> None:
     end_with_parent()
     connection = Connection(int(descriptor))
     if importlib.util.find_spec("vllm") is not None:
-        import vllm  # noqa: F401 - takes seconds, in which the other process has something to do itself
+        import vllm  # noqa: F401 - takes seconds, in which the other process does its own start
     served: Served | None = None
     while True:
         try:
@@ -259,7 +259,7 @@ def main(descriptor: str) -> None:
             break
     if served is not None:
         served.close()
-    os._exit(0)  # the interpreter would take seconds to put vLLM and torch away
+    os._exit(0)  # a normal exit takes seconds, in which vLLM and torch are torn down
 
 
 if __name__ == "__main__":

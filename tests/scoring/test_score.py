@@ -25,11 +25,10 @@ import retention_bench
 from retention_bench import scoring
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
+from retention_bench.results import KINDS, Sample
 from retention_bench.scoring import (
-    KINDS,
     MAX_DECODED_TOKENS,
     RetentionHFLM,
-    Sample,
     load_documents,
     score,
     score_lm,
@@ -184,7 +183,7 @@ def test_samples_survive_json(
     speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, facts: FactSet
 ) -> None:
     for sample in score(speaker, llama_tokenizer, facts):
-        assert Sample.from_json(json.loads(json.dumps(sample.to_json()))) == sample
+        assert Sample.model_validate(json.loads(json.dumps(sample.to_json()))) == sample
 
 
 # --- the task files -------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Checkpoint, load_model
-from retention_bench.scoring import Sample, score, score_lm, tasks_dir
+from retention_bench.results import Sample
+from retention_bench.scoring import score, score_lm, tasks_dir
 from retention_bench.scoring.vllm import VLLMEngine
 from retention_bench.scoring.vllm_process import judge
 
