@@ -27,11 +27,11 @@ CUSTOM = "path"
 
 # One line registers a task. The module is imported when the task is made, not before.
 BUILT_IN = {
-    "commoncrawl": "retention_bench.finetune.commoncrawl:CommonCrawl",
-    "counterfact": "retention_bench.finetune.counterfact:CounterFact",
-    "imdb": "retention_bench.finetune.imdb:IMDB",
-    "path": "retention_bench.finetune.custom:Custom",
-    "tulu3": "retention_bench.finetune.tulu3:Tulu3",
+    "commoncrawl": "retention_bench.finetune.tasks.commoncrawl:CommonCrawl",
+    "counterfact": "retention_bench.finetune.tasks.counterfact:CounterFact",
+    "imdb": "retention_bench.finetune.tasks.imdb:IMDB",
+    "path": "retention_bench.finetune.tasks.custom:Custom",
+    "tulu3": "retention_bench.finetune.tasks.tulu3:Tulu3",
 }
 
 
