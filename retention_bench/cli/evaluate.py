@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 @click.option(
     "--editor",
     required=True,
-    help="The editor, by its name in the suite; see `retention-bench list editors --suite NAME`.",
+    help="The editor, by its name in the suite or in `retention-bench list editors`; one that the suite does not name "
+    "has its own defaults.",
 )
 @click.option(
     "--finetune",
@@ -31,6 +33,14 @@ if TYPE_CHECKING:
     "data of your own.",
 )
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value for a key of the suite, such as facts.edited=25, editors.alphaedit.layers=3-8 or "
+    "finetunes.tulu3.source=chats.jsonl; can be given several times.",
+)
 @click.option(
     "--model", type=Filled(), help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]"
 )
@@ -69,17 +79,18 @@ if TYPE_CHECKING:
     help="Train adapters, merged for scoring, and not the weights.",
 )
 @click.option(
-    "--probe-every",
+    "--track-every",
     type=count(0),
     default=0,
     metavar="N",
     help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
 )
+@click.option("--probe-every", type=count(0), hidden=True, help="The old name of --track-every.")
 @click.option(
     "--probe-fact",
     multiple=True,
     metavar="ID",
-    help="With --probe-every: also print this fact's most probable tokens, step by step.",
+    help="With --track-every: also print this fact's most probable tokens, step by step.",
 )
 @click.option(
     "--accelerate-config",
@@ -97,13 +108,15 @@ def evaluate(
     editor: str,
     finetune: str,
     suite: str,
+    overrides: tuple[str, ...],
     model: str | None,
     seed: int,
     paraphrases: int,
     paraphrase_source: str,
     freeze: str,
     adapter: str,
-    probe_every: int,
+    track_every: int,
+    probe_every: int | None,
     probe_fact: tuple[str, ...],
     accelerate_config: str | None,
     out: Path | None,
@@ -122,11 +135,12 @@ def evaluate(
     from retention_bench.pipeline.run import FILES
     from retention_bench.pipeline.store import check_output
 
-    if probe_fact and not probe_every:
-        raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
+    track_every = probe_every if probe_every is not None else track_every
+    if probe_fact and not track_every:
+        raise UsageError("--probe-fact goes with --track-every N, which says how often the facts are asked.")
     store = Store(default_root())
     cell = Cell(
-        load_suite(suite),
+        load_suite(suite, overrides),
         model=model,
         editor=editor,
         finetune=finetune,
@@ -136,7 +150,7 @@ def evaluate(
         paraphrase_source=paraphrase_source,
         freeze=freeze,
         adapter=adapter,
-        probe_every=probe_every,
+        track_every=track_every,
         accelerate_config=accelerate_config,
     )
     planned = plan(cell, store)
@@ -200,6 +214,9 @@ def _folder(planned: Plan) -> Path:
     cell = planned.cell
     model = _model_folder(planned.model_name, cell.model, planned.model.path, planned)
     folder = Path("runs") / cell.suite.name / model / _part(cell.editor) / _part(planned.finetune_name)
+    if cell.suite.overrides:
+        told_apart = hashlib.sha256(json.dumps(dict(cell.suite.overrides), sort_keys=True).encode()).hexdigest()
+        folder /= f"set-{told_apart[:8]}"
     if cell.paraphrases:
         source = str(planned.paraphrase_source)
         if planned.writer:

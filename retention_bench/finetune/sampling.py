@@ -9,26 +9,32 @@ from typing import Any, TypeVar
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune.base import DataCheck, Example
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.dropped import Dropped, Unusable, described
 from retention_bench.finetune.dataset_formats import Form, Sample, encoder, find_form
+from retention_bench.finetune.dropped import Dropped, Unusable, described
 from retention_bench.finetune.rows import Origin, column_names, first_rows, is_local, shuffled_rows, unreachable
-from retention_bench.finetune.settings import Recipe
+from retention_bench.finetune.settings import TrainingSettings
 
 T = TypeVar("T")
 
 
-def origin(settings: Recipe, split: str = "train") -> Origin:
+def origin(settings: TrainingSettings, split: str = "train") -> Origin:
     """Where a task's rows come from."""
     return Origin(settings.source, settings.revision, settings.config, split)
 
 
-def form_of(settings: Recipe, forms: Sequence[Form], *, stream: bool = False, also: str = "") -> Form:
+def form_of(settings: TrainingSettings, forms: Sequence[Form], *, stream: bool = False, also: str = "") -> Form:
     """The form of a task's data set; see `find_form`."""
     return find_form(settings.source, column_names(origin(settings), stream=stream), forms, also)
 
 
 def samples(
-    settings: Recipe, form: Form, rng: random.Random, dropped: Dropped, *, split: str = "train", stream: bool = False
+    settings: TrainingSettings,
+    form: Form,
+    rng: random.Random,
+    dropped: Dropped,
+    *,
+    split: str = "train",
+    stream: bool = False,
 ) -> Iterator[tuple[str, Sample]]:
     """What can be trained on in a data set's rows, with where each stands, in an order drawn at random.
 
@@ -119,7 +125,7 @@ TRIED = 50
 
 
 def look(
-    settings: Recipe,
+    settings: TrainingSettings,
     forms: Sequence[Form],
     tokenizer: Any,
     *,

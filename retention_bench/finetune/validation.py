@@ -10,8 +10,9 @@ from torch import Tensor
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune import processes
-from retention_bench.finetune.base import Example, Metric
+from retention_bench.finetune.base import Example
 from retention_bench.finetune.heads import collator
+from retention_bench.finetune.settings import Metric
 
 ROWS = 8
 """Rows in a forward pass, if they fit."""

@@ -28,7 +28,7 @@ class Cell:
         paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
         freeze: What the fine-tunes must not change, see `parse_freeze`.
         adapter: What they train in the weights' place: `none`, `lora` or `dora`.
-        probe_every: Optimiser steps between two looks at all facts while a model is trained; 0 for none.
+        track_every: Optimiser steps between two points of the trajectory of all facts; 0 for no trajectory.
         accelerate_config: How fine-tunes are started on several GPUs, see `launcher`; None for one, in this process.
     """
 
@@ -42,7 +42,7 @@ class Cell:
     paraphrase_source: str = "own"
     freeze: str = "none"
     adapter: str = "none"
-    probe_every: int = 0
+    track_every: int = 0
     accelerate_config: str | None = None
 
 

@@ -36,8 +36,8 @@ def check_data(plan: Plan, store: Store) -> DataCheck | None:
     limit = _positions(plan)
     if limit is not None and found.longest > limit:
         raise UsageError(
-            f"The model takes {limit} tokens, and a row of {plan.finetune.source} has {found.longest}. Set max_length "
-            f"to {limit}."
+            f"The model takes {limit} tokens, and a row of {plan.finetune.settings.source} has {found.longest}. Set "
+            f"max_length to {limit}."
         )
     return found
 

@@ -69,7 +69,7 @@ def estimate(plan: Plan, store: Store) -> Estimate:
         parameters=parameters,
         trainable=trainable,
         finetunes=missing,
-        steps=missing * plan.finetune.max_steps,
+        steps=missing * plan.finetune.settings.max_steps,
         memory_bytes=memory,
         disk_bytes=missing * _FLOAT * parameters + (2 * checkpoint if missing else 0),
     )
@@ -83,7 +83,7 @@ def _count(plan: Plan) -> tuple[int, int]:
     from retention_bench.models import empty_model, load_config, num_layers
 
     config = load_config(plan.model.path, plan.model.revision)
-    freeze, task = parse_freeze(plan.cell.freeze), plan.finetune
+    freeze, task = parse_freeze(plan.cell.freeze), plan.finetune.settings
     model: Any = empty_model(config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in model.parameters())

@@ -9,20 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from retention_bench.data import read_json
-from retention_bench.editors import FittedEditor, editor_names, make_editor
+from retention_bench.editors import Editor, FittedEditor
 from retention_bench.errors import UsageError, unknown_name
 from retention_bench.facts import MODEL, check_source
 from retention_bench.finetune import (
     ADAPTERS,
+    Finetune,
     Freeze,
-    finetune_names,
-    make_finetune,
-    parse_finetune,
     parse_freeze,
 )
 from retention_bench.pipeline.cell import Cell, Experiment, Plan, Stage
@@ -30,6 +28,7 @@ from retention_bench.pipeline.inputs import Input, config_file, model_fingerprin
 from retention_bench.pipeline.launching import check_one_gpu, launcher
 from retention_bench.pipeline.store import Store
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig, Suite
+from retention_bench.registry import EDITORS, FINETUNES
 
 # Raised when a stage's mathematics or files change, so that results of the old one are not found any more.
 VERSIONS = {
@@ -64,23 +63,18 @@ def plan(cell: Cell, store: Store) -> Plan:
     """
     suite = cell.suite
     model_name, model = suite.model(cell.model)
-    settings = _settings("editor", cell.editor, editor_names(), model.editors, suite)
-    settings.pop("editor", None)
-    registered = _registered(cell.editor, model, suite)
-    editor = make_editor(registered, settings)
-    task, given = parse_finetune(cell.finetune)
-    # A data set of one's own needs no entry in the suite; where there is one it says how it is trained on.
-    entry = (
-        {}
-        if given and task not in model.finetunes
-        else _settings("fine-tune", task, finetune_names(), model.finetunes, suite)
-    )
-    finetune = make_finetune(task, {**entry, **given})
-    data = source_fingerprint(finetune.source, finetune.revision)
+    found = suite.editor(cell.editor, model)
+    registered = found.registered
+    editor: Editor = EDITORS.make(registered, found.settings, entry=cell.editor)
+    found = suite.finetune(cell.finetune, model)
+    task = found.registered
+    finetune: Finetune = FINETUNES.make(task, found.settings)
+    tuning = finetune.settings
+    data = source_fingerprint(tuning.source, tuning.revision)
     # Files of one name in two folders are told apart by what is in them.
-    finetune_name = (
-        f"{task}:{Path(finetune.source).name}@{str(data.get('sha256', finetune.revision))[:8]}" if given else task
-    )
+    finetune_name = task
+    if cell.finetune != task:
+        finetune_name = f"{task}:{Path(tuning.source).name}@{str(data.get('sha256', tuning.revision))[:8]}"
     freeze = parse_freeze(cell.freeze)
     _check_trainable(model, freeze)
     if cell.adapter not in ADAPTERS:
@@ -88,16 +82,16 @@ def plan(cell: Cell, store: Store) -> Plan:
     start = launcher(cell.accelerate_config, cell.device) if cell.accelerate_config is not None else None
     if start is None and cell.device != "cpu":
         check_one_gpu()
-    if start and finetune.batch_size % start.processes:
+    if start and tuning.batch_size % start.processes:
         raise UsageError(
-            f"{start.processes} processes cannot share the {finetune.batch_size} rows of a step equally. Set "
-            f"num_processes, in a file for --accelerate-config, to a divisor of {finetune.batch_size}."
+            f"{start.processes} processes cannot share the {tuning.batch_size} rows of a step equally. Set "
+            f"num_processes, in a file for --accelerate-config, to a divisor of {tuning.batch_size}."
         )
     base = model_inputs(model, cell.device)
     rows = suite.locate(suite.facts.source)
     pool = Input(rows, source_fingerprint(rows, suite.facts.revision))
     weights = Input(model.path, base["model"])
-    trained_on = Input(finetune.source, data)
+    trained_on = Input(tuning.source, data)
 
     def stage(name: str, title: str, reads: Sequence[Input] = (), **inputs: Any) -> Stage:
         return Stage(name, title, {"version": VERSIONS[name], **base, **inputs}, tuple(reads))
@@ -159,13 +153,13 @@ def plan(cell: Cell, store: Store) -> Plan:
         )
 
     unknown = None
-    if finetune.asks_base:
+    if tuning.asks_base:
         unknown = stage(
-            "unknown", "what the base model does not know", [weights, trained_on], pool=data, config=finetune.config
+            "unknown", "what the base model does not know", [weights, trained_on], pool=data, config=tuning.config
         )
 
     def tuned(title: str, edit: Stage | None, frozen_by: Sequence[Stage] = ()) -> Stage:
-        reads = [weights, trained_on, *([pool] if cell.probe_every else [])]
+        reads = [weights, trained_on, *([pool] if cell.track_every else [])]
         if start:
             reads.append(Input(str(start.path), source_fingerprint(str(start.path), None)))
         return stage(
@@ -176,14 +170,14 @@ def plan(cell: Cell, store: Store) -> Plan:
             facts=facts_key,
             keywords=suite.facts.keywords,
             finetune=task,
-            settings=_plain(finetune),
+            settings=_plain(tuning),
             data=data,
             freeze=cell.freeze,
             adapter=cell.adapter,
             seed=cell.seed,
             **({"unknown": store.key("unknown", unknown.inputs)} if unknown else {}),
             **({"frozen_by": [store.key("edit", other.inputs) for other in frozen_by]} if frozen_by else {}),
-            **({"probe_every": cell.probe_every} if cell.probe_every else {}),
+            **({"track_every": cell.track_every} if cell.track_every else {}),
             **({"accelerate": start.to_json()} if start else {}),
         )
 
@@ -342,39 +336,6 @@ def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
 
 def _config(model: ModelConfig) -> dict[str, Any]:
     return read_json(config_file(model.path, model.revision), dict[str, Any], "model's configuration")
-
-
-def _settings(
-    kind: str, name: str, registered: Collection[str], given: Mapping[str, dict[str, Any]], suite: Suite
-) -> dict[str, Any]:
-    """The suite's settings for an editor or a fine-tune, its paths made absolute."""
-    if name not in given:
-        if name not in registered:
-            raise unknown_name(kind, name, given)
-        raise UsageError(
-            f"The suite {suite.name!r} has no settings for the {kind} {name!r}; it has them for "
-            f"{', '.join(sorted(given)) or 'none'}. Add them to a copy of its YAML file and give that with --suite."
-        )
-    settings = dict(given[name])
-    if isinstance(settings.get("source"), str):
-        settings["source"] = suite.locate(settings["source"])
-    return settings
-
-
-def _registered(name: str, model: ModelConfig, suite: Suite) -> str:
-    """The registered editor that goes by a name in the suite.
-
-    Raises:
-        UsageError: There is no such editor; the entry is named.
-    """
-    registered = model.registered[name]
-    if registered not in editor_names():
-        error = unknown_name("editor", registered, editor_names())
-        raise UsageError(
-            f"The suite {suite.name!r}, editors.{name}: {error} An entry that goes by another name than its editor "
-            "names that with the key `editor`."
-        )
-    return registered
 
 
 def _plain(settings: Any) -> dict[str, Any]:

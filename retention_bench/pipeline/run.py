@@ -278,7 +278,7 @@ class _Bench:
 
         None where it teaches something else.
         """
-        stage, task = self.plan.unknown, self.plan.finetune
+        stage, task = self.plan.unknown, self.plan.finetune.settings
         if stage is None:
             return None
 
@@ -391,7 +391,7 @@ class _Bench:
             unknown = self.unknown
             work = self.store.scratch(stage.name, stage.inputs)
             asked, objects = None, {}
-            if cell.probe_every:
+            if cell.track_every:
                 asked, objects = str(work / "asked.jsonl"), self._objects()
                 self.group(experiment).write(Path(asked))
             self.release()
@@ -406,11 +406,11 @@ class _Bench:
                 keywords=cell.suite.facts.keywords,
                 unknown=str(unknown) if unknown else None,
                 finetune=parse_finetune(cell.finetune)[0],
-                settings=dataclasses.asdict(p.finetune),  # type: ignore[call-overload]
+                settings=dataclasses.asdict(p.finetune.settings),
                 freeze=cell.freeze,
                 adapter=cell.adapter,
                 seed=cell.seed,
-                probe_every=cell.probe_every,
+                track_every=cell.track_every,
                 asked=asked,
                 objects=objects,
                 work=str(work),

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet
-from retention_bench.finetune import Terms, make_finetune
+from retention_bench.finetune import FinetuneOptions, Terms, make_finetune
 from retention_bench.pipeline.loading import load, save
 from retention_bench.progress import Progress
 
 if TYPE_CHECKING:
-    from retention_bench.finetune import Watch
+    from retention_bench.finetune import Track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Job:
         freeze: As in `Cell`.
         adapter: As in `Cell`.
         seed: As in `Cell`.
-        probe_every: As in `Cell`.
-        asked: The file of the facts that are asked every `probe_every` steps.
+        track_every: As in `Cell`.
+        asked: The file of the facts that are asked every `track_every` steps.
         objects: Names of objects by relation, for the token classes of the answers.
         work: A folder that outlives a kill; a run that finds another's there goes on from it.
     """
@@ -57,7 +57,7 @@ class Job:
     freeze: str
     adapter: str
     seed: int
-    probe_every: int
+    track_every: int
     asked: str | None
     objects: Mapping[str, list[str]]
     work: str
@@ -81,7 +81,7 @@ def tune(job: Job, folder: Path, progress: Progress) -> None:
     import torch
 
     from retention_bench.finetune import processes, train
-    from retention_bench.finetune.stopping import LOOKS
+    from retention_bench.finetune.stopping import TRAJECTORY
     from retention_bench.models import WeightDelta
 
     torch.manual_seed(job.seed)
@@ -99,38 +99,37 @@ def tune(job: Job, folder: Path, progress: Progress) -> None:
         output_dir=work,
         device=job.device,
         unknown=FactSet.read(job.unknown).facts if job.unknown else (),
-        freeze=job.freeze,
-        adapter=job.adapter,
+        options=FinetuneOptions(job.freeze, job.adapter, job.track_every),
         edited={layer for edit in edits for layer in edit.layers(model)},
-        watch=_watch(job, model, tokenizer),
+        track=_track(job, model, tokenizer),
         progress=progress,
     )
     if processes.index():
         return
     save(model, tokenizer, folder / "model")
     write_text(folder / "log.json", json.dumps(log.to_json(), indent=2, allow_nan=False))
-    if job.probe_every:
+    if job.track_every:
         # A run that was cut off may have come further than the one that ended. All names are of one length.
-        last = f"probe-{log.steps:09}.jsonl"
-        looks = sorted(path for path in work.glob(LOOKS) if path.name <= last)
-        write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
+        last = f"trajectory-{log.steps:09}.jsonl"
+        points = sorted(path for path in work.glob(TRAJECTORY) if path.name <= last)
+        write_text(folder / "trajectory.jsonl", "".join(point.read_text(encoding="utf-8") for point in points))
 
 
-def _watch(job: Job, model: Any, tokenizer: Any) -> Watch | None:
-    """What follows the facts through a fine-tune; every look has a file of its own, which outlives a kill."""
-    from retention_bench.finetune import Watch, processes
+def _track(job: Job, model: Any, tokenizer: Any) -> Track | None:
+    """What asks the facts during a fine-tune; every point has a file of its own, which outlives a kill."""
+    from retention_bench.finetune import processes
     from retention_bench.scoring import Prober
 
-    if not job.probe_every:
+    if not job.track_every:
         return None
     assert job.asked is not None  # they come together
     prober = Prober(model, tokenizer, FactSet.read(job.asked), job.objects)
 
-    def look(step: int) -> None:
+    def track(step: int) -> None:
         probes = prober.look()
         if processes.index() == 0:
-            looks = ({"step": step, **probe.to_json()} for probe in probes)
-            rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in looks)
-            write_text(Path(job.work) / f"probe-{step:09}.jsonl", "".join(rows))
+            points = ({"step": step, **probe.to_json()} for probe in probes)
+            rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in points)
+            write_text(Path(job.work) / f"trajectory-{step:09}.jsonl", "".join(rows))
 
-    return Watch(job.probe_every, look)
+    return track

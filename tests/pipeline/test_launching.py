@@ -154,7 +154,7 @@ def job(make_tokenizer, make_model, tmp_path):
         freeze="none",
         adapter="none",
         seed=0,
-        probe_every=2,
+        track_every=2,
         asked=str(tmp_path / "facts.jsonl"),
         objects={"R": ["grey", "square"]},
         work=str(tmp_path / "work"),
@@ -179,17 +179,17 @@ def test_a_launched_fine_tune_is_the_one_in_this_process(job, tmp_path):
     logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("done", "alone")]
     assert [log["processes"] for log in logs] == [2, 1]
     assert [log["steps"] for log in logs] == [4, 4]
-    looks = [(tmp_path / name / "trajectory.jsonl").read_text().splitlines() for name in ("done", "alone")]
-    assert [[json.loads(row)["step"] for row in rows] for rows in looks] == [[0] * 3 + [2] * 3 + [4] * 3] * 2
+    points = [(tmp_path / name / "trajectory.jsonl").read_text().splitlines() for name in ("done", "alone")]
+    assert [[json.loads(row)["step"] for row in rows] for rows in points] == [[0] * 3 + [2] * 3 + [4] * 3] * 2
 
 
 PLUGIN = """
 import dataclasses, os, sys
 import torch
-from retention_bench.finetune.commoncrawl import CommonCrawl
+from retention_bench.finetune.tasks.commoncrawl import CommonCrawl
 
 def fits(self, context):
-    if self.micro_batch_size > int(os.environ["FITS"]):
+    if self.settings.micro_batch_size > int(os.environ["FITS"]):
         raise torch.OutOfMemoryError
     return CommonCrawl.prepare(self, context)
 
