@@ -1,7 +1,7 @@
 """Fine-tunes: what is done to an edited model downstream, trained with TRL until a stop rule holds.
 
-A task (`Tulu3`) is plain settings plus its data and its metric; `train` runs any of them. Nothing here imports torch
-until `train` is asked for.
+A task (`Tulu3`) is its rows and one object of plain settings; `train` runs any of them, with `FinetuneOptions`. Nothing
+here imports torch until `train` is asked for.
 """
 
 from collections.abc import Mapping

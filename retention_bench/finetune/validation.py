@@ -19,7 +19,7 @@ ROWS = 8
 
 
 class Measured(NamedTuple):
-    """What validation rows say.
+    """Loss and accuracy on validation rows.
 
     Attributes:
         loss: The mean over the target tokens of all rows, in nats; NaN where the logits are. Each token weighs the
