@@ -1,6 +1,6 @@
-"""The forms that editing benchmarks' records come in, told apart by their fields, and how each becomes `Draft`s.
+"""The formats that editing benchmarks' records come in, told apart by their fields, and how each becomes `RawFact`s.
 
-| form | where | fields that tell it |
+| format | where | fields that tell it |
 |---|---|---|
 | MQuAKE's | MQuAKE-CF.json, MQuAKE-T.json | requested_rewrite, a list |
 | ROME's | counterfact.json, multi_counterfact.json; `azhx/counterfact` on the Hub | requested_rewrite |
@@ -11,12 +11,13 @@
 | our own | facts.jsonl, see `Fact` | id, relation, prompt, subject, target_true |
 | KnowEdit's | the rest of KnowEdit | subject, prompt, target_new; portability or locality |
 
-What a form has besides is not used: unrelated questions (zsRE's `loc`, KnowEdit's `locality`), questions whose answer
+What a format has besides is not used: unrelated questions (zsRE's `loc`, KnowEdit's `locality`), questions whose answer
 follows from the edit in several steps (MQuAKE's `questions`, KnowEdit's `portability`), and a model's own predictions.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -24,16 +25,15 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, StringConstraints
 
-from retention_bench.data import checked, shortened
-from retention_bench.errors import RetentionBenchError
+from retention_bench.data import fitted
 from retention_bench.facts.fact import MAX_TEXT, Fact
 
 NO_TRUE = "it does not say the true object"
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
-    """A record's fact, before its prompt is a template and its relation has a name.
+class RawFact:
+    """A fact as its record tells it, before its prompt is a template and its relation has a name.
 
     Attributes:
         id: The record's id, or None where it has none.
@@ -88,13 +88,14 @@ _Texts = Annotated[tuple[_Text, ...], BeforeValidator(_listed)]
 _Id = Annotated[_Text, BeforeValidator(_as_text)] | None
 
 
-class _Record(pydantic.BaseModel):
+class _Record(pydantic.BaseModel, abc.ABC):
     """A record's fields that are read, by any of the names that they have."""
 
     model_config = pydantic.ConfigDict(frozen=True)
 
-    def drafts(self) -> Iterator[Draft]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def facts(self) -> Iterator[RawFact]:
+        """The facts that it holds."""
 
 
 class _Named(pydantic.BaseModel):
@@ -109,8 +110,8 @@ class _Rewrite(pydantic.BaseModel):
     target_new: _Named
     question: _Text | None = None
 
-    def draft(self, number: str | None, paraphrases: tuple[str, ...], neighborhood: tuple[str, ...] = ()) -> Draft:
-        return Draft(
+    def fact(self, number: str | None, paraphrases: tuple[str, ...], neighborhood: tuple[str, ...] = ()) -> RawFact:
+        return RawFact(
             number,
             self.subject,
             self.prompt,
@@ -126,10 +127,10 @@ class _MQuAKE(_Record):
     case_id: _Id = None
     requested_rewrite: tuple[_Rewrite, ...] = Field(min_length=1)
 
-    def drafts(self) -> Iterator[Draft]:
+    def facts(self) -> Iterator[RawFact]:
         for number, rewrite in enumerate(self.requested_rewrite):
             name = None if self.case_id is None else f"{self.case_id}-{number}"
-            yield rewrite.draft(name, () if rewrite.question is None else (rewrite.question,))
+            yield rewrite.fact(name, () if rewrite.question is None else (rewrite.question,))
 
 
 class _ROME(_Record):
@@ -138,8 +139,8 @@ class _ROME(_Record):
     paraphrase_prompts: _Texts = ()
     neighborhood_prompts: _Texts = ()
 
-    def drafts(self) -> Iterator[Draft]:
-        yield self.requested_rewrite.draft(self.case_id, self.paraphrase_prompts, self.neighborhood_prompts)
+    def facts(self) -> Iterator[RawFact]:
+        yield self.requested_rewrite.fact(self.case_id, self.paraphrase_prompts, self.neighborhood_prompts)
 
 
 class _Tracing(_Record):
@@ -151,13 +152,13 @@ class _Tracing(_Record):
     target_true: _Text
     target_false: _Text
 
-    def drafts(self) -> Iterator[Draft]:
+    def facts(self) -> Iterator[RawFact]:
         # A subject inside the sentence carries the space before it.
         subject = self.subject.strip()
         prompt = self.relation_prefix + self.subject.replace(subject, "{}", 1) + self.relation_suffix
         if prompt.replace("{}", subject) != self.prompt:
             raise ValueError("prefix, subject and suffix do not make up the prompt")
-        yield Draft(None, subject, prompt, self.relation_id, self.target_true, self.target_false)
+        yield RawFact(None, subject, prompt, self.relation_id, self.target_true, self.target_false)
 
 
 class _EasyEdit(_Record):
@@ -175,10 +176,10 @@ class _EasyEdit(_Record):
     locality_prompt: Any = None
     locality_ground_truth: Any = None
 
-    def drafts(self) -> Iterator[Draft]:
-        # A neighbour is one only where it has the same object; elsewhere the field holds unrelated questions.
+    def facts(self) -> Iterator[RawFact]:
+        # The field holds a neighborhood prompt where its object is the same, and an unrelated question elsewhere.
         near = self.locality_prompt if self.locality_ground_truth == self.ground_truth else None
-        yield Draft(
+        yield RawFact(
             id=self.case_id,
             subject=self.subject,
             prompt=self.prompt,
@@ -186,7 +187,7 @@ class _EasyEdit(_Record):
             target_true=self.ground_truth,
             target_new=self.target_new,
             paraphrases=self.rephrase,
-            neighborhood=checked(_Texts, near, "locality_prompt"),
+            neighborhood=fitted(_Texts, near),
         )
 
 
@@ -198,13 +199,13 @@ class _Known(_Record):
     relation_id: _Text | None = None
     attribute: _Text
 
-    def drafts(self) -> Iterator[Draft]:
-        yield Draft(self.known_id, self.subject, self.prompt, self.relation_id, self.attribute, None)
+    def facts(self) -> Iterator[RawFact]:
+        yield RawFact(self.known_id, self.subject, self.prompt, self.relation_id, self.attribute, None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-    """A form of records.
+class RecordFormat:
+    """A format of records.
 
     Attributes:
         name: What people call it.
@@ -219,44 +220,37 @@ class Form:
     several: bool = False
 
     def fits(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record has the fields of this form."""
+        """Whether a record has the fields of this format."""
         if self.several != isinstance(record.get("requested_rewrite"), list):
             return False
         return all(any(name in record for name in names.split("|")) for names in self.fields)
 
-    def read(self, record: Any) -> list[Draft]:
+    def read(self, record: Mapping[str, Any]) -> list[RawFact]:
         """The facts of a record.
 
         Raises:
-            RetentionBenchError: It is not a record of this form; the field is named.
+            ValueError: It is not a record of this format; the field is named.
         """
         assert self.schema is not None
-        if not isinstance(record, Mapping):
-            raise RetentionBenchError(f"it: a record must be a JSON object, got {shortened(record)}.")
-        try:
-            return list(checked(self.schema, record, "it").drafts())
-        except ValueError as error:
-            raise RetentionBenchError(f"it: {error}.") from error
+        return list(fitted(self.schema, record).facts())
 
 
-def find_form(record: Any) -> Form | None:
-    """The form that a record has, or None if none of `FORMS` fits."""
-    if not isinstance(record, Mapping):
-        return None
-    return next((form for form in FORMS if form.fits(record)), None)
+def find_format(record: Mapping[str, Any]) -> RecordFormat | None:
+    """The format that a record has, or None if none of `FORMATS` fits."""
+    return next((found for found in FORMATS if found.fits(record)), None)
 
 
-OWN = Form("our own", ("id", "relation", "prompt", "subject", "target_true"), None)
+OWN = RecordFormat("our own", ("id", "relation", "prompt", "subject", "target_true"), None)
 
-FORMS = (
-    Form("MQuAKE's", ("requested_rewrite",), _MQuAKE, several=True),
-    Form("ROME's", ("requested_rewrite",), _ROME),
-    Form("tracing", ("relation_prefix", "relation_suffix"), _Tracing),
-    Form("EasyEdit's", ("ground_truth", "target_new", "prompt", "subject"), _EasyEdit),
-    Form("zsRE's", ("subject", "src|prompt", "alt|target_new", "answers|src"), _EasyEdit),
-    Form("known facts", ("attribute", "relation_id", "prompt", "subject"), _Known),
+FORMATS = (
+    RecordFormat("MQuAKE's", ("requested_rewrite",), _MQuAKE, several=True),
+    RecordFormat("ROME's", ("requested_rewrite",), _ROME),
+    RecordFormat("tracing", ("relation_prefix", "relation_suffix"), _Tracing),
+    RecordFormat("EasyEdit's", ("ground_truth", "target_new", "prompt", "subject"), _EasyEdit),
+    RecordFormat("zsRE's", ("subject", "src|prompt", "alt|target_new", "answers|src"), _EasyEdit),
+    RecordFormat("known facts", ("attribute", "relation_id", "prompt", "subject"), _Known),
     OWN,
-    Form("KnowEdit's", ("subject", "prompt", "target_new", "portability|locality"), _EasyEdit),
+    RecordFormat("KnowEdit's", ("subject", "prompt", "target_new", "portability|locality"), _EasyEdit),
 )
-"""The forms, in the order they are tried."""
+"""The formats, in the order they are tried."""
 assert {field.name for field in dataclasses.fields(Fact)} >= set(OWN.fields)

@@ -1,4 +1,4 @@
-"""The forms that rows come in, told apart by their columns, and what is trained on in each."""
+"""The formats that rows come in, told apart by their columns, and what is trained on in each."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ Sample = Chat | Completion | Text | Labelled
 """What is trained on in a row."""
 
 
-class Form(NamedTuple):
-    """A form of rows.
+class DatasetFormat(NamedTuple):
+    """A format of rows.
 
     Attributes:
         reads: What is read as what, in words.
@@ -87,13 +87,13 @@ def _sharegpt(row: Row) -> Chat:
     return Chat(chat if chat and chat[0]["role"] == "system" else [*_said("system", row["system"]), *chat])
 
 
-def _alpaca(instruction: str, given: str, answer: str) -> Form:
+def _alpaca(instruction: str, given: str, answer: str) -> DatasetFormat:
     def sample(row: Row) -> Chat:
         asked = "\n\n".join(part for part in (row[instruction], row[given]) if part)
         earlier = [*_said("system", row["system"]), *row["history"]]
         return Chat([*earlier, *_said("user", asked), *_said("assistant", row[answer])])
 
-    return Form(
+    return DatasetFormat(
         f"{instruction} and {given} are read as a user's message, {answer} as the assistant's",
         {instruction: parse_text, answer: parse_text},
         sample,
@@ -116,57 +116,57 @@ def _completion(row: Row) -> Sample:
     return Chat([*prompt, *completion], len(prompt))
 
 
-MESSAGES = Form(
+MESSAGES = DatasetFormat(
     "messages (role, content) are read as chats", {"messages": parse_messages}, lambda row: Chat(row["messages"])
 )
-SHAREGPT = Form(
+SHAREGPT = DatasetFormat(
     "conversations (ShareGPT: from, value) are read as messages (role, content)",
     {"conversations": parse_messages},
     _sharegpt,
     {"system": _optional_text},
 )
 ALPACA, DOLLY = _alpaca("instruction", "input", "output"), _alpaca("instruction", "context", "response")
-COMPLETION = Form(
+COMPLETION = DatasetFormat(
     "prompt is read, and completion behind it trained on; both are texts, or messages",
     {"prompt": _side, "completion": _side},
     _completion,
 )
-TEXT = Form("text is trained on as it stands", {"text": parse_text}, lambda row: Text(row["text"]))
+TEXT = DatasetFormat("text is trained on as it stands", {"text": parse_text}, lambda row: Text(row["text"]))
 
 CHATS = (MESSAGES, SHAREGPT, ALPACA, DOLLY)
-"""The forms of chats."""
+"""The formats of chats."""
 
-FORMS = (MESSAGES, SHAREGPT, COMPLETION, ALPACA, DOLLY, TEXT)
-"""All forms; a data set that has the columns of several is taken for the first."""
+FORMATS = (MESSAGES, SHAREGPT, COMPLETION, ALPACA, DOLLY, TEXT)
+"""All formats; a data set that has the columns of several is taken for the first."""
 
 
-def labelled(classes: int) -> Form:
-    """The form of texts that have one of some classes."""
-    return Form(
+def labelled(classes: int) -> DatasetFormat:
+    """The format of texts that have one of some classes."""
+    return DatasetFormat(
         f"text is classified as label says, one of {classes} classes from 0 on",
         {"text": parse_text, "label": lambda cell: parse_class(cell, classes)},
         lambda row: Labelled(row["text"], row["label"]),
     )
 
 
-def find_form(source: str, names: Collection[str], forms: Sequence[Form], also: str = "") -> Form:
-    """The form of a data set.
+def find_format(source: str, names: Collection[str], formats: Sequence[DatasetFormat], also: str = "") -> DatasetFormat:
+    """The format of a data set.
 
     Args:
         source: The data set, for the error.
         names: Its columns.
-        forms: The forms that it may have.
+        formats: The formats that it may have.
         also: What else it might have, for the error.
 
     Raises:
         UsageError: It has none of them.
     """
-    for form in forms:
-        if set(form.columns) <= set(names):
-            return form
-    allowed = "; ".join(" + ".join(form.columns) for form in forms)
+    for data_format in formats:
+        if set(data_format.columns) <= set(names):
+            return data_format
+    allowed = "; ".join(" + ".join(data_format.columns) for data_format in formats)
     raise UsageError(
-        f"{source} has the columns {', '.join(shown(name) for name in list(names)[:30])}, and none of the forms that "
+        f"{source} has the columns {', '.join(shown(name) for name in list(names)[:30])}, and none of the formats that "
         f"can be trained on: {allowed}{also}. Give a file with such columns."
     )
 
@@ -182,7 +182,7 @@ def encoder(tokenizer: Any, max_length: int) -> Callable[[Sample], list[Example]
         A function that raises `Unusable` where nothing of a sample can be trained on.
 
     Raises:
-        UsageError: The tokenizer has no EOS token. The function raises it for what else a form asks of a tokenizer.
+        UsageError: The tokenizer has no EOS token. The function raises it for what else a format asks of a tokenizer.
     """
     check_tokenizer(tokenizer)
     template = functools.cache(lambda: chat_template(tokenizer))

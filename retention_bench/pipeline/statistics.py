@@ -17,7 +17,7 @@ from typing import Any
 
 import pydantic
 
-from retention_bench.data import checked, find_file, read_json, shortened
+from retention_bench.data import checked, find_file, is_local, read_json, shortened
 from retention_bench.editors.settings import MOST_LAYERS
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.pipeline.cell import Stage
@@ -25,7 +25,7 @@ from retention_bench.pipeline.disk import disk_errors
 from retention_bench.pipeline.inputs import Input, config_file, model_inputs
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.planning import VERSIONS, statistics_stage
-from retention_bench.pipeline.rows import Texts, is_local
+from retention_bench.pipeline.rows import Texts
 from retention_bench.pipeline.store import Store, file_sha256, versions
 from retention_bench.pipeline.suite import ModelConfig, StatisticsConfig
 from retention_bench.progress import Progress, silent

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from retention_bench.data import cut, find_file, locate, shortened
+from retention_bench.data.source import SUFFIXES
 from retention_bench.data.yaml_files import read_yaml
 from retention_bench.display import line
 from retention_bench.errors import UsageError, unknown_name
@@ -28,7 +29,6 @@ MOST_FACTS = 1_000_000
 """More than any pool holds; CounterFact has 21,919."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-_DATA_FILE = re.compile(r".*\.(jsonl?|csv|parquet)(\.(gz|zst))?")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -335,7 +335,7 @@ def _place(folder: Path, text: str) -> str:
         locate(text)
         return str(Path(text).expanduser())
     there = os.path.join(folder, text)
-    if text.startswith(("./", "../")) or _DATA_FILE.fullmatch(text) or (text.strip() and os.path.lexists(there)):
+    if text.startswith(("./", "../")) or text.endswith(SUFFIXES) or (text.strip() and os.path.lexists(there)):
         return os.path.abspath(there)
     return text
 

@@ -4,7 +4,6 @@ The metric is the paper's: greedy decoding past stop words, and a hit if the fir
 first token. `score` runs it on a loaded model, the task files in `tasks_dir()` run it under plain `lm_eval`.
 """
 
-from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.engine import Engine
 from retention_bench.scoring.hf import HFEngine, RetentionHFLM
 from retention_bench.scoring.metric import (
@@ -19,6 +18,7 @@ from retention_bench.scoring.metric import (
     scorable,
 )
 from retention_bench.scoring.probe import Probe, Prober
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.score import Sample, score, score_lm
 from retention_bench.scoring.stop_words import STOP_WORDS
 from retention_bench.scoring.tasks import KINDS, FactsTask, Kind, judge_document, load_documents, tasks_dir
@@ -41,13 +41,13 @@ __all__ = [
     "Sample",
     "VLLMEngine",
     "Verdict",
-    "quiet_lm_eval",
     "describe_left_out",
     "is_stop_token",
     "judge_document",
     "judge_ids",
     "judge_text",
     "load_documents",
+    "quiet_lm_eval",
     "scorable",
     "score",
     "score_lm",

@@ -16,10 +16,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.models import Checkpoint
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS
 from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt, Row, rows
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 
 FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
 

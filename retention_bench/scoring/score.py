@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.facts import FactSet
 from retention_bench.progress import Progress, silent
-from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.metric import describe_left_out, scorable
 from retention_bench.scoring.model import RetentionLM
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 from retention_bench.scoring.tasks import KINDS, Kind, documents, tasks_dir
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.facts import Fact, FactSet, augment, unseen, written
-from retention_bench.facts.paraphrases import OPENINGS
+from retention_bench.facts import Fact, FactSet, augment, llm_paraphrases, unseen
 from retention_bench.facts.llm_paraphrases import usable_prompts
+from retention_bench.facts.paraphrases import OPENINGS
 
 SALTA = Fact(
     "salta",
@@ -249,9 +249,9 @@ def test_a_model_is_asked_in_its_template_until_every_fact_has_enough(writer, mo
 def test_a_real_model_is_sampled_by_the_seed_and_given_up_after_some_rounds(writer, monkeypatch):
     folder, _ = writer
     answers = []
-    monkeypatch.setattr(written, "ROUNDS", 2)
-    monkeypatch.setattr(written, "TOKENS", 4)
-    monkeypatch.setattr(written, "usable_prompts", lambda answer, fact: answers.append(answer) or [])
+    monkeypatch.setattr(llm_paraphrases, "ROUNDS", 2)
+    monkeypatch.setattr(llm_paraphrases, "TOKENS", 4)
+    monkeypatch.setattr(llm_paraphrases, "usable_prompts", lambda answer, fact: answers.append(answer) or [])
     for seed in (0, 0, 1):
         with pytest.raises(
             RetentionBenchError, match="Fact 'salta': in 2 rounds .*writer wrote 0 usable .* 2 are wanted"
@@ -264,6 +264,6 @@ def test_a_real_model_is_sampled_by_the_seed_and_given_up_after_some_rounds(writ
 
 
 def test_a_context_that_is_too_short_names_the_fact(writer, monkeypatch):
-    monkeypatch.setattr(written, "TOKENS", 1200)
+    monkeypatch.setattr(llm_paraphrases, "TOKENS", 1200)
     with pytest.raises(RetentionBenchError, match="Fact 'salta': .* context has 1200. Name a model with a longer one"):
         augment([SALTA], 2, f"model:{writer[0]}", seed=0)

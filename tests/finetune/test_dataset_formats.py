@@ -114,7 +114,7 @@ def test_tulu3_takes_all_forms_of_chats(prepare, gpt2_tokenizer):
     for form in ("ShareGPT", "Alpaca", "Dolly"):
         row, text = FORMS[form]
         assert decoded(gpt2_tokenizer, prepare([row], **sizes).train[0])[0] == text
-    with pytest.raises(RetentionBenchError, match="columns 'text', and none of the forms"):
+    with pytest.raises(RetentionBenchError, match="columns 'text', and none of the formats"):
         prepare([{"text": "red"}], **sizes)
 
 

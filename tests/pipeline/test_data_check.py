@@ -59,7 +59,11 @@ def dry(suite, finetune, tmp_path, *more):
 
 
 UNUSABLE = {
-    "other columns": ([{"question": "a", "answer": "b"}], None, "columns 'question', 'answer', and none of the forms"),
+    "other columns": (
+        [{"question": "a", "answer": "b"}],
+        None,
+        "columns 'question', 'answer', and none of the formats",
+    ),
     "null messages": ([{"messages": None}] * 9, None, "of 9 rows none can be trained on"),
     "a template without markers": ([SHAREGPT], UNMARKED, "does not mark the assistant's words"),
     "a template that refuses all": ([SYSTEM] * 60, STRICT, "60 are refused by the chat template (line 1: the template"),

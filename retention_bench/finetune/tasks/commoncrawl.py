@@ -32,7 +32,7 @@ class CommonCrawl:
     Documents that mention no fact are tokenised, each with EOS at its end, joined and cut into rows of `max_length`
     tokens, every one of which is a target. The paper says neither what its 60,000 rows are nor how long; that they are
     such rows is our choice. The validation rows are sampled from the training rows. A Hub data set is streamed: see
-    `shuffled_rows` for what is then sampled.
+    `Source.rows` for what is then sampled.
     """
 
     settings: CommonCrawlSettings

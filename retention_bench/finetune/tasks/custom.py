@@ -12,9 +12,9 @@ from pydantic import Field
 
 from retention_bench.finetune.base import DataCheck, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.dataset_formats import FORMS, Form, encoder, labelled
+from retention_bench.finetune.dataset_formats import FORMATS, DatasetFormat, encoder, labelled
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
+from retention_bench.finetune.sampling import draw, format_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Count, Metric, Positive, Size, TrainingSettings, check_sampled_validation
 
 VALIDATION = 100
@@ -33,7 +33,7 @@ class CustomSettings(TrainingSettings):
         max_steps: The run ends after this many optimiser steps in any case.
         classes: How many labels there are, from 0 on; None where the data set is not one for classification. With
             classes the metric is the accuracy, and the threshold must be a share.
-        stream: Whether a Hub data set is streamed instead of downloaded; see `shuffled_rows`. Needs a `train_size`.
+        stream: Whether a Hub data set is streamed instead of downloaded; see `Source.rows`. Needs a `train_size`.
     """
 
     batch_size: Count = 64
@@ -64,7 +64,7 @@ class Custom:
     `messages` are chats, with the loss on the assistant's turns, and so are ShareGPT's `conversations` and Alpaca's
     `instruction`, `input` and `output`; `prompt` and `completion` are texts, with the loss on the completion and the
     EOS behind it, or messages; `text` is modelled as it is, with EOS at its end. A data set with the columns of several
-    formats is read in the first of `FORMS`. With `classes` set, `text` and `label` are classified like IMDB's. The
+    formats is read in the first of `FORMATS`. With `classes` set, `text` and `label` are classified like IMDB's. The
     split of a Hub data set is `train`. The validation rows are sampled from the training rows.
     """
 
@@ -76,7 +76,7 @@ class Custom:
         settings = self.settings
         size = settings.train_size or settings.validation_size
         setting = "train_size" if settings.train_size else "validation_size"
-        return look(settings, self._forms, tokenizer, size=size, setting=setting, also=self._also)
+        return look(settings, self._formats, tokenizer, size=size, setting=setting, also=self._also)
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the rows.
@@ -87,11 +87,11 @@ class Custom:
         """
         settings = self.settings
         encode = encoder(context.tokenizer, settings.max_length)
-        form = form_of(settings, self._forms, stream=settings.stream, also=self._also)
+        data_format = format_of(settings, self._formats, stream=settings.stream, also=self._also)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            samples(settings, form, rng, dropped, stream=settings.stream),
+            samples(settings, data_format, rng, dropped, stream=settings.stream),
             encode,
             text=words,
             contamination=contamination,
@@ -105,8 +105,8 @@ class Custom:
         return TuningData(train, validation, contamination.report(), dropped.report())
 
     @property
-    def _forms(self) -> Sequence[Form]:
-        return FORMS if self.settings.classes is None else [labelled(self.settings.classes)]
+    def _formats(self) -> Sequence[DatasetFormat]:
+        return FORMATS if self.settings.classes is None else [labelled(self.settings.classes)]
 
     @property
     def _also(self) -> str:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import pydantic
 
+from retention_bench.data import is_local
 from retention_bench.finetune.base import DataCheck, Example, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dataset_formats import Sample, encoder, labelled
 from retention_bench.finetune.dropped import Dropped, Unusable
-from retention_bench.finetune.rows import is_local
 from retention_bench.finetune.sampling import draw, look, samples, words
 from retention_bench.finetune.settings import Count, Metric, Size, TrainingSettings
 
@@ -69,7 +69,7 @@ class IMDB:
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
         settings = self.settings
-        form, encode = labelled(2), encoder(context.tokenizer, settings.max_length)
+        data_format, encode = labelled(2), encoder(context.tokenizer, settings.max_length)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         taken: set[tuple[int, ...]] = set()
@@ -94,11 +94,11 @@ class IMDB:
             )
 
         local = is_local(settings.source)
-        rows = samples(settings, form, rng, dropped, split="train" if local else "test")
+        rows = samples(settings, data_format, rng, dropped, split="train" if local else "test")
         validation = drawn("validation_size", settings.validation_size, "rows" if local else "rows in the split test")
         taken.update(tuple(example.input_ids) for example in validation)
         if not local:
-            rows = samples(settings, form, rng, dropped)
+            rows = samples(settings, data_format, rng, dropped)
         what = "rows besides those validated on" if local else "rows in the split train"
         train = drawn("train_size", settings.train_size, what)
         return TuningData(train, validation, contamination.report(), dropped.report())

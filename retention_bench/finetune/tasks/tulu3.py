@@ -1,4 +1,4 @@
-"""Instruction tuning on chats in the form of the Tulu-3 SFT mixture (`allenai/tulu-3-sft-mixture`)."""
+"""Instruction tuning on chats in the format of the Tulu-3 SFT mixture (`allenai/tulu-3-sft-mixture`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from retention_bench.finetune.chats import chat_template
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dataset_formats import CHATS, encoder
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
+from retention_bench.finetune.sampling import draw, format_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Count, SampledSettings
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class Tulu3Settings(SampledSettings):
-    """See `SampledSettings`; `source` has a column `messages`, or another form of `CHATS`."""
+    """See `SampledSettings`; `source` has a column `messages`, or another format of `CHATS`."""
 
     batch_size: Count = 64
 
@@ -49,11 +49,11 @@ class Tulu3:
             RetentionBenchError: The data cannot be read, or fewer than `train_size` rows are left after filtering.
         """
         settings = self.settings
-        encode, form = encoder(context.tokenizer, settings.max_length), form_of(settings, CHATS)
+        encode, data_format = encoder(context.tokenizer, settings.max_length), format_of(settings, CHATS)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            samples(settings, form, rng, dropped),
+            samples(settings, data_format, rng, dropped),
             encode,
             text=words,
             contamination=contamination,
