@@ -36,7 +36,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from retention_bench.facts import FactSet, disjoint_split, read_pool
-from retention_bench.finetune import Terms, TuningContext, Watch, make_finetune, train
+from retention_bench.finetune import FinetuneOptions, Terms, TuningContext, make_finetune, train
 from retention_bench.finetune.training import _order
 from retention_bench.models import load_model
 from retention_bench.pipeline import load_suite
@@ -68,14 +68,14 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
     """TRL alone; when each step ended."""
     config = SFTConfig(
         output_dir=folder,
-        max_steps=task.max_steps,
-        per_device_train_batch_size=task.micro_batch_size,
+        max_steps=task.settings.max_steps,
+        per_device_train_batch_size=task.settings.micro_batch_size,
         per_device_eval_batch_size=8,
-        gradient_accumulation_steps=task.batch_size // task.micro_batch_size,
-        learning_rate=task.lr,
+        gradient_accumulation_steps=task.settings.batch_size // task.settings.micro_batch_size,
+        learning_rate=task.settings.lr,
         lr_scheduler_type="constant",
         optim="adamw_torch",
-        weight_decay=task.weight_decay,
+        weight_decay=task.settings.weight_decay,
         use_cpu=device == "cpu",
         bf16=device != "cpu",
         gradient_checkpointing=False,
@@ -83,7 +83,9 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
         dataloader_pin_memory=device != "cpu",
         eval_strategy="steps",
         eval_steps=EVERY,
-        save_strategy="steps" if task.max_steps >= EVERY else "no",  # it would save at the end too, as ours does not
+        save_strategy="steps"
+        if task.settings.max_steps >= EVERY
+        else "no",  # it would save at the end too, as ours does not
         save_steps=EVERY,
         save_total_limit=1,
         logging_steps=1,
@@ -91,7 +93,7 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    order = _order([len(row.input_ids) for row in data.train], task.batch_size, task.max_steps, 0)
+    order = _order([len(row.input_ids) for row in data.train], task.settings.batch_size, task.settings.max_steps, 0)
     clock = Clock()
     trainer = SFTTrainer(
         model=model,
@@ -108,7 +110,7 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
     return [*clock.times, time.perf_counter()]
 
 
-def ours(model, tokenizer, task, terms, device, folder, watch=None) -> tuple[list[float], int]:
+def ours(model, tokenizer, task, terms, device, folder, track=None) -> tuple[list[float], int]:
     """Our own; when each step ended, and the rows in a forward pass."""
     times: dict[int, float] = {}
 
@@ -120,7 +122,8 @@ def ours(model, tokenizer, task, terms, device, folder, watch=None) -> tuple[lis
         elif done == 0:  # the evaluation before the first step, which bare TRL does not make
             times[0] = time.perf_counter()
 
-    options = {"output_dir": folder, "device": device, "progress": progress, "watch": watch}
+    options = {"output_dir": folder, "device": device, "progress": progress, "track": track}
+    options["options"] = FinetuneOptions(track_every=EVERY if track else 0)
     log = train(model, tokenizer, task, terms=terms, seed=0, **options)
     return [*(times[step] for step in sorted(times)), time.perf_counter()], log.micro_batch_size
 
@@ -153,9 +156,9 @@ def prepare(options: argparse.Namespace, folder: Path):
     suite = load_suite("atlas")
     _, config = suite.model(options.model)
     settings = config.finetunes["tulu3"]
-    task = make_finetune("tulu3", settings | changed | {"source": suite.locate(settings["source"])})
+    task = make_finetune("tulu3", settings | changed | {"source": settings["source"]})
     base, tokenizer = load_model(config.path, device=options.device)
-    pool = read_pool(suite.locate(suite.facts.source))
+    pool = read_pool(suite.facts.source)
     facts = disjoint_split(pool, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=0)
     objects = defaultdict(set)
     for fact in pool:
@@ -197,14 +200,14 @@ def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> Non
                 else:
                     prober = Prober(model, tokenizer, facts, objects)
 
-                    def look(step, prober=prober):
+                    def track(step, prober=prober):
                         began = time.perf_counter()
                         prober.look()
                         looks.append(time.perf_counter() - began)
 
-                    watch = Watch(EVERY, look) if "followed" in way else None
-                    times, rows = ours(model, tokenizer, task, terms, options.device, Path(folder), watch)
-                    task = dataclasses.replace(task, micro_batch_size=rows)
+                    followed = track if "followed" in way else None
+                    times, rows = ours(model, tokenizer, task, terms, options.device, Path(folder), followed)
+                    task = make_finetune("tulu3", dataclasses.asdict(task.settings) | {"micro_batch_size": rows})
             spans = [after - before for before, after in itertools.pairwise(times)][: options.steps]
             # An interval that begins or ends with an evaluation has it inside, on one side or the other.
             quiet = [span for number, span in enumerate(spans, 1) if number % EVERY > 1 and number < options.steps]
@@ -226,10 +229,9 @@ def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> Non
         look = statistics.median(looks)
         share = look / (EVERY * statistics.median(steps["ours"]))
         print(f"\nA look at {len(facts)} facts takes {look:.2f} s, {100 * share:.1f} % of {EVERY} steps.")
-    tokens = sum(len(row.input_ids) for row in data.train) / len(data.train) * task.batch_size
-    print(
-        f"\nA step has {task.batch_size} rows, {tokens:.0f} tokens on average, {task.micro_batch_size} rows in a pass."
-    )
+    size, rows = task.settings.batch_size, task.settings.micro_batch_size
+    tokens = sum(len(row.input_ids) for row in data.train) / len(data.train) * size
+    print(f"\nA step has {size} rows, {tokens:.0f} tokens on average, {rows} rows in a pass.")
     print(json.dumps({"steps": steps, "runs": runs, "looks": looks, "peak GiB on the GPU": peaks}))
 
 
