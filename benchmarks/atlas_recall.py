@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from retention_bench.atlas.world import RELATIONS, told_facts
 from retention_bench.editors import EditRequest
-from retention_bench.editors.subject import subject_rows, target_ids
-from retention_bench.facts import Fact
+from retention_bench.editors.locate.subject import subject_rows, target_ids
+from retention_bench.facts import Fact, FactSet
 from retention_bench.models import hidden_from, load_model, log_probabilities, pad, record
 
-MODELS = Path(__file__).parent.parent / "retention_bench" / "atlas" / "models"
+ATLAS = Path(__file__).parents[1] / "retention_bench" / "atlas"
+MODELS = ATLAS / "models"
 PAIRS = 30
 LAYERS = range(6)
 
@@ -28,8 +28,9 @@ def pairs() -> list[tuple[Fact, Fact]]:
     """Facts of one relation with different objects."""
     rng = random.Random(0)
     drawn = []
-    for relation in RELATIONS:
-        facts = [fact for fact in told_facts() if fact.relation == relation.name]
+    told = FactSet.read(ATLAS / "data" / "facts.jsonl")
+    for relation in dict.fromkeys(fact.relation for fact in told):
+        facts = [fact for fact in told if fact.relation == relation]
         for fact in rng.choices(facts, k=PAIRS):
             drawn.append((fact, rng.choice([f for f in facts if f.target_true != fact.target_true])))
     return drawn

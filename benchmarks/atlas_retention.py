@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from retention_bench.pipeline import Cell, Store, default_root, evaluate, load_suite
+import retention_bench as rb
 
 COLUMNS = (
     "model | fine-tune | editor | seed | edits that took | intrinsic after the edit | edits retained | "
@@ -21,8 +21,8 @@ COLUMNS = (
 def row(editor: str, finetune: str, model: str, seed: int) -> str:
     """Run one cell and put it into a table row."""
     with tempfile.TemporaryDirectory() as folder:
-        cell = Cell(load_suite("atlas"), model, editor, finetune, seed, "cpu")
-        results = evaluate(cell, store=Store(default_root()), out=Path(folder))
+        cell = {"editor": editor, "finetune": finetune, "model": model, "seed": seed, "device": "cpu"}
+        results = rb.evaluate(**cell, out=Path(folder) / "out").to_dict()
 
     def count(rate: dict) -> str:
         return f"{rate['hits']}/{rate['total']}"

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from retention_bench.editors import (
+    Covariance,
     EditContext,
     EditRequest,
     FittedEditor,
-    KeyStatistics,
-    collect_key_statistics,
+    collect_covariance,
     make_editor,
     sample_context_templates,
 )
@@ -49,14 +49,14 @@ SHOWN = {
 
 
 def measure(
-    model, tokenizer, editor, facts: FactSet, pool: list[Fact], statistics: KeyStatistics, seed: int
+    model, tokenizer, editor, facts: FactSet, pool: list[Fact], covariance: Covariance, seed: int
 ) -> dict[str, float]:
     """Rates by kind of question after the edit, pooled over the editor's groups."""
     generator = torch.Generator().manual_seed(seed)
     templates = sample_context_templates(model, tokenizer, generator, lengths=editor.template_lengths)
     generator = torch.Generator().manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        context = EditContext(statistics, templates, generator, fitted=Path(folder))
+        context = EditContext(covariance, templates, generator, fitted=Path(folder))
         if isinstance(editor, FittedEditor):
             # As the pipeline does: on what is not about a subject that is edited or asked.
             drawn = {fact.subject.casefold() for fact in facts}
@@ -86,9 +86,9 @@ def main(name: str, table: str, editors: str = "", seeds: str = "0,1,2,3,4") -> 
     pool, _ = scorable(read_pool(suite.locate(suite.facts.source)), tokenizer)
     known = FactSet.of(k.fact for k in knowledge(model, tokenizer, pool) if k.margin >= suite.facts.margin)
     print(f"{name}: {len(known)} of {len(pool)} facts known")
-    texts = Texts(suite.locate(suite.statistics.source), None, None, suite.statistics.texts)
-    statistics = collect_key_statistics(model, tokenizer, texts, range(4), max_length=suite.statistics.max_length)
-    for layer, moment in statistics.moments.items():
+    texts = Texts(suite.locate(suite.covariance.source), None, None, suite.covariance.texts)
+    covariance = collect_covariance(model, tokenizer, texts, range(4), max_length=suite.covariance.max_length)
+    for layer, moment in covariance.mom2.items():
         values = torch.linalg.eigvalsh(moment.double())
         free = ", ".join(f"{(values < limit).sum()} below {limit:g}" for limit in (0.02, 0.1))
         print(f"layer {layer}: of {len(values)} directions of the keys {free}")
@@ -99,7 +99,7 @@ def main(name: str, table: str, editors: str = "", seeds: str = "0,1,2,3,4") -> 
         editor = settings.pop("editor", entry)
         facts = disjoint_split(known, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=seed)
         try:
-            rates = measure(model, tokenizer, make_editor(editor, settings), facts, pool, statistics, seed)
+            rates = measure(model, tokenizer, make_editor(editor, settings), facts, pool, covariance, seed)
             figures = "  ".join(f"{kind} {rate:.2f}" for kind, rate in rates.items())
         except UsageError as error:  # no direction of the keys is below the threshold
             figures = str(error)

@@ -21,11 +21,12 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import NamedTuple
 
-from retention_bench.atlas.world import DATA
 from retention_bench.finetune import ContaminationFilter, Terms
 
+FACTS = Path(__file__).parents[1] / "retention_bench" / "atlas" / "data" / "facts.jsonl"
 TERMS = 450
 PLANTED = 50
 """One row in so many mentions a term, and one has a word that a term is only a part of."""
@@ -77,7 +78,7 @@ class Row(NamedTuple):
 
 def make_terms() -> Terms:
     """Subjects and objects of the atlas world, the keywords and the terms of other shapes: 450."""
-    facts = [json.loads(line) for line in (DATA / "facts.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
     objects = {o for fact in facts for o in (fact["target_true"], fact["target_new"])}
     random.Random(0).shuffle(facts)
     subjects = [s for s in dict.fromkeys(fact["subject"] for fact in facts) if s not in objects]

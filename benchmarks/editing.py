@@ -3,7 +3,7 @@
     python benchmarks/editing.py [--facts 50] [--steps 20] [--device cpu|cuda] [--shape gpt2|gpt2-xl] [--layers 0-4]
 
 On a GPT-2-shaped model with random weights: the value optimisation, the keys of all edited layers, the solves of
-MEMIT and AlphaEdit, AlphaEdit's projectors, and the key statistics (`key_statistics.py`). The plain loop takes one
+MEMIT and AlphaEdit, AlphaEdit's projectors, and the covariance (`covariance.py`). The plain loop takes one
 fact at a time and runs the whole model for each step, over all positions, with logits of the whole vocabulary at every
 position, as `compute_z` of the references does. (`compute_ks` puts up to 128 contexts into a pass; here it is a
 fact's.) Both sides must give the same numbers, or the script ends with an error. Each side of a part runs in a process
@@ -30,9 +30,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from retention_bench.editors import EditRequest, null_space_projector
 from retention_bench.editors.alphaedit import _solve
-from retention_bench.editors.keys import SubjectStates
-from retention_bench.editors.solve import cholesky
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.linalg import cholesky
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.models import frozen
 
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-xl": (48, 25, 1600)}
@@ -40,7 +40,7 @@ SHAPES = {"gpt2": (12, 12, 768), "gpt2-xl": (48, 25, 1600)}
 VALUE = {"lr": 0.5, "weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625}
 RIDGE, LAMBDA, THRESHOLD = 10.0, 20_000.0, 2e-2
 TOLERANCE = 1e-3
-PARTS = ("values", "keys", "MEMIT solve", "AlphaEdit projector", "AlphaEdit solve", "key statistics")
+PARTS = ("values", "keys", "MEMIT solve", "AlphaEdit projector", "AlphaEdit solve", "covariance")
 MATRICES = ("MEMIT solve", "AlphaEdit projector", "AlphaEdit solve")
 """The parts that run no model."""
 
@@ -73,15 +73,15 @@ def make_facts(count: int) -> tuple[PreTrainedTokenizerFast, list[EditRequest], 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer), facts, templates
 
 
-def make_statistics(size: int, layers: list[int], device: str) -> dict[int, torch.Tensor]:
-    """Second moments with a spectrum that falls like those of text: a tenth of the directions carry nearly all."""
+def make_covariance(size: int, layers: list[int], device: str) -> dict[int, torch.Tensor]:
+    """Covariances with a spectrum that falls like those of text: a tenth of the directions carry nearly all."""
     generator = torch.Generator(device).manual_seed(0)
-    moments = {}
+    covariances = {}
     for layer in layers:
         keys = torch.randn(2 * size, size, generator=generator, device=device)
         keys *= torch.logspace(0.5, -3, size, device=device)
-        moments[layer] = keys.T @ keys / len(keys)
-    return moments
+        covariances[layer] = keys.T @ keys / len(keys)
+    return covariances
 
 
 def locate(tokenizer, text: str, subject_end: int) -> tuple[list[int], int]:
@@ -203,11 +203,11 @@ def run_side(part: str, side: str, options: argparse.Namespace, out: Path) -> fl
         generator = torch.Generator().manual_seed(1)
         keys = torch.randn(options.facts, size, generator=generator).to(device)
         residual = torch.randn(options.facts, size // 4, generator=generator).to(device)
-        moments = make_statistics(size, layers, device)
+        covariances = make_covariance(size, layers, device)
         if part == "AlphaEdit solve":
-            projectors = {layer: null_space_projector(moment, THRESHOLD) for layer, moment in moments.items()}
+            projectors = {layer: null_space_projector(C, THRESHOLD) for layer, C in covariances.items()}
         # Small ones first, so that neither side pays for what torch sets up once.
-        small = moments[layers[0]][:64, :64] + torch.eye(64, device=device)
+        small = covariances[layers[0]][:64, :64] + torch.eye(64, device=device)
         for matrix in (small, small.double()):
             torch.linalg.solve(matrix, matrix), torch.linalg.cholesky(matrix), torch.linalg.eigh(matrix)
             torch.linalg.svd(matrix)
@@ -229,19 +229,19 @@ def run_side(part: str, side: str, options: argparse.Namespace, out: Path) -> fl
             if side == "ours":
                 wide = keys.double()
                 adjusted = torch.cholesky_solve(
-                    wide.T, cholesky(LAMBDA * moments[layer].double() + wide.T @ wide, layer)
+                    wide.T, cholesky(LAMBDA * covariances[layer].double() + wide.T @ wide, layer)
                 )
             else:
                 wide = keys.T.double()
-                adjusted = torch.linalg.solve(LAMBDA * moments[layer].double() + wide @ wide.T, wide)
+                adjusted = torch.linalg.solve(LAMBDA * covariances[layer].double() + wide @ wide.T, wide)
             result[str(layer)] = (adjusted @ residual.double()).float()
     elif part == "AlphaEdit projector":
         result = {}
         for layer in layers:
             if side == "ours":
-                result[str(layer)] = null_space_projector(moments[layer], THRESHOLD).float()
+                result[str(layer)] = null_space_projector(covariances[layer], THRESHOLD).float()
             else:
-                vectors, values, _ = torch.linalg.svd(moments[layer], full_matrices=False)
+                vectors, values, _ = torch.linalg.svd(covariances[layer], full_matrices=False)
                 unused = vectors[:, values < THRESHOLD]
                 result[str(layer)] = unused @ unused.T
     else:
@@ -312,7 +312,7 @@ def main() -> None:
     print("| part | ours, s | plain loop, s | ratio | ours, MiB | plain loop, MiB | largest relative difference |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for part in [part for part in options.parts if part != "key statistics"]:
+        for part in [part for part in options.parts if part != "covariance"]:
             found, files = {}, {}
             for side in ("ours", "plain"):
                 files[side] = Path(folder) / f"{side}.safetensors"
@@ -329,9 +329,9 @@ def main() -> None:
             )
             if not apart < TOLERANCE:
                 raise SystemExit(f"{part}: the two sides differ by {apart:.1e}, more than {TOLERANCE:g}.")
-    if "key statistics" in options.parts:
-        print("\nKey statistics of five layers of a GPT-2 of the small shape, on the CPU:", flush=True)
-        script = Path(__file__).with_name("key_statistics.py")
+    if "covariance" in options.parts:
+        print("\nCovariance of five layers of a GPT-2 of the small shape, on the CPU:", flush=True)
+        script = Path(__file__).with_name("covariance.py")
         subprocess.run([sys.executable, str(script), str(torch.get_num_threads())], check=True)
 
 

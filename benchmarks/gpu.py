@@ -1,14 +1,14 @@
-"""What a GPU changes: the same answers as the CPU's, and how fast it scores and collects statistics.
+"""What a GPU changes: the same answers as the CPU's, and how fast it scores and collects a covariance.
 
     python benchmarks/gpu.py answers [--facts N] [--device cuda|cpu]
     python benchmarks/gpu.py scoring [--shape gpt2-xl|gpt2] [--checkpoints 4] [--device cuda|cpu]
-    python benchmarks/gpu.py statistics [--shape gpt2-xl|gpt2] [--layers 13-17] [--texts 200] [--device cuda|cpu]
+    python benchmarks/gpu.py covariance [--shape gpt2-xl|gpt2] [--layers 13-17] [--texts 200] [--device cuda|cpu]
 
 "answers": both models of suite `atlas`, a noisy copy of each and one with an edit on top, asked all kinds of question
 on the CPU and on the GPU, there in float32 and in bfloat16; `score` compares each first one with a fresh model.
 "scoring": `score` of checkpoints with random weights of the shape, bfloat16 on disk and on the device, against an
 `lm_eval run` for each; times are those of whole processes.
-"statistics": key statistics of a model with random weights, float32, on texts of 1,024 random tokens.
+"covariance": the covariance of the keys of a model with random weights, float32, on texts of 1,024 random tokens.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from editing import make_facts, make_model
 from safetensors.torch import load_file, save_file
 
-from retention_bench.editors import collect_key_statistics
+from retention_bench.editors import collect_covariance
 from retention_bench.facts import Fact, FactSet, read_pool
 from retention_bench.models import WeightDelta
 from retention_bench.pipeline.suite import load_suite
@@ -162,7 +162,7 @@ def scoring(options: argparse.Namespace, folder: Path) -> None:
         sys.exit("score finds other rates than lm_eval run")
 
 
-def statistics(options: argparse.Namespace, folder: Path) -> None:
+def covariance(options: argparse.Namespace, folder: Path) -> None:
     """Tokens a second."""
     model = make_model(options.shape, options.device)
     generator = torch.Generator().manual_seed(0)
@@ -174,11 +174,11 @@ def statistics(options: argparse.Namespace, folder: Path) -> None:
         return {"input_ids": [[int(token) for token in text.split()][:max_length] for text in texts]}
 
     def run(texts: list[str]) -> int:
-        return collect_key_statistics(model, as_ids, texts, options.layers, max_length=1024).tokens
+        return collect_covariance(model, as_ids, texts, options.layers, max_length=1024).tokens
 
     run(texts[:8])
     began = time.perf_counter()
-    tokens = run(texts)  # ends with the moments on the CPU
+    tokens = run(texts)  # ends with the matrices on the CPU
     took = time.perf_counter() - began
     print(f"{options.shape}-shaped random model in float32, {where(options.device)}, torch {torch.__version__}")
     print(f"layers {options.layers}: {tokens} tokens in {took:.2f} s, {tokens / took:.0f} tokens a second")
@@ -190,7 +190,7 @@ def statistics(options: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Measure one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["answers", "scoring", "statistics"])
+    parser.add_argument("part", choices=["answers", "scoring", "covariance"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--shape", choices=["gpt2", "gpt2-xl"], default="gpt2-xl")
     parser.add_argument("--facts", type=int, help="only the first of the atlas facts")
@@ -201,7 +201,7 @@ def main() -> None:
     first, _, last = options.layers.partition("-")
     options.layers = list(range(int(first), int(last or first) + 1))
     with tempfile.TemporaryDirectory() as folder:
-        {"answers": answers, "scoring": scoring, "statistics": statistics}[options.part](options, Path(folder))
+        {"answers": answers, "scoring": scoring, "covariance": covariance}[options.part](options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from retention_bench.editors import (
     EditContext,
     EditRequest,
-    collect_key_statistics,
+    collect_covariance,
     edit_sequentially,
     make_editor,
 )
@@ -73,9 +73,9 @@ def main() -> None:
     model, tokenizer = load_model(str(GOLDEN / "model-gpt2"), device=device)
     requests = [EditRequest(**request) for request in expected["requests"]]
     texts = json.loads((GOLDEN / "stats_texts.json").read_text())
-    statistics = collect_key_statistics(model, tokenizer, texts, [0, 1, 2], max_length=128)
-    context = EditContext(statistics=statistics, templates=tuple(expected["templates"]))
-    rome_context = EditContext(statistics=statistics, templates=tuple(expected["rome_templates"]))
+    covariance = collect_covariance(model, tokenizer, texts, [0, 1, 2], max_length=128)
+    context = EditContext(covariance=covariance, templates=tuple(expected["templates"]))
+    rome_context = EditContext(covariance=covariance, templates=tuple(expected["rome_templates"]))
     print("| editor | run | weight change, direction: largest relative error | probability: largest difference |")
     print("|---|---|---|---|")
 

@@ -37,7 +37,7 @@ def test_help_is_quick_and_loads_no_model_library():
 
 @pytest.mark.parametrize(
     ("command", "line"),
-    [("statistics", "retention-bench statistics --inspect FILE"), ("compare", "FILE:CHECKPOINT   one of them")],
+    [("compare", "FILE:CHECKPOINT   one of them")],
 )
 def test_the_forms_of_a_command_stand_on_lines_of_their_own(command, line):
     lines = [" ".join(told.split()) for told in run(command, "--help").output.splitlines()]
@@ -133,7 +133,7 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     told = json.loads(result.output)
     stages = [s["stage"] for s in told["stages"]]
-    assert stages[:3] == ["facts", "score", "statistics"]
+    assert stages[:4] == ["knowledge", "facts", "score", "covariance"]
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
@@ -161,7 +161,7 @@ def test_a_dry_run_counts_what_is_trained(tmp_path, options, trained):
 
 
 def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
-    from retention_bench import console
+    from retention_bench.display.results import print_tokens
 
     monkeypatch.setenv("COLUMNS", "80")
     rows = [
@@ -170,7 +170,7 @@ def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
         for s in (0, 20)
     ]
     rows[1] |= {"top": []}  # a model that diverged
-    console.print_tokens("f1", rows)
+    print_tokens("f1", rows)
     printed = capsys.readouterr().out
     assert "fact f1 (edited) in edited model 1" in printed
     assert "fact f1 (edited) in the unedited control" in printed
@@ -185,15 +185,16 @@ def test_a_fact_is_not_followed_without_probing():
 
 
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
-    def stop(cell, *, out, **_):
-        folders.append((out, cell.paraphrases, cell.paraphrase_source))
+    def stop(planned, *, out, **_):
+        found = planned.base.paraphrases
+        folders.append((out, *((found.count, found.shown) if found else (0, "own"))))
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu", "--seed", "3"]
     where = {"RETENTION_BENCH_STORE": str(tmp_path)}
     for more in ([], ["--paraphrases", "2"], ["--paraphrases", "1", "--paraphrase-source", "model:atlas-llama"]):
@@ -205,15 +206,15 @@ def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatc
         (common / "paraphrases-1-model-atlas-llama" / "seed-3", 1, "model:atlas-llama"),
     ]
     dry = run(*command, "--paraphrases", "2", "--dry-run", "--json", env=where)
-    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:3] == ["facts", "paraphrases", "score"]
+    assert [s["stage"] for s in json.loads(dry.output)["stages"]][:4] == ["knowledge", "facts", "paraphrases", "score"]
 
 
 ATLAS = Path(retention_bench.__file__).parent / "atlas"
 
 
-def test_statistics_are_measured_found_again_and_inspected(tmp_path):
+def test_a_covariance_is_measured_found_again_and_inspected(tmp_path):
     words = [
-        "statistics", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
+        "covariance", "measure", "--model", str(ATLAS / "models" / "atlas-gpt2"), "--layers", "0", "--device", "cpu",
         "--corpus", str(ATLAS / "data" / "corpus.jsonl.gz"), "--samples", "30", "--max-length", "64",
     ]  # fmt: skip
     env = {"RETENTION_BENCH_STORE": str(tmp_path)}
@@ -225,20 +226,20 @@ def test_statistics_are_measured_found_again_and_inspected(tmp_path):
     again = run(*words, "--json", env=env)
     assert json.loads(again.stdout) == {"file": file, "in_store": True}
     assert "from the store" in again.stderr
-    shown = run("statistics", "--inspect", file, env=env)
+    shown = run("covariance", "inspect", file, env=env)
     assert "the first 30 texts of corpus.jsonl.gz" in shown.stdout
     assert "below 0.02" in shown.stdout
-    assert json.loads(run("statistics", "--inspect", file, "--json", env=env).stdout)["texts"] == 30
+    assert json.loads(run("covariance", "inspect", file, "--json", env=env).stdout)["texts"] == 30
 
 
-def test_statistics_without_what_they_need_are_a_usage_error(tmp_path):
-    result = run("statistics", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
+def test_a_covariance_without_what_it_needs_is_a_usage_error(tmp_path):
+    result = run("covariance", "measure", "--layers", "0", env={"RETENTION_BENCH_STORE": str(tmp_path)})
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "Error: --model is missing" in result.stderr
+    assert "Error: Missing option '--model'" in result.stderr
 
 
 def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
-    from retention_bench import console
+    from retention_bench.display.results import print_results
 
     monkeypatch.setenv("COLUMNS", "80")
     rate = {"hits": 5000, "total": 5000, "rate": 1.0, "ci95": [0.99, 1.0]}
@@ -272,9 +273,9 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "experiments": [{"finetune_log": log}],
         "control": {"finetune_log": log},
     }
-    console.print_results(results, tmp_path, real="gpt2-xl")
+    print_results(results, tmp_path, real="gpt2-xl")
     printed = capsys.readouterr().out
-    assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 numbers" in printed
+    assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 of the" in printed
     assert "--freeze edited --adapter dora" in printed
     assert (
         "in the gap 12 points; in edited facts, against another run with the same 5000, 15 points, or none" in printed
@@ -287,13 +288,13 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation), 3 left out (one "
         "character)." in printed
     )
-    table = printed.split("Edited facts, in")[0].splitlines()
+    table = printed.split("edited: the edited facts")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4
     assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
     results |= {"learned": False, "not_learned": ["after the 60 steps of its budget the validation_loss was 2"]}
-    console.print_results(results, tmp_path, real=None)
+    print_results(results, tmp_path, real=None)
     assert "Not learned: after the 60 steps of its budget the validation loss was 2." in capsys.readouterr().out
 
 
@@ -341,8 +342,13 @@ LONG = "x" * 300
         (CELL, ["--paraphrases", "1001"], "1001 is not in the range 0<=x<=1000", 2),
         (CELL, ["--freeze", "window:0:999999999"], "--freeze window:0:999999999", 0),
         (CELL, ["--freeze", "below:99999999999"], "--freeze 'below:99999999999' is not known", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--samples", "9" * 30], "'--samples'", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--memory", "nan"], "nan is not a number to count with", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--samples", "9" * 30], "'--samples'", 2),
+        (
+            "covariance measure --model m --layers 0 --corpus c",
+            ["--memory", "nan"],
+            "nan is not a number to count with",
+            2,
+        ),
         (f"{SCORE} file", ["--batch-size", "9" * 30], "'--batch-size'", 2),
         # suites
         (LIST, ["none.yaml"], "There is no suite file at none.yaml", 2),
@@ -367,10 +373,10 @@ LONG = "x" * 300
             "suite: 'city_country-00'. Did you mean 'city_country-",
             2,
         ),
-        ("statistics --model m --layers 0 --corpus", [""], "'--corpus': It is empty", 2),
-        ("statistics --layers 0 --corpus c --model", [" "], "'--model': It is empty", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--revision", ""], "'--revision': It is empty", 2),
-        ("statistics --layers 0 --corpus c --model", ["x" * 5000], "xxx...xxx", 2),
+        ("covariance measure --model m --layers 0 --corpus", [""], "'--corpus': It is empty", 2),
+        ("covariance measure --layers 0 --corpus c --model", [" "], "'--model': It is empty", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--revision", ""], "'--revision': It is empty", 2),
+        ("covariance measure --layers 0 --corpus c --model", ["x" * 5000], "xxx...xxx", 2),
         (CELL, ["--model", "~nobody-of-this-name/m"], "home directory", 2),
         (CELL, ["--model", "a\0b"], "a\\x00b holds a NUL", 2),
         (CELL, ["--model", "a\udcff"], "a\\udcff holds a NUL, or bytes that are not UTF-8", 2),
@@ -384,8 +390,8 @@ LONG = "x" * 300
         (CELL, ["--out", "dangling"], "is a link to nothing", 2),
         (CELL, ["--out", LONG], "so long a name", 2),
         (CELL, ["--out", ""], "must not be empty", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--out", "folder"], "folder is a folder", 2),
-        ("statistics --model m --layers 0 --corpus c", ["--out", "none/x"], "There is no folder none", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--out", "folder"], "folder is a folder", 2),
+        ("covariance measure --model m --layers 0 --corpus c", ["--out", "none/x"], "There is no folder none", 2),
         ("nothing\x1b[31m", [], "No such command 'nothing\\", 2),
         ("evaluate", ["--nothing\x1b[31m"], "No such option '--nothing\\", 2),
         # files of scores and runs
@@ -468,7 +474,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_table_is_printed_whatever_the_output_takes(encoding):
     code = (
-        "from retention_bench.display import prepare_streams; from retention_bench import tables;"
+        "from retention_bench.display import prepare_streams; from retention_bench.display import tables;"
         "from pathlib import Path; prepare_streams();"
         "row = {'checkpoint': '\u2026\U0001f600', 'task': 'retention_edited', 'hits': 1, 'total': 1, 'rate': 1.0};"
         "tables.print_scores([row | {'ci95': [0, 1]}], Path('\u2026'))"
@@ -481,14 +487,13 @@ def test_a_table_is_printed_whatever_the_output_takes(encoding):
 
 @pytest.mark.parametrize("columns", ["0", "1", "20"])
 def test_no_figure_is_cut_in_a_narrow_terminal(columns, capsys, monkeypatch):
-    from retention_bench import tables
+    from retention_bench.display import tables
+    from retention_bench.scoring.tasks import KINDS
 
     monkeypatch.setenv("COLUMNS", columns)
     row = {"checkpoint": "c", "hits": 181, "total": 200, "rate": 0.905, "ci95": [0.857, 0.938]}
     left_out = {"too short": {"facts": 4, "first": ["a", "b" * 50, "c", "d"]}, "the same": {"facts": 1, "first": ["e"]}}
-    tables.print_scores(
-        [row | {"task": f"retention_{kind}", "left_out": left_out} for kind in tables.LABELS], Path("x")
-    )
+    tables.print_scores([row | {"task": f"retention_{kind}", "left_out": left_out} for kind in KINDS], Path("x"))
     printed = capsys.readouterr().out
     assert printed.count("181 of 200") == 4
     assert f"c: 4 facts are left out: too short (a, {'b' * 37}..., c, ...)" in printed
@@ -509,7 +514,7 @@ def test_an_output_that_is_full_is_one_line(words):
 def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
     import shutil
 
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
@@ -517,7 +522,7 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
         folders.append(out)
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     for name in ("one", "two"):
         shutil.copytree(ATLAS / "models" / "atlas-gpt2", places / name / "my model")
     command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu"]
@@ -525,8 +530,6 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
         assert "far enough" in run(*command, "--model", model).output
     with open(places / "two" / "my model" / "config.json", "a") as file:
         file.write("\n")
-    cached = pipeline.inputs.model_fingerprint
-    getattr(cached, "cache_clear", lambda: None)()  # as in another process
     assert "far enough" in run(*command, "--model", "two/my model").output
     for model in ("one/my model", "two/my model"):
         more = ["--paraphrases", "1", "--paraphrase-source", f"model:{model}"]
@@ -540,7 +543,7 @@ def test_two_folders_of_one_name_have_results_of_their_own(places, monkeypatch):
 
 
 def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
-    from retention_bench import pipeline
+    from retention_bench.pipeline import run as running
 
     folders = []
 
@@ -548,7 +551,7 @@ def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
         folders.append(out)
         raise RetentionBenchError("far enough")
 
-    monkeypatch.setattr(pipeline, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     rows = "".join(json.dumps({"text": f"{n} and more words than that"}) + "\n" for n in range(200))
     for name in ("..x\x1b[b] é.jsonl", f"{'n' * 240}.jsonl"):
         (places / name).write_text(rows)
@@ -561,7 +564,7 @@ def test_a_data_sets_name_is_one_part_of_the_folder(places, monkeypatch):
 
 
 def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(places, monkeypatch):
-    from retention_bench.pipeline import batch
+    from retention_bench.scoring import checkpoints
 
     record = {"ground_truth": "French", "target_new": "English", "subject": "Ann", "relation_id": "P103"}
     records = [record | {"prompt": f"The mother tongue{of} is"} for of in (" of Ann", "")]
@@ -572,7 +575,7 @@ def test_facts_in_counterfacts_form_are_scored_and_what_is_dropped_is_said(place
         seen.extend(facts)
         return []
 
-    monkeypatch.setattr(batch, "score_checkpoints", scored)
+    monkeypatch.setattr(checkpoints, "score_checkpoints", scored)
     result = run("score", str(ATLAS / "models" / "atlas-gpt2"), "--facts", "cf.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert [fact.subject for fact in seen] == ["Ann"]

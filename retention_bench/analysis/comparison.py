@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,6 @@ from retention_bench.analysis.paired import Difference, difference, holm, mcnema
 from retention_bench.analysis.power import detectable_paired
 from retention_bench.analysis.ranks import Rank, rank_intervals
 from retention_bench.errors import UsageError
-
-KINDS = ("edited", "intrinsic", "paraphrase", "locality")
 
 Row = Mapping[str, Any]
 Question = tuple[str, str, str]  # fact id, prompt, target
@@ -74,7 +72,7 @@ class Comparison:
         return vars(self) | lists | {"facts": self.facts, "difference": self.difference.to_json()}
 
 
-def compare(sides: Mapping[str, Sequence[Row]], kinds: Sequence[str] = KINDS) -> list[Comparison]:
+def compare(sides: Mapping[str, Sequence[Row]], kinds: Collection[str]) -> list[Comparison]:
     """Compare every two sides, fact by fact, on the questions that both were asked.
 
     Args:
@@ -106,7 +104,7 @@ def compare(sides: Mapping[str, Sequence[Row]], kinds: Sequence[str] = KINDS) ->
     return [replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)]
 
 
-def rank(sides: Mapping[str, Sequence[Row]], kinds: Sequence[str] = KINDS) -> dict[str, dict[str, Rank]]:
+def rank(sides: Mapping[str, Sequence[Row]], kinds: Collection[str]) -> dict[str, dict[str, Rank]]:
     """Rank all sides by the questions that every one of them was asked.
 
     Args:
@@ -132,12 +130,13 @@ def rank(sides: Mapping[str, Sequence[Row]], kinds: Sequence[str] = KINDS) -> di
     return ranks
 
 
-def about_fact(fact: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def about_fact(fact: str, rows: Sequence[Row], kinds: Sequence[str]) -> list[dict[str, Any]]:
     """All answers to one fact's questions.
 
     Args:
         fact: Its id.
         rows: Samples, of any stages.
+        kinds: All kinds of question, in the order in which they are given out.
 
     Returns:
         Its questions, by kind, as `{kind, prompt, target, answers}`; an answer is what the sample has besides.
@@ -148,12 +147,12 @@ def about_fact(fact: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row["fact_id"] == fact:
             answer = {name: value for name, value in row.items() if name not in (*of_question, "fact_id")}
             grouped[tuple(row[name] for name in of_question)].append(answer)
-    ordered = sorted(grouped.items(), key=lambda item: KINDS.index(item[0][0]))
+    ordered = sorted(grouped.items(), key=lambda item: kinds.index(item[0][0]))
     return [dict(zip(of_question, question, strict=True)) | {"answers": answers} for question, answers in ordered]
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, Answers]:
-    asked: dict[str, Answers] = {kind: defaultdict(list) for kind in KINDS}
+    asked: dict[str, Answers] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         asked[row["kind"]][row["fact_id"], row["prompt"], row["target"]].append(bool(row["hit"]))
     return asked

@@ -31,8 +31,8 @@ def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json:
     Only questions that both sides of a pair were asked are compared. The p-values are McNemar's exact test's, with
     Holm's correction for all pairs and kinds shown.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
-    from retention_bench import tables
-    from retention_bench.pipeline.scored import compared
+    from retention_bench.display import tables
+    from retention_bench.results.compare import compared
 
     found = compared(sides, stage=stage, **({"kinds": kinds} if kinds else {}))
     if as_json:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from retention_bench.cli.options import SEED, Filled, Out, chosen_device, count, json_option
+from retention_bench.cli.options import SEED, Filled, Out, count, json_option
+from retention_bench.device import chosen_device
 from retention_bench.display import say_json
 from retention_bench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from retention_bench.pipeline import Plan, Suite
+    from retention_bench.pipeline import Suite
 
 
 @click.command()
@@ -88,9 +87,22 @@ if TYPE_CHECKING:
     help="Fine-tune on all visible GPUs: ddp for models that fit one of them, fsdp for larger ones; or a file that "
     "`accelerate config` wrote.",
 )
+@click.option(
+    "--covariance",
+    type=Filled(),
+    metavar="FILE",
+    help="Take the covariance of the keys from this file of `retention-bench covariance`, in place of collecting it.",
+)
 @click.option("--out", type=Out(folder=True), help="Folder for the results.  [default: below runs/]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-checkpoints", is_flag=True, help="Also write every scored model as a full checkpoint.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=Out(folder=False),
+    metavar="FILE",
+    help="Write the stages to a file, for `retention-bench stage`, and compute nothing.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the stages that would run, and which are in the store already.")
 @json_option("the results")
 def evaluate(
@@ -106,9 +118,11 @@ def evaluate(
     probe_every: int,
     probe_fact: tuple[str, ...],
     accelerate_config: str | None,
+    covariance: str | None,
     out: Path | None,
     device: str,
     save_checkpoints: bool,
+    plan_file: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -117,10 +131,15 @@ def evaluate(
     What was computed before is taken from the store ($RETENTION_BENCH_STORE, or retention-bench in your cache folder),
     so an interrupted run goes on with the stage it was in.
     """
-    from retention_bench import console
-    from retention_bench.pipeline import Cell, Store, check_data, default_root, estimate, load_suite, plan
-    from retention_bench.pipeline.run import FILES
-    from retention_bench.pipeline.store import check_output
+    from retention_bench.display.progress import show_progress
+    from retention_bench.display.results import print_plan, print_results, print_tokens
+    from retention_bench.pipeline import Cell, load_suite, plan
+    from retention_bench.pipeline.folder import default_folder
+    from retention_bench.pipeline.run import evaluate as run
+    from retention_bench.pipeline.run import preview
+    from retention_bench.pipeline.stage import write_plan
+    from retention_bench.store import Store, default_root
+    from retention_bench.store.store import read_jsonl
 
     if probe_fact and not probe_every:
         raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
@@ -138,50 +157,40 @@ def evaluate(
         adapter=adapter,
         probe_every=probe_every,
         accelerate_config=accelerate_config,
+        covariance=covariance,
     )
-    planned = plan(cell, store)
-    out = out or _folder(planned)
+    planned = plan(cell)
+    out = out or default_folder(cell, planned)
     if probe_fact:
         _check_known(cell.suite, probe_fact)
+    if plan_file:
+        write_plan(planned, plan_file)
+        if not dry_run:
+            return
     if dry_run:
-        check_output(out, "evaluate", FILES)
-        stages = [
-            {
-                "stage": s.name,
-                "title": s.title,
-                "key": store.key(s.name, s.inputs),
-                "in_store": store.holds(s.name, s.inputs),
-            }
-            for s in planned.stages()
-        ]
-        data = check_data(planned, store)
-        looked = data.to_json() if data else None
-        found = estimate(planned, store).to_json()
+        found = preview(planned, store=store, out=out)
         if as_json:
-            say_json({"store": str(store.root), "stages": stages, "estimate": found, "data": looked})
+            say_json(found)
         else:
-            console.print_plan(stages, store.root, found, looked)
+            print_plan(found["stages"], store.root, found["estimate"], found["data"])
         return
-    from retention_bench.pipeline import evaluate as run
-
-    with console.progress(len(planned.stages())) as (announce, progress):
+    written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
+    with show_progress(len(planned.plan()) + written) as (announce, progress):
         results = run(
-            cell, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
-        )
+            planned, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
+        ).to_dict()
     if as_json:
         say_json(results)
     else:
-        console.print_results(results, out, real=cell.suite.real)
+        print_results(results, out, real=planned.real)
     if probe_fact:
-        from retention_bench.pipeline.store import read_jsonl
-
         rows = read_jsonl(out / "trajectory.jsonl")
         ids = dict.fromkeys(row["fact_id"] for row in rows)
         for fact in probe_fact:
             if fact not in ids:
                 raise unknown_name("fact of this cell:", fact, ids)
             if not as_json:
-                console.print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
+                print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
 
 
 def _check_known(suite: Suite, facts: Collection[str]) -> None:
@@ -193,40 +202,3 @@ def _check_known(suite: Suite, facts: Collection[str]) -> None:
     ids = [fact.id for fact in pool]
     for fact in set(facts) - set(ids):
         raise unknown_name("fact of this suite:", fact, ids)
-
-
-def _folder(planned: Plan) -> Path:
-    """The folder of a cell's results where none is named; what differs from the usual is in its name."""
-    cell = planned.cell
-    model = _model_folder(planned.model_name, cell.model, planned.model.path, planned)
-    folder = Path("runs") / cell.suite.name / model / _part(cell.editor) / _part(planned.finetune_name)
-    if cell.paraphrases:
-        source = str(planned.paraphrase_source)
-        if planned.writer:
-            given = cell.paraphrase_source.partition(":")[2]
-            source = f"model-{_model_folder(source.partition(':')[2], given, planned.writer.path, planned)}"
-        folder /= _part(f"paraphrases-{cell.paraphrases}-{source}")
-    if cell.freeze != "none":
-        folder /= _part(f"freeze-{cell.freeze}")
-    if cell.adapter != "none":
-        folder /= _part(cell.adapter)
-    return folder / f"seed-{cell.seed}"
-
-
-def _model_folder(name: str, given: str | None, path: str, planned: Plan) -> str:
-    """A model's part of that; folders of one name are told apart by where they lie and what is in them."""
-    if given in (None, *planned.cell.suite.models) or not Path(path).is_dir():
-        return _part(name)
-    from retention_bench.pipeline.inputs import model_fingerprint
-    from retention_bench.pipeline.store import canonical
-
-    told_apart = hashlib.sha256(canonical([path, model_fingerprint(path, None)]).encode()).hexdigest()
-    return f"{_part(name)}-{told_apart[:8]}"
-
-
-def _part(name: str) -> str:
-    """A name as one part of a path: of the characters that every file system has, and not too long."""
-    part = re.sub(r"[^A-Za-z0-9._@-]", "-", name)
-    if part.startswith(".") or len(part) > 150:
-        part = f"{part[:140].lstrip('.')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return part

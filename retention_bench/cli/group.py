@@ -16,11 +16,13 @@ from retention_bench.errors import RetentionBenchError
 
 COMMANDS = {
     "compare": "retention_bench.cli.compare:compare",
+    "covariance": "retention_bench.cli.covariance:covariance",
     "evaluate": "retention_bench.cli.evaluate:evaluate",
     "inspect": "retention_bench.cli.inspect:inspect",
     "list": "retention_bench.cli.list:list_",
     "score": "retention_bench.cli.score:score",
-    "statistics": "retention_bench.cli.statistics:statistics",
+    "stage": "retention_bench.cli.stage:stage",
+    "statistics": "retention_bench.cli.covariance:statistics",
 }
 """One line registers a command. Its module is imported when the command is called."""
 

@@ -18,8 +18,8 @@ def inspect(fact: str, sides: tuple[str, ...], as_json: bool) -> None:
     FACT is its id, as `compare` prints it and facts.jsonl has it. A side is what `compare` takes; of a RUN without a
     stage all stages are shown.
     """
-    from retention_bench import tables
-    from retention_bench.pipeline.scored import inspected
+    from retention_bench.display import tables
+    from retention_bench.results.compare import inspected
 
     found = inspected(fact, sides)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from retention_bench.display import line
-from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.errors import UsageError, unknown_name
 
 
 def json_option(what: str) -> Callable:
@@ -86,21 +86,3 @@ def listed(option: str, given: str, allowed: Collection[str] | None = None) -> t
         if name in names[:number]:
             raise UsageError(f"{option} names {name} twice. Give each once.")
     return names
-
-
-def chosen_device(asked: str) -> str:
-    """The device to run on.
-
-    Raises:
-        RetentionBenchError: CUDA was asked for and is not there.
-    """
-    if asked == "cpu":
-        return "cpu"
-    import torch
-
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        raise RetentionBenchError(
-            "--device cuda: torch finds no CUDA device here. Give --device cpu, or run on a machine with a GPU."
-        )
-    return "cuda" if there else "cpu"

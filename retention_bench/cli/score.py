@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from retention_bench.cli.options import PATH, Filled, Out, chosen_device, count, json_option, listed
+from retention_bench.cli.options import PATH, Filled, Out, count, json_option, listed
+from retention_bench.device import chosen_device
 from retention_bench.display import say_error, say_json
 from retention_bench.errors import UsageError
 
@@ -64,23 +65,24 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     What OUT/scores.jsonl holds already is not scored again, so a run that was cut off goes on. A checkpoint that cannot
     be scored is recorded with the reason, and the others are scored; the exit code is 1 then.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
-    from retention_bench.engine_process import EngineProcess, resolve_backend
+    from retention_bench.scoring.engine_process import EngineProcess, resolve_backend
 
     as_json, device = options.pop("as_json"), chosen_device(options.pop("device"))
     backend = resolve_backend(options.pop("backend"), device)
     # It takes some seconds to get ready, and so do the imports here.
     process = EngineProcess(device) if backend == "vllm" else None
 
-    from retention_bench import console, tables
     from retention_bench.data import find_file
+    from retention_bench.display import tables
+    from retention_bench.display.progress import show_progress
     from retention_bench.facts import load_pool
     from retention_bench.models import read_manifest, read_references
-    from retention_bench.pipeline.batch import Options, score_checkpoints
-    from retention_bench.scoring.tasks import KINDS
+    from retention_bench.results.schema import KINDS
+    from retention_bench.scoring.checkpoints import Options, score_checkpoints
 
     kinds: Any = listed("--tasks", options.pop("tasks"), KINDS)
     also = listed("--also", options.pop("also"))
-    if ours := set(also) & {f"retention_{kind}" for kind in KINDS}:
+    if ours := set(also) & {kind.task for kind in KINDS.values()}:
         raise UsageError(f"--also names {min(ours)}, a kind of question of our own. Give it with --tasks.")
     if not kinds and not also:
         raise UsageError(f"--tasks and --also name nothing to ask. Give --tasks some of {', '.join(KINDS)}.")
@@ -94,7 +96,7 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     dtype = options.pop("dtype")
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
     chosen = Options(backend=backend, dtype=dtype, device=device, kinds=kinds, also=also, **options)
-    with console.progress(len(references)) as (announce, progress):
+    with show_progress(len(references)) as (announce, progress):
         rows = score_checkpoints(
             references,
             pool.facts,

@@ -1,4 +1,4 @@
-"""The day that chat templates are told it is."""
+"""The fixed date that chat templates are given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders of ours: brought to the disk, and sealed, so that whatever happens to them later is noticed.
+"""Our own files and folders: written durably and sealed, so that later damage is noticed.
 
 A seal is a JSON file in a folder: the size and the SHA-256 of every file below that folder, and a hash of itself. Sizes
 cost next to nothing to check; a file's hash is taken once in a process, and again where the file was written to.
@@ -219,7 +219,7 @@ def _read(path: Path) -> dict[str, Any]:
         if sealed.get("sha256") != _own_hash(sealed) or text != _text(sealed):
             raise DamagedError(f"{path.name} has been changed")
         checked(_Seal, sealed, path.name)
-    except (ValueError, RecursionError, RetentionBenchError) as error:  # not one of ours, however well it is made
+    except (ValueError, RecursionError, RetentionBenchError) as error:  # not a seal of ours
         raise DamagedError(f"{path.name} has been changed") from error
     return sealed
 

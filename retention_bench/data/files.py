@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
+import itertools
 import json
 import math
 import os
@@ -19,11 +21,27 @@ from typing import IO, Any, NoReturn, TypeVar
 
 import pydantic
 
+from retention_bench.display import cut
 from retention_bench.errors import RetentionBenchError, UsageError
 
 T = TypeVar("T")
 
 _BOM = b"\xef\xbb\xbf"
+
+MAX_LINE = 32 * 2**20
+"""Bytes that a line of a file read line by line may have: a row of data is never near it but by mistake."""
+
+MAX_FILE = 2**30
+"""Bytes that a file read whole may have, unpacked."""
+
+MAX_RATIO = 200
+"""How many times its size a compressed file may expand to. Text shrinks to a tenth, seldom to a fiftieth."""
+
+_RATIO_FROM = 64 * 2**20
+"""Unpacked bytes from which on `MAX_RATIO` holds; a small file of one repeated line is harmless."""
+
+_CHUNK = 2**20
+_BLANK = " \t\r\n\v\f"
 
 
 def locate(path: Path | str) -> Path | None:
@@ -136,9 +154,17 @@ def read_text(path: Path | str, what: str = "file") -> str:
         RetentionBenchError: It cannot be read, or is not UTF-8; the line is named.
     """
     found = find_file(path, what)
-    with _open(found) as file:
-        data = b"".join(_guarded(file, found))
-    return _decoded(data.removeprefix(_BOM), f"{path}")
+    chunks, size = [], 0
+    with open_bytes(found) as file:
+        while chunk := file.read(_CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MAX_FILE:
+                raise RetentionBenchError(
+                    f"{path} has more than {MAX_FILE // 2**20:,} MiB, the most that is read in one piece. Give rows of "
+                    "data as JSONL, an object a line, which is read line by line."
+                )
+    return _decoded(b"".join(chunks).removeprefix(_BOM), f"{path}")
 
 
 def read_lines(path: Path | str, what: str = "file") -> Iterator[tuple[int, str]]:
@@ -148,17 +174,35 @@ def read_lines(path: Path | str, what: str = "file") -> Iterator[tuple[int, str]
 
     Raises:
         UsageError: As `find_file`, when this is called.
-        RetentionBenchError: As `read_text`, when the line is reached; also where a `.gz` file is damaged.
+        RetentionBenchError: As `read_text`, when the line is reached; also where a line has more than `MAX_LINE` bytes,
+            or a compressed file is damaged or expands beyond `MAX_RATIO`.
+    """
+    return ((number, line.rstrip("\r\n")) for number, line in raw_lines(path, what) if line.strip(_BLANK))
+
+
+def raw_lines(path: Path | str, what: str = "file") -> Iterator[tuple[int, str]]:
+    """The lines of a text file as `read_lines` gives them, but blank ones too, and each with its end.
+
+    Raises:
+        UsageError: As `read_lines`.
+        RetentionBenchError: As `read_lines`.
     """
     found = find_file(path, what)
 
     def lines() -> Iterator[tuple[int, str]]:
-        with _open(found) as file:
-            for number, line in enumerate(_guarded(file, found), start=1):
+        with open_bytes(found) as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE + 1)
+                if not line:
+                    return
+                if len(line) > MAX_LINE:
+                    raise RetentionBenchError(
+                        f"{path}, line {number}: the line has more than {MAX_LINE // 2**20} MiB, the most that is "
+                        "read. Split it, or leave it out."
+                    )
                 if number == 1:
                     line = line.removeprefix(_BOM)
-                if line.strip():
-                    yield number, _decoded(line, f"{path}, line {number}", number).rstrip("\r\n")
+                yield number, _decoded(line, f"{path}, line {number}", number)
 
     return lines()
 
@@ -175,16 +219,33 @@ def parse_json(text: str, place: str, *, halves: bool = False, once: bool = Fals
     Raises:
         RetentionBenchError: It is not JSON, or nested too deeply to be read.
     """
+    try:
+        value = json_value(text, once=once)
+    except ValueError as error:
+        raise RetentionBenchError(f"{place}: {error}.") from error
+    if not halves and may_hold_half(text):
+        check_characters(value, place)
+    return value
+
+
+def json_value(text: str, *, once: bool = False) -> Any:
+    """A JSON value, as `parse_json` has it, with half characters.
+
+    Raises:
+        ValueError: It is not JSON, or nested too deeply to be read.
+    """
     pairs = _once if once else None
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs)
-        if not halves and ("\\ud" in text or "\\uD" in text):
-            check_characters(value, place)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs)
     except RecursionError as error:
-        raise RetentionBenchError(f"{place}: the JSON is nested too deeply to be read.") from error
+        raise ValueError("the JSON is nested too deeply to be read") from error
     except ValueError as error:
-        raise RetentionBenchError(f"{place}: not JSON: {error}.") from error
-    return value
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def may_hold_half(text: str) -> bool:
+    """Whether a JSON text has an escape that can be half a character; only then is `has_half` worth its time."""
+    return "\\ud" in text or "\\uD" in text
 
 
 def check_characters(value: Any, place: str) -> None:
@@ -224,16 +285,6 @@ def read_json(path: Path | str, schema: type[T], what: str = "file") -> T:
     return checked(schema, parse_json(read_text(path, what), f"{path}"), f"{path}")
 
 
-def read_jsonl(path: Path | str, what: str = "file") -> Iterator[tuple[int, Any]]:
-    """The values of a JSONL file with the numbers of their lines; blank lines are passed over.
-
-    Raises:
-        UsageError: As `find_file`, when this is called.
-        RetentionBenchError: A line is not UTF-8 or not JSON, when it is reached.
-    """
-    return ((number, parse_json(line, f"{path}, line {number}")) for number, line in read_lines(path, what))
-
-
 def checked(schema: type[T], value: Any, place: str) -> T:
     """A value as a schema has it.
 
@@ -246,14 +297,24 @@ def checked(schema: type[T], value: Any, place: str) -> T:
         RetentionBenchError: It does not fit; the first place where it does not is named, with what was given.
     """
     try:
+        return fitted(schema, value)
+    except ValueError as error:
+        raise RetentionBenchError(f"{place}: {error}.") from error
+
+
+def fitted(schema: type[T], value: Any) -> T:
+    """A value as a schema has it, as `checked`.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    try:
         return pydantic.TypeAdapter(schema).validate_python(value)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RetentionBenchError(
-            f"{place}: {f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}, got "
-            f"{shortened(first['input'])}."
-        ) from error
+        where = "".join(f"{part}." for part in first["loc"])[:-1]
+        what = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{f'{where}: ' if where else ''}{what}, got {shortened(first['input'])}") from error
 
 
 def shortened(value: Any) -> str:
@@ -266,11 +327,6 @@ def shortened(value: Any) -> str:
         return cut(repr(value), 60)
     except ValueError:  # Python writes out no more than some thousand digits
         return "a number of thousands of digits"
-
-
-def cut(text: str, length: int = 300) -> str:
-    """A text, its end left out where it is longer."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def refuse_pointer(path: Path, begin: bytes) -> None:
@@ -290,21 +346,62 @@ def refuse_pointer(path: Path, begin: bytes) -> None:
         )
 
 
-def _open(path: Path) -> IO[bytes]:
-    """Open a regular file; a pipe that took its place meanwhile does not block."""
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a regular file, unpacked where its name ends in `.gz` or `.zst`.
+
+    A pipe that took the file's place meanwhile does not block.
+
+    Raises:
+        RetentionBenchError: It cannot be read or is a Git LFS pointer; and from its `read`, where a compressed file is
+            damaged, or expands to more than `MAX_RATIO` times its size.
+    """
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
         refuse_pointer(path, file.peek(64))
     except OSError as error:
         raise RetentionBenchError(f"{path} cannot be read: {error.strerror}.") from error
-    return gzip.GzipFile(fileobj=file, mode="rb") if path.suffix == ".gz" else file  # type: ignore[return-value]
+    if path.suffix not in (".gz", ".zst"):
+        return file
+    return io.BufferedReader(_Unpacked(file, path), _CHUNK)
 
 
-def _guarded(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    try:
-        yield from file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RetentionBenchError(f"{path} is no gzip file, or is cut off ({error}). Make it again.") from error
+class _Unpacked(io.RawIOBase):
+    """What a compressed file holds, as long as it is sound and no bomb."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._size, self._given = os.fstat(file.fileno()).st_size, 0
+        self._kind = "gzip" if path.suffix == ".gz" else "zstd"
+        self._unpacked: Any
+        if self._kind == "gzip":
+            self._unpacked = gzip.GzipFile(fileobj=file, mode="rb")
+        else:
+            import pyarrow
+
+            self._unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._unpacked.read(len(buffer))
+        except (EOFError, OSError, zlib.error) as error:
+            raise RetentionBenchError(
+                f"{self._path} is no {self._kind} file, or is cut off ({error}). Make it again."
+            ) from error
+        self._given += len(data)
+        if self._given > max(_RATIO_FROM, MAX_RATIO * self._size):
+            raise RetentionBenchError(
+                f"{self._path} expands to more than {MAX_RATIO} times its {self._size:,} bytes, as a compression bomb "
+                "does. Give it unpacked if it is what you want to read."
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _decoded(data: bytes, place: str, line: int | None = None) -> str:

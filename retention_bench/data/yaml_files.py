@@ -1,6 +1,6 @@
 """Read YAML that others wrote: suites, and configurations of `accelerate`.
 
-A key stands once and is a text; anchors and aliases are for some settings in common, not for a bomb.
+A key stands once and is a text; anchors and aliases may share settings, and are limited so that no bomb expands.
 """
 
 from __future__ import annotations

@@ -26,6 +26,11 @@ def line(text: object) -> str:
     return _written_out(str(text), "")
 
 
+def cut(text: str, length: int = 300) -> str:
+    """A text, its end left out where it is longer."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def markup(text: object) -> str:
     """As `plain`, where rich reads markup: `[/x]` in it is text and ends no style."""
     from rich.markup import escape  # here, since rich takes a while

@@ -17,15 +17,15 @@ from retention_bench.editors.base import (
 
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
-    from retention_bench.editors.collection import collect_key_statistics
+    from retention_bench.editors.covariance import Covariance, collect_covariance
     from retention_bench.editors.ft import FT
+    from retention_bench.editors.locate.linalg import null_space_projector
+    from retention_bench.editors.locate.templates import sample_context_templates
     from retention_bench.editors.lora import LoRA
     from retention_bench.editors.malmen import MALMEN
     from retention_bench.editors.memit import MEMIT
     from retention_bench.editors.rome import ROME
     from retention_bench.editors.sequential import edit_sequentially
-    from retention_bench.editors.statistics import KeyStatistics, null_space_projector
-    from retention_bench.editors.templates import sample_context_templates
 
 _LATER = {
     "AlphaEdit": "alphaedit",
@@ -33,12 +33,12 @@ _LATER = {
     "MEMIT": "memit",
     "ROME": "rome",
     "MALMEN": "malmen",
-    "KeyStatistics": "statistics",
+    "Covariance": "covariance",
     "LoRA": "lora",
     "edit_sequentially": "sequential",
-    "collect_key_statistics": "collection",
-    "null_space_projector": "statistics",
-    "sample_context_templates": "templates",
+    "collect_covariance": "covariance",
+    "null_space_projector": "locate.linalg",
+    "sample_context_templates": "locate.templates",
 }
 
 __all__ = [
@@ -47,13 +47,13 @@ __all__ = [
     "MEMIT",
     "ROME",
     "AlphaEdit",
+    "Covariance",
     "EditContext",
     "EditRequest",
     "Editor",
     "FittedEditor",
-    "KeyStatistics",
     "LoRA",
-    "collect_key_statistics",
+    "collect_covariance",
     "edit_sequentially",
     "editor_names",
     "make_editor",

@@ -1,4 +1,4 @@
-"""AlphaEdit (Fang et al. 2025, arXiv 2410.02355): write only along directions that other knowledge does not use."""
+"""AlphaEdit (Fang et al. 2025, arXiv 2410.02355): write only in key directions that other knowledge hardly uses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.residual import distribute_residual
+from retention_bench.editors.locate.subject import check_requests
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
-from retention_bench.editors.spread import spread
-from retention_bench.editors.statistics import required_statistics
-from retention_bench.editors.subject import check_requests
-from retention_bench.editors.value import optimise_values
 from retention_bench.models import WeightDelta, frozen
 
 
@@ -32,7 +31,7 @@ class AlphaEdit:
         v_weight_decay: Factor of the penalty on the value's change.
         clamp_norm_factor: The value moves no farther than this times the block output's norm.
         kl_factor: Factor of the divergence at the subject.
-        nullspace_threshold: Directions whose mean second moment is below this, an absolute number, may be written to.
+        nullspace_threshold: Directions in which the covariance is below this, an absolute value, may be written to.
         L2: Ridge of the solve; the paper's formula has 1, its code 10.
     """
 
@@ -50,7 +49,7 @@ class AlphaEdit:
     template_lengths: ClassVar[tuple[int, ...]] = (10,)
 
     @property
-    def statistics_layers(self) -> tuple[int, ...]:
+    def covariance_layers(self) -> tuple[int, ...]:
         """All edited layers."""
         return self.layers
 
@@ -61,21 +60,21 @@ class AlphaEdit:
         requests: Sequence[EditRequest],
         context: EditContext,
     ) -> WeightDelta:
-        """Write all requests in one solve a layer; see `Editor.edit`. The delta has low rank.
+        """Write all requests with one solve per layer; see `Editor.edit`. The delta has low rank.
 
-        Keys in `context.remembered` are kept from being written over; where there are any, the model is taken to carry
-        their edits, and the statistics, the unedited model's, are compared with it by layers and sizes only.
+        Earlier edits, whose keys are in `context.cache_c`, are preserved. Where there are any, the model is taken to
+        carry them, and the covariance, which is the unedited model's, is compared with it by layers and sizes only.
 
         Raises:
-            UsageError: No requests, no statistics or those of another model, or a layer that the model lacks.
+            UsageError: No requests, no covariance or another model's, or a layer that the model lacks.
             RetentionBenchError: A loss is not finite; the fact is named.
         """
         check_requests(requests)
-        statistics = required_statistics("AlphaEdit", model, context, self.layers)
+        covariance = context.required_covariance("AlphaEdit", model, self.layers)
 
         def solve(layer: int, keys: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            projector = statistics.projector(layer, self.nullspace_threshold, keys.device)
-            return _solve(keys, residual, projector, self.L2, context.remembered.get(layer))
+            projector = covariance.projector(layer, self.nullspace_threshold, keys.device)
+            return _solve(keys, residual, projector, self.L2, context.cache_c.get(layer))
 
         with frozen(model):
             values = optimise_values(
@@ -92,16 +91,16 @@ class AlphaEdit:
                 kl_factor=self.kl_factor,
                 progress=context.progress,
             )
-            return spread(model, tokenizer, requests, context, self.layers, values, solve)
+            return distribute_residual(model, tokenizer, requests, context, self.layers, values, solve)
 
-    def remember(
+    def update_cache(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[EditRequest],
         context: EditContext,
     ) -> dict[int, Tensor]:
-        """The keys that edits from now on shall keep: those remembered so far and those of these requests.
+        """The keys that later edits shall preserve: those of earlier edits and those of these requests.
 
         Args:
             model: The model with the requests' edit applied.
@@ -110,40 +109,40 @@ class AlphaEdit:
             context: The edit's context.
 
         Returns:
-            By layer [keys, d_mlp], float32 on the CPU, to be handed to the next edit as `EditContext.remembered`.
+            By layer [keys, d_mlp], float32 on the CPU, for the next edit's `EditContext.cache_c`.
         """
         with frozen(model):
             states = SubjectStates(model, tokenizer, requests, context.templates)
             fresh = {layer: states.mean_keys(layer) for layer in self.layers}
         return {
-            layer: torch.cat([*([context.remembered[layer]] if layer in context.remembered else []), keys.cpu()])
+            layer: torch.cat([*([context.cache_c[layer]] if layer in context.cache_c else []), keys.cpu()])
             for layer, keys in fresh.items()
         }
 
 
 def _solve(
-    keys: Tensor, residual: Tensor, projector: Tensor, L2: float, remembered: Tensor | None
+    keys: Tensor, residual: Tensor, projector: Tensor, L2: float, cache_c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The change of one layer's weight, as factors.
 
     The paper's equation 14 asks for X in (P (K K' + M M') + L2 I) X = P K R', with the keys K and residuals R of the
     new facts and the keys M of earlier ones as columns. X lies in the span of P A, A = [K M], so with X = P A Y it is
-    enough that (A' P A + L2 I) Y = [I; 0] R': a symmetric system with an unknown a fact, and no d_mlp x d_mlp solve.
+    enough that (A' P A + L2 I) Y = [I; 0] R': a symmetric system of the size of the facts, and no d_mlp x d_mlp solve.
 
     Args:
         keys: K', [facts, d_mlp].
         residual: R', [facts, d_model].
         projector: P, float64 [d_mlp, d_mlp].
         L2: The ridge.
-        remembered: M', [earlier facts, d_mlp], or None.
+        cache_c: M', [earlier facts, d_mlp], or None.
 
     Returns:
         Two factors [d_mlp, facts] and [facts, d_model], whose product is X, in float64. Their rank is that of the new
-        facts, however many are remembered.
+        facts, however many earlier ones there are.
     """
     rows = keys.double()
-    if remembered is not None:
-        rows = torch.cat([rows, remembered.to(rows)])
+    if cache_c is not None:
+        rows = torch.cat([rows, cache_c.to(rows)])
     projected = projector @ rows.T
     system = rows @ projected + L2 * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     new = torch.eye(len(rows), len(keys), dtype=rows.dtype, device=rows.device)

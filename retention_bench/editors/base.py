@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from retention_bench.data import shortened
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from retention_bench.editors.statistics import KeyStatistics
+    from retention_bench.editors.covariance import Covariance
     from retention_bench.models import WeightDelta
 
 ENTRY_POINTS = "retention_bench.editors"
@@ -86,7 +86,7 @@ class EditRequest:
         Args:
             fact: The fact.
             paraphrases: Other prompts that the edit shall hold for too, in the form of `Fact.prompt`; see `augment`.
-                The fact's own `paraphrases` are not among them by themselves: it is asked in those.
+                The fact's own `paraphrases` are left out unless they are given here: the fact is asked in those.
 
         Raises:
             UsageError: The fact has no `target_new`.
@@ -103,22 +103,23 @@ class EditContext:
     """What an edit needs besides model and requests; every part comes from the caller, and nothing in it is changed.
 
     Attributes:
-        statistics: Second moments of the keys, for the layers that the editor's `statistics_layers` names.
+        covariance: The covariance of the keys, of the layers that the editor's `covariance_layers` names.
         templates: Context templates, each with `{}` once where the prompt goes; the bare `"{}"` is not among them.
         generator: Seeded, for editors that draw random numbers.
-        progress: Told how far the edit is.
-        remembered: Keys of earlier edits by layer, each [keys, d_mlp]; see `edit_sequentially`.
+        progress: Called with how far the edit is.
+        cache_c: Keys of earlier edits by layer, each [keys, d_mlp]: AlphaEdit's `cache_c` is the sum of their k k^T.
+            See `edit_sequentially`.
         fitted: The folder that the editor's `fit` wrote, for editors that train first.
 
     Raises:
         UsageError: A template does not contain `{}` exactly once.
     """
 
-    statistics: KeyStatistics | None = None
+    covariance: Covariance | None = None
     templates: tuple[str, ...] = ()
     generator: torch.Generator | None = None
     progress: Progress = silent
-    remembered: Mapping[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    cache_c: Mapping[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     fitted: Path | None = None
 
     def __post_init__(self) -> None:
@@ -129,11 +130,31 @@ class EditContext:
                     f"The context template {template!r} must contain '{{}}' exactly once, where the prompt goes."
                 )
 
+    def required_covariance(self, editor: str, model: PreTrainedModel, layers: Sequence[int]) -> Covariance:
+        """The covariance, for an editor that needs it.
+
+        Args:
+            editor: The editor's name, for errors.
+            model: The model that is edited.
+            layers: The layers that are needed.
+
+        Raises:
+            UsageError: There is none, or it cannot be this model's.
+        """
+        if self.covariance is None:
+            raise UsageError(
+                f"{editor} needs the covariance of layers {list(layers)}. Make it with collect_covariance, and put it "
+                "into the EditContext."
+            )
+        # Keys of earlier edits say that the model carries those edits; the covariance is the unedited model's.
+        self.covariance.check(model, layers, edited=bool(self.cache_c))
+        return self.covariance
+
 
 class Editor(Protocol):
     """A way to write facts into a model: a frozen dataclass whose fields are its hyper-parameters.
 
-    An editor that trains before it edits is a `FittedEditor` besides.
+    An editor that trains before it edits is also a `FittedEditor`.
     """
 
     @property
@@ -145,8 +166,8 @@ class Editor(Protocol):
         """How many facts are written into one copy of the model; None for all."""
 
     @property
-    def statistics_layers(self) -> tuple[int, ...]:
-        """Layers whose key second moments `edit` needs."""
+    def covariance_layers(self) -> tuple[int, ...]:
+        """Layers whose covariance `edit` needs."""
 
     @property
     def template_lengths(self) -> tuple[int, ...]:
@@ -177,7 +198,7 @@ class Editor(Protocol):
 
 @runtime_checkable
 class FittedEditor(Protocol):
-    """What an editor has besides if it trains once for a model, before it edits."""
+    """What an editor also has if it trains once for a model, before it edits."""
 
     def fit(
         self,
@@ -189,7 +210,7 @@ class FittedEditor(Protocol):
     ) -> None:
         """Train, and write what `edit` needs into a folder, which is then handed to it as `EditContext.fitted`.
 
-        A run that is called again with a folder in which an earlier one was cut off goes on from its last checkpoint.
+        Called again with a folder in which an earlier run was cut off, it goes on from that run's last checkpoint.
 
         Args:
             model: The unedited model; it is left as it was found.

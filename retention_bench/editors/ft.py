@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.descent import Objective, descend
+from retention_bench.editors.finetune_loop import Objective, finetune_loop
+from retention_bench.editors.locate.subject import check_requests
 from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
-from retention_bench.editors.subject import check_requests
 from retention_bench.models import WeightDelta, frozen, last_hidden, projection, projection_name
 
 
@@ -28,9 +28,9 @@ class FT:
         num_steps: Passes over the facts at most.
         weight_decay: Adam's L2 penalty.
         stop_loss: No step is taken on a batch whose loss is below this, and a pass whose mean is below it is the last.
-        objective: What is lowered, see `Objective`; a request's loss is the mean over its prompt and paraphrases.
-        norm_constraint: No number moves farther than this from where it was (FT-L); None for no limit.
-        batch_size: Facts a step, each with all its prompts.
+        objective: What is minimised, see `Objective`; a request's loss is the mean over its prompt and paraphrases.
+        norm_constraint: No parameter moves farther than this from its value before (FT-L); None for no limit.
+        batch_size: Facts in a step, each with all its prompts.
     """
 
     edits_per_model: Count | None = 1
@@ -44,7 +44,7 @@ class FT:
     batch_size: Count = 128
 
     name: ClassVar[str] = "ft"
-    statistics_layers: ClassVar[tuple[int, ...]] = ()
+    covariance_layers: ClassVar[tuple[int, ...]] = ()
     template_lengths: ClassVar[tuple[int, ...]] = ()
 
     def edit(
@@ -72,7 +72,7 @@ class FT:
             return last_hidden(model, ids, mask, weights=weights)
 
         with frozen(model):
-            descend(
+            finetune_loop(
                 model,
                 tokenizer,
                 requests,

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.descent import descend
+from retention_bench.editors.finetune_loop import finetune_loop
+from retention_bench.editors.locate.subject import check_requests
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive, Rank
-from retention_bench.editors.subject import check_requests
 from retention_bench.models import (
     LowRank,
     WeightDelta,
@@ -40,8 +40,8 @@ _ADAPTER = "default"
 class LoRA:
     """AdamW on peft's LoRA adapters until the loss is low. Rank and learning rate are those EasyEdit ships.
 
-    A request's loss is the mean over its prompt and paraphrases of the mean -log p over its target's tokens, each after
-    those before it.
+    A request's loss is the mean over its prompt and paraphrases of the mean -log p over its target's tokens, each given
+    the tokens before it.
 
     Attributes:
         layers: Layers with adapters, ascending, counted from 0; None for all.
@@ -53,7 +53,7 @@ class LoRA:
         num_steps: Passes over the facts at most.
         weight_decay: AdamW's decay of the factors.
         stop_loss: No step is taken on a batch whose loss is below this, and a pass whose mean is below it is the last.
-        batch_size: Facts a step, each with all its prompts.
+        batch_size: Facts in a step, each with all its prompts.
         edits_per_model: Facts written into one copy of the model; None for all.
     """
 
@@ -70,7 +70,7 @@ class LoRA:
     edits_per_model: Count | None = 1
 
     name: ClassVar[str] = "lora"
-    statistics_layers: ClassVar[tuple[int, ...]] = ()
+    covariance_layers: ClassVar[tuple[int, ...]] = ()
     template_lengths: ClassVar[tuple[int, ...]] = ()
 
     def edit(
@@ -95,7 +95,7 @@ class LoRA:
             trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
             for adapter in adapters.values():
                 adapter.lora_dropout.train()  # the model's own dropout stays off
-            descend(
+            finetune_loop(
                 adapted,
                 tokenizer,
                 requests,

@@ -1,4 +1,4 @@
-"""MEMIT: many facts in one solve a layer, by least squares against what text keeps there (Meng et al. 2023)."""
+"""MEMIT: many facts in one least-squares solve per layer, weighed against the keys of text (Meng et al. 2023)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
+from retention_bench.editors.locate.linalg import cholesky
+from retention_bench.editors.locate.residual import distribute_residual
+from retention_bench.editors.locate.subject import check_requests
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive
-from retention_bench.editors.solve import cholesky
-from retention_bench.editors.spread import spread
-from retention_bench.editors.statistics import required_statistics
-from retention_bench.editors.subject import check_requests
-from retention_bench.editors.value import optimise_values
 from retention_bench.models import WeightDelta, frozen
 
 
@@ -32,7 +31,7 @@ class MEMIT:
         v_weight_decay: Factor of the penalty on the value's change.
         clamp_norm_factor: The value moves no farther than this times the block output's norm.
         kl_factor: Factor of the divergence at the subject.
-        mom2_update_weight: lambda, how many tokens of text the statistics stand for against one key of an edit.
+        mom2_update_weight: lambda, the covariance's weight: it counts as this many keys of text against the edits' own.
     """
 
     layers: Layers
@@ -48,7 +47,7 @@ class MEMIT:
     template_lengths: ClassVar[tuple[int, ...]] = (10,)
 
     @property
-    def statistics_layers(self) -> tuple[int, ...]:
+    def covariance_layers(self) -> tuple[int, ...]:
         """All edited layers."""
         return self.layers
 
@@ -59,20 +58,20 @@ class MEMIT:
         requests: Sequence[EditRequest],
         context: EditContext,
     ) -> WeightDelta:
-        """Write all requests in one solve a layer; see `Editor.edit`. The delta has low rank.
+        """Write all requests with one solve per layer; see `Editor.edit`. The delta has low rank.
 
         Raises:
-            UsageError: No requests, no statistics or those of another model, or a layer that the model lacks.
-            RetentionBenchError: A loss is not finite (the fact is named), or the statistics are singular.
+            UsageError: No requests, no covariance or another model's, or a layer that the model lacks.
+            RetentionBenchError: A loss is not finite (the fact is named), or the covariance is singular.
         """
         check_requests(requests)
-        statistics = required_statistics("MEMIT", model, context, self.layers)
+        covariance = context.required_covariance("MEMIT", model, self.layers)
 
         def solve(layer: int, keys: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             # MEMIT, equation 14, with keys K and residuals R as columns: X = (lambda C + K K')^-1 K R'.
             wide = keys.double()
-            moment = self.mom2_update_weight * statistics.moments[layer].to(wide) + wide.T @ wide
-            return torch.cholesky_solve(wide.T, cholesky(moment, layer)), residual.double()
+            system = self.mom2_update_weight * covariance.mom2[layer].to(wide) + wide.T @ wide
+            return torch.cholesky_solve(wide.T, cholesky(system, layer)), residual.double()
 
         with frozen(model):
             values = optimise_values(
@@ -89,4 +88,4 @@ class MEMIT:
                 kl_factor=self.kl_factor,
                 progress=context.progress,
             )
-            return spread(model, tokenizer, requests, context, self.layers, values, solve)
+            return distribute_residual(model, tokenizer, requests, context, self.layers, values, solve)

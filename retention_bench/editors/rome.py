@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.editors.base import EditContext, EditRequest
-from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.linalg import cholesky
+from retention_bench.editors.locate.subject import check_requests
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.editors.settings import Count, Layer, NonNegative, Positive
-from retention_bench.editors.solve import cholesky
-from retention_bench.editors.statistics import required_statistics
-from retention_bench.editors.subject import check_requests
-from retention_bench.editors.value import optimise_values
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import LowRank, WeightDelta, frozen, is_in_out, projection, projection_name, restoring
 
@@ -25,7 +24,7 @@ from retention_bench.models import LowRank, WeightDelta, frozen, is_in_out, proj
 class ROME:
     """Rank-one model editing. Defaults are those its authors ship for GPT-2 XL, with layer 17.
 
-    The mean key over a fact's prompts and contexts, all weighing the same, gives the direction u of the change; the
+    The mean key over a fact's prompts and contexts, equally weighted, gives the direction u of the change; the
     change maps the key k* to the value v* exactly. ROME takes the bare prompt's key as k*, another one than
     in u, which makes the change large where the two differ much (R-ROME's "disabling edits").
 
@@ -37,7 +36,7 @@ class ROME:
         v_weight_decay: Factor of the penalty on the value's change.
         clamp_norm_factor: The value moves no farther than this times the MLP output's norm.
         kl_factor: Factor of the divergence at the subject.
-        mom2_adjustment: Whether u is turned by the inverse of the keys' second moment; EasyEdit ships `False`.
+        mom2_adjustment: Whether u is multiplied by the inverse of the keys' covariance; EasyEdit ships `False`.
         variant: `"rome"`; `"r-rome"`, where k* is the mean key too; or `"r-rome-prompt"`, where both are the bare key.
     """
 
@@ -55,8 +54,8 @@ class ROME:
     template_lengths: ClassVar[tuple[int, ...]] = (5, 5, 10, 10)
 
     @property
-    def statistics_layers(self) -> tuple[int, ...]:
-        """The edited layer, if u is turned."""
+    def covariance_layers(self) -> tuple[int, ...]:
+        """The edited layer, if u is multiplied by the inverse."""
         return (self.layer,) if self.mom2_adjustment else ()
 
     def edit(
@@ -66,19 +65,21 @@ class ROME:
         requests: Sequence[EditRequest],
         context: EditContext,
     ) -> WeightDelta:
-        """Write request after request, each on top of those before; see `Editor.edit`. The delta has a rank a request.
+        """Write request after request, each into the model that the earlier ones left; see `Editor.edit`.
+
+        The delta's rank is the number of requests.
 
         Raises:
-            UsageError: No requests, no statistics or those of another model, or a layer that the model lacks.
-            RetentionBenchError: A loss or a change is not finite (the fact is named), or the statistics are singular.
+            UsageError: No requests, no covariance or another model's, or a layer that the model lacks.
+            RetentionBenchError: A loss or a change is not finite (the fact is named), or the covariance is singular.
         """
         check_requests(requests)
         linear = projection(model, self.layer)
         factor = None
         if self.mom2_adjustment:
-            # Once for all requests: the statistics stay those of the unedited model.
-            moment = required_statistics("ROME", model, context, (self.layer,)).moments[self.layer]
-            factor = cholesky(moment.to(model.device, torch.float64), self.layer)
+            # Once for all requests: the covariance stays that of the unedited model.
+            C = context.required_covariance("ROME", model, (self.layer,)).mom2[self.layer]
+            factor = cholesky(C.to(model.device, torch.float64), self.layer)
         name = f"{projection_name(model, self.layer)}.weight"
         lefts, rights = [], []
         with frozen(model), restoring(model, [name]):
@@ -101,7 +102,7 @@ class ROME:
                 left, right = self._rank_one(keys, value, linear, factor)
                 if not (left.isfinite().all() and right.isfinite().all()):
                     raise RetentionBenchError(
-                        f"Fact {request.fact_id!r}: its change is not finite, since its key is at a right angle to the "
+                        f"Fact {request.fact_id!r}: its change is not finite, since its key is orthogonal to the "
                         "direction of the change. Leave the fact out, or take the variant r-rome."
                     )
                 if not is_in_out(linear):
@@ -122,7 +123,7 @@ class ROME:
             keys: The request's keys [prompts, 1 + templates, d_mlp], float32; the bare prompt is first.
             value: v* [d_model], float32.
             linear: The projection.
-            factor: Cholesky factor of the keys' second moment, or None to leave it out.
+            factor: Cholesky factor of the keys' covariance, or None to leave it out.
         """
         bare, mean = keys[0, 0], keys.flatten(0, 1).mean(0)
         towards = bare if self.variant == "r-rome-prompt" else mean

@@ -1,4 +1,4 @@
-"""Batches of requests written one after another, each on top of those before."""
+"""Sequential editing: batches of requests, each edited into the model that the earlier ones left."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from retention_bench.models import WeightDelta, restoring
 
 
 @runtime_checkable
-class RememberingEditor(Protocol):
-    """What an editor has besides if an edit keeps off the keys of those before."""
+class CachingEditor(Protocol):
+    """What an editor also has if its edits preserve earlier ones, as AlphaEdit's do."""
 
-    def remember(
+    def update_cache(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[EditRequest],
         context: EditContext,
     ) -> Mapping[int, Tensor]:
-        """What later edits get as `EditContext.remembered`; the model has the requests' edit applied."""
+        """What later edits get as `EditContext.cache_c`; the model has the requests' edit applied."""
 
 
 def edit_sequentially(
@@ -38,15 +38,15 @@ def edit_sequentially(
     """Edit batch after batch; the model is left as it was.
 
     Args:
-        editor: The editor. AlphaEdit keeps off the earlier batches' keys; the others remember nothing, as in their
-            references.
+        editor: The editor. AlphaEdit preserves the earlier batches' edits; the others take no account of them, as in
+            their references.
         model: The unedited model.
         tokenizer: Its tokenizer.
         batches: The requests of each edit.
-        context: As for `Editor.edit`; its statistics are the unedited model's and serve all batches.
+        context: As for `Editor.edit`; its covariance is the unedited model's and serves all batches.
 
     Returns:
-        A delta a batch; their sum edits the unedited model.
+        A delta for each batch; their sum edits the unedited model.
 
     Raises:
         RetentionBenchError: As `Editor.edit`.
@@ -60,11 +60,11 @@ def edit_sequentially(
             edits.enter_context(restoring(model, delta.entries.keys() - saved))
             saved |= delta.entries.keys()
             delta.apply_(model)
-            if isinstance(editor, RememberingEditor):
-                remembered = editor.remember(model, tokenizer, requests, context)
-                context = dataclasses.replace(context, remembered=remembered)
-            if context.statistics is not None:
-                # They were compared with the unedited model; from now on its keys differ on purpose.
-                context = dataclasses.replace(context, statistics=dataclasses.replace(context.statistics, probe={}))
+            if isinstance(editor, CachingEditor):
+                context = dataclasses.replace(context, cache_c=editor.update_cache(model, tokenizer, requests, context))
+            if context.covariance is not None:
+                # It was compared with the unedited model; from now on the model's keys differ on purpose.
+                unmarked = dataclasses.replace(context.covariance, fingerprint={})
+                context = dataclasses.replace(context, covariance=unmarked)
             deltas.append(delta)
     return deltas

@@ -1,4 +1,4 @@
-"""Kinds of numbers that editors take as settings; `make_editor` checks them."""
+"""Types of editors' settings; `make_editor` checks them."""
 
 from typing import Annotated
 
@@ -8,10 +8,10 @@ MOST_LAYERS = 10_000
 """More layers than any model has."""
 
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
-"""A whole number from 1 on that a loop or a tensor may have."""
+"""A whole number from 1 on: steps, facts, rows."""
 
 Rank = Annotated[int, Field(strict=True, ge=1, le=2**16)]
-"""A rank, or a number of blocks: memory is set aside for each of them."""
+"""A rank, or a number of blocks; smaller than a `Count`, since memory is allocated for each."""
 
 Layer = Annotated[int, Field(strict=True, ge=0, le=MOST_LAYERS - 1)]
 """The index of a layer, counted from 0."""

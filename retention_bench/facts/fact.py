@@ -19,7 +19,7 @@ MAX_TEXT = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One (subject, relation, object) triple in CounterFact's form.
+    """One (subject, relation, object) triple in CounterFact's format.
 
     Attributes:
         id: Unique within a `FactSet`.

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.pool import RowCounts
 from retention_bench.facts.target import first_tokens
-from retention_bench.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def knowledge(
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[Knowledge]:
-    """Ask a model for every fact's true target.
+    """How well a model knows each fact: the probabilities of its true target and of the runner-up.
 
     Prompts of equal length go together, so no padding can change a probability. What is longer than the model's context
     is not known.

@@ -1,15 +1,19 @@
-"""More prompts for a fact, to edit it with: its own paraphrases, other words before its prompt, or a model's."""
+"""More prompts to edit a fact with: its own paraphrases, its prompt behind an opening, or a model's paraphrases."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts.fact import Fact, FactSet
-from retention_bench.facts.written import write_paraphrases
-from retention_bench.progress import Progress, silent
+from retention_bench.facts.llm_paraphrases import write_paraphrases
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL = "model:"
 """What a source begins with that names a model."""
@@ -73,9 +77,7 @@ def augment(
     source: str,
     *,
     seed: int,
-    device: str = "cpu",
-    dtype: str = "float32",
-    revision: str | None = None,
+    load: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
     progress: Progress = silent,
 ) -> dict[str, tuple[str, ...]]:
     """Find more prompts for facts, in the form of `Fact.prompt`.
@@ -86,9 +88,7 @@ def augment(
         source: `own` takes a fact's paraphrases, in their order; `template` puts the fact's prompt behind one of
             `OPENINGS`; `model:NAME` lets the instruct model in a folder or on the Hub write them.
         seed: Seed of the openings and of the model's sampling.
-        device: Where the model runs.
-        dtype: What the model's weights are converted to.
-        revision: The model's Hub revision.
+        load: Loads the model that a source `model:NAME` names, and its tokenizer; such a source needs it.
         progress: Told how many facts a model has written for.
 
     Returns:
@@ -96,8 +96,9 @@ def augment(
         fact's own.
 
     Raises:
-        UsageError: No such source, a negative count, or more than the source has for every fact.
-        RetentionBenchError: A fact has too few, and is named; or the model cannot be loaded.
+        UsageError: No such source, a negative count, more than the source has for every fact, or a model without
+            `load`.
+        RetentionBenchError: A fact has too few, and is named. Also what `load` raises.
     """
     check_source(source, count)
     if count < 0:
@@ -107,17 +108,15 @@ def augment(
         return {fact.id: () for fact in facts}
     if not source.startswith(MODEL):
         return {fact.id: _PICK[source](fact, count, seed) for fact in facts}
-    import torch
-
-    from retention_bench.models import load_model
-
+    if load is None:
+        raise UsageError(f"The paraphrase source {source!r} needs its model. Give augment `load`, or another source.")
     name = source.removeprefix(MODEL)
-    model, tokenizer = load_model(name, device=device, dtype=getattr(torch, dtype), revision=revision)
+    model, tokenizer = load(name)
     return write_paraphrases(model, tokenizer, facts, count, seed=seed, name=name, progress=progress)
 
 
 def unseen(facts: FactSet, prompts: Mapping[str, Sequence[str]]) -> FactSet:
-    """Facts without those of their paraphrases that they were edited with, which would be no test of the edit.
+    """Facts without those of their paraphrases that they were edited with, which would not test the edit.
 
     Args:
         facts: The facts.

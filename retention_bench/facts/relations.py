@@ -5,12 +5,13 @@ is". One relation is asked in several templates, and the disjoint split needs th
 under two could stand on both of its sides. So templates are tied together wherever something says that they may ask the
 same, and what is tied is one relation:
 
-- a fact's neighbour is another subject with the same relation and object (Meng et al. 2022), so its prompt's template
-  asks what the fact's own does;
+- a fact's neighborhood prompts are about other subjects with the same relation and object (Meng et al. 2022), so their
+  templates ask what the fact's own does;
 - `relations.json` names the Wikidata relations of templates that CounterFact is made of;
-- a group of templates with too few neighbours to show that it is whole is tied to every group that shares its objects.
+- a group of templates with too few neighborhood prompts to show that it is whole is tied to every group
+  that shares its objects.
 
-A tie too many makes a relation coarser and nothing worse: relations that share a template ("{} is in" asks for P131 and
+A tie too many only makes a relation coarser: relations that share a template ("{} is in" asks for P131 and
 for P276) cannot be told apart by their prompts and become one, "P131+P276".
 """
 
@@ -27,8 +28,9 @@ from typing import NamedTuple
 OVERLAP = 0.3
 """Share of the smaller one's objects, true and new, that ties two groups of templates, if it is two objects at least.
 
-By this alone, without neighbours and ids, the 213 templates of the 10,000 facts in counterfact_edit.json fall into nine
-groups, and one into none; of the 24 relations that the neighbours show none lies in two of them. At 0.4 one does.
+By this alone, without neighborhood prompts and ids, the 213 templates of the 10,000 facts in counterfact_edit.json fall
+into nine groups, and one into none; of the 24 relations that those prompts show none lies in two of them. At 0.4 one
+does.
 """
 
 PLACES = 20
@@ -38,7 +40,7 @@ LONGEST_NAME = 1000
 """Characters of a subject that is looked for in another case too, which takes time for each in the prompt."""
 
 ENOUGH = 20
-"""Neighbours found within a group that make it stand for itself, without a look at its objects."""
+"""Neighborhood prompts within a group that make it stand for itself, without a look at its objects."""
 
 
 class Asked(NamedTuple):
@@ -100,7 +102,7 @@ def name_relations(
     known = known_templates() if known is None else known
     counts = Counter(fact.template for fact in asked)
     groups = DisjointSet(sorted(counts))
-    ties = list(_neighbours(asked))
+    ties = list(_same_relation(asked))
     for first, second in ties:
         groups.merge(first, second)
     by_id: dict[str, str] = {}
@@ -149,8 +151,8 @@ def _places(prompt: str, subject: str) -> list[tuple[int, int]]:
     return [place for place in anycase if whole(*place)]
 
 
-def _neighbours(asked: Iterable[Asked]) -> Iterator[tuple[str, str]]:
-    """A fact's template and that of each of its neighbours: the longest of all templates that fits the prompt."""
+def _same_relation(asked: Iterable[Asked]) -> Iterator[tuple[str, str]]:
+    """A fact's template and that of each of its neighborhood prompts: the longest template that fits the prompt."""
     asked = list(asked)
     endings: dict[str, set[str]] = defaultdict(set)
     for template in {fact.template for fact in asked}:

@@ -11,12 +11,11 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import pydantic
 
-from retention_bench.data import shortened
+from retention_bench.data import is_local, shortened
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import Fact
 from retention_bench.finetune.contamination import Removed, Terms
 from retention_bench.finetune.dropped import Drop, to_json
-from retention_bench.finetune.rows import is_local
 
 ENTRY_POINTS = "retention_bench.finetunes"
 ADAPTERS = ("none", "lora", "dora")
@@ -94,7 +93,7 @@ class DataCheck:
     Attributes:
         reads: What is read as what, in words; None where the data could not be looked into.
         skipped: Why not, in words.
-        rows: The rows there are, without those of another form; None where that is not known.
+        rows: The rows there are, without those of another format; None where that is not known.
         tried: Rows that were tokenised.
         usable: Those of them that can be trained on.
         dropped: The rows that cannot, of all that were looked at, by reason.

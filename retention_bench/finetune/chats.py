@@ -243,12 +243,12 @@ def _said(error: Exception) -> str:
 
 
 class _TooLongError(BaseException):
-    """Goes through whatever a library catches."""
+    """Raised when a template takes too long; no `Exception`, so that no library catches it."""
 
 
 @contextlib.contextmanager
 def _steady() -> Iterator[None]:
-    """A template within a `with` block draws the same chance each time."""
+    """Within a `with` block a template draws the same random numbers each time."""
     chance = random.getstate()
     random.seed(0)
     try:
@@ -259,7 +259,7 @@ def _steady() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _harmless() -> Iterator[None]:
-    """The same; and it ends, and does not fill the memory.
+    """As `_steady`, with limits on a template's time and memory.
 
     A process's own time is counted, so that a slow machine does no harm; only a main thread can be interrupted.
 

@@ -1,4 +1,4 @@
-"""What a trainer leaves behind on a model and says on the way, undone and silenced."""
+"""Undo what a trainer leaves behind on a model, and silence its libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @contextlib.contextmanager
 def given_back(model: Any) -> Iterator[None]:
-    """Undo what is done to a model besides training it: freezing, and what the trainer leaves behind.
+    """Restore a model after training, weights apart: what was frozen, and what the trainer leaves behind.
 
     SFTTrainer replaces `forward` on the instance (and autocast does so again), Trainer writes `use_cache=False` into
     the config, which a checkpoint would carry on into slow decoding.

@@ -10,8 +10,8 @@ import pydantic
 
 from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.dataset_formats import TEXT, Sample
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.forms import TEXT, Sample
 from retention_bench.finetune.sampling import draw, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Positive, Settings, check_sampled_validation
 from retention_bench.finetune.texts import check_tokenizer, encode_text
@@ -26,8 +26,8 @@ class CommonCrawl(Settings):
     that they are such rows is our own choice. The validation rows are sampled from the training rows.
 
     Attributes:
-        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id, with a column `text`. A Hub data set is
-            streamed: see `shuffled_rows` for what is then sampled.
+        source: A data file (see `Source`) or a Hub data set id, with a column `text`. A Hub data set is
+            streamed: see `Source.rows` for what is then sampled.
     """
 
     name: ClassVar[str] = "commoncrawl"

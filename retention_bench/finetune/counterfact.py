@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import pydantic
 
+from retention_bench.data import is_local
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import Fact, object_ids, read_pool
 from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped, Unusable
-from retention_bench.finetune.rows import is_local
 from retention_bench.finetune.sampling import draw, sample_validation
 from retention_bench.finetune.settings import Settings, check_sampled_validation, check_share
 

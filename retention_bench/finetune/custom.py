@@ -11,9 +11,9 @@ from pydantic import Field
 
 from retention_bench.finetune.base import DataCheck, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.dataset_formats import FORMATS, DatasetFormat, encoder, labelled
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.forms import FORMS, Form, encoder, labelled
-from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
+from retention_bench.finetune.sampling import draw, format_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import (
     Count,
     Positive,
@@ -35,13 +35,13 @@ class Custom(Recipe):
     `messages` are chats, with the loss on the assistant's turns, and so are ShareGPT's `conversations` and Alpaca's
     `instruction`, `input` and `output`; `prompt` and `completion` are texts, with the loss on the completion and the
     EOS behind it, or messages; `text` is modelled as it stands, with EOS at its end. A data set with several of these
-    is taken for the first of `FORMS`. With `classes` set, `text` and `label` are classified like IMDB's.
+    is taken for the first of `FORMATS`. With `classes` set, `text` and `label` are classified like IMDB's.
 
     The validation rows are sampled from the training rows. All defaults but those of `Recipe` are own choices, so that
     a data set can be named without a suite's entry.
 
     Attributes:
-        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id (its split `train`).
+        source: A data file (see `Source`) or a Hub data set id (its split `train`).
         train_size: Training rows, sampled by seed from the rows that pass the contamination filter; None for all.
         validation_size: Validation rows; None for `VALIDATION`, or all training rows where those are fewer.
         threshold: The value of the metric that ends the run; the default is the paper's for instruction tuning of
@@ -49,7 +49,7 @@ class Custom(Recipe):
         max_steps: The run ends after this many optimiser steps in any case.
         classes: How many labels there are, from 0 on; None where the data set is not one for classification. With
             classes the metric is the accuracy, and the threshold must be a share.
-        stream: Whether a Hub data set is streamed instead of downloaded; see `shuffled_rows`. Needs a `train_size`.
+        stream: Whether a Hub data set is streamed instead of downloaded; see `Source.rows`. Needs a `train_size`.
     """
 
     name: ClassVar[str] = "path"
@@ -82,7 +82,7 @@ class Custom(Recipe):
         """Look into the rows; see `CheckedFinetune`."""
         size = self.train_size or self.validation_size
         setting = "train_size" if self.train_size else "validation_size"
-        return look(self, self._forms, tokenizer, size=size, setting=setting, also=self._also)
+        return look(self, self._formats, tokenizer, size=size, setting=setting, also=self._also)
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the rows.
@@ -92,11 +92,11 @@ class Custom(Recipe):
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
         encode = encoder(context.tokenizer, self.max_length)
-        form = form_of(self, self._forms, stream=self.stream, also=self._also)
+        data_format = format_of(self, self._formats, stream=self.stream, also=self._also)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            samples(self, form, rng, dropped, stream=self.stream),
+            samples(self, data_format, rng, dropped, stream=self.stream),
             encode,
             text=words,
             contamination=contamination,
@@ -110,8 +110,8 @@ class Custom(Recipe):
         return TuningData(train, validation, contamination.report(), dropped.report())
 
     @property
-    def _forms(self) -> Sequence[Form]:
-        return FORMS if self.classes is None else [labelled(self.classes)]
+    def _formats(self) -> Sequence[DatasetFormat]:
+        return FORMATS if self.classes is None else [labelled(self.classes)]
 
     @property
     def _also(self) -> str:

@@ -1,4 +1,4 @@
-"""Rows that are left out since nothing can be trained on in them, counted by reason."""
+"""Rows that are left out because they hold nothing to train on, counted by reason."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from retention_bench.errors import UsageError
 from retention_bench.finetune.dropped import shown
 
-FORMS = "none, edited, unedited, below:K, window:C:W"
+ALLOWED = "none, edited, unedited, below:K, window:C:W"
 
 MOST = 100_000
 """Layers beyond which a count is a slip of the pen, or worse."""
@@ -19,7 +19,7 @@ class Freeze(NamedTuple):
     """A parsed `--freeze`.
 
     Attributes:
-        kind: One of the forms' names.
+        kind: `none`, `edited`, `unedited`, `below` or `window`.
         numbers: K, or C and W.
     """
 
@@ -65,7 +65,7 @@ class Freeze(NamedTuple):
         """Set `requires_grad` of all parameters; `none` leaves it as it is.
 
         `edited` also trains what belongs to no layer: embeddings, final norm and head. `below:K` trains of
-        that what stands above the layers: the final norm, and the head where it is not the embedding matrix.
+        those only what stands above the layers: the final norm, and the head where it is not the embedding matrix.
         `unedited` and `window` train layers alone.
 
         Args:
@@ -105,14 +105,14 @@ def parse_freeze(text: str) -> Freeze:
     """Read a `--freeze`.
 
     Raises:
-        UsageError: It has none of the forms.
+        UsageError: It is none of those.
     """
     if text in ("none", "edited", "unedited"):
         return Freeze(text)
     found = re.fullmatch(r"(below):(\d{1,9})|(window):(\d{1,9}):(\d{1,9})", text, re.ASCII)
     if found is None or (found[3] and int(found[5]) == 0):
         raise UsageError(
-            f"--freeze {shown(text)} is not known. Allowed: {FORMS}; layers are counted from 0. below:K trains the "
+            f"--freeze {shown(text)} is not known. Allowed: {ALLOWED}; layers are counted from 0. below:K trains the "
             "layers from K on, window:C:W the W layers around C."
         )
     kind, *numbers = (part for part in found.groups() if part is not None)

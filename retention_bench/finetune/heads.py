@@ -1,4 +1,4 @@
-"""What a task trains: the model under its own head, or its backbone under a linear one that tells classes apart."""
+"""What a task trains: the whole model, or its backbone under a linear classification head."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import pydantic
 
+from retention_bench.data import is_local
 from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.dataset_formats import Sample, encoder, labelled
 from retention_bench.finetune.dropped import Dropped, Unusable
-from retention_bench.finetune.forms import Sample, encoder, labelled
-from retention_bench.finetune.rows import is_local
 from retention_bench.finetune.sampling import draw, look, samples, words
 from retention_bench.finetune.settings import Count, Positive, Recipe, Size, check_share, check_steps
 
@@ -25,7 +25,7 @@ class IMDB(Recipe):
     from `test`; of a local file they are different rows.
 
     Attributes:
-        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id, with the columns `text` and `label`.
+        source: A data file (see `Source`) or a Hub data set id, with the columns `text` and `label`.
         train_size: Training rows, sampled by seed from the rows that pass the contamination filter. None for all of
             them: the paper's 25,000 are all that IMDB has, and some mention a fact.
         validation_size: Validation rows.
@@ -62,7 +62,7 @@ class IMDB(Recipe):
             UsageError: The source does not exist, or the tokenizer has no EOS token.
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
-        form, encode = labelled(2), encoder(context.tokenizer, self.max_length)
+        data_format, encode = labelled(2), encoder(context.tokenizer, self.max_length)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         taken: set[tuple[int, ...]] = set()
@@ -87,11 +87,11 @@ class IMDB(Recipe):
             )
 
         local = is_local(self.source)
-        rows = samples(self, form, rng, dropped, split="train" if local else "test")
+        rows = samples(self, data_format, rng, dropped, split="train" if local else "test")
         validation = drawn("validation_size", self.validation_size, "rows" if local else "rows in the split test")
         taken.update(tuple(example.input_ids) for example in validation)
         if not local:
-            rows = samples(self, form, rng, dropped)
+            rows = samples(self, data_format, rng, dropped)
         what = "rows besides those validated on" if local else "rows in the split train"
         train = drawn("train_size", self.train_size, what)
         return TuningData(train, validation, contamination.report(), dropped.report())

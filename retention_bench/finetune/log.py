@@ -20,7 +20,7 @@ class FinetuneLog:
         stopped_by: What ended the run.
         learned: The threshold ended it, and was not reached before the first step. Only then is what the model still
             knows retention.
-        why_not: Why nothing was learned, in words; None if something was.
+        why_not: Why nothing was learned, in words; None if it was.
         metric: The name of the metric that the stop rule looks at.
         value: The metric at the end; None where it is not a number.
         threshold: The value that ends a run.
@@ -33,8 +33,8 @@ class FinetuneLog:
         freeze: What was kept from changing.
         adapter: What was trained in the weights' place.
         trained_layers: The layers that were trained.
-        trainable_parameters: Numbers that the optimiser could change.
-        parameters: Numbers in the model.
+        trainable_parameters: Parameters that the optimiser could change.
+        parameters: Parameters of the model.
         micro_batch_size: Rows in a forward pass, after all halvings.
         processes: How many processes shared the rows of a step, each with a GPU of its own.
     """

@@ -49,7 +49,7 @@ def unshard(model: Any) -> None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # some are still together from the last forward pass, in memory that belongs to FSDP
+            module.reshard()  # some are still gathered from the last forward pass, in memory that belongs to FSDP
     whole: dict[int, Parameter] = {}  # a tied parameter stays tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

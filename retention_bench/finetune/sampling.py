@@ -6,44 +6,54 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from retention_bench.data import Source
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune.base import DataCheck, Example
 from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.dataset_formats import DatasetFormat, Sample, encoder, find_format
 from retention_bench.finetune.dropped import Dropped, Unusable, described
-from retention_bench.finetune.forms import Form, Sample, encoder, find_form
-from retention_bench.finetune.rows import Origin, column_names, first_rows, is_local, shuffled_rows, unreachable
+from retention_bench.finetune.rows import first_rows, shuffled_rows
 from retention_bench.finetune.settings import Recipe
 
 T = TypeVar("T")
 
 
-def origin(settings: Recipe, split: str = "train") -> Origin:
+def source_of(settings: Recipe, split: str = "train", *, stream: bool = False) -> Source:
     """Where a task's rows come from."""
-    return Origin(settings.source, settings.revision, settings.config, split)
+    return Source(settings.source, settings.revision, settings.config, split, stream)
 
 
-def form_of(settings: Recipe, forms: Sequence[Form], *, stream: bool = False, also: str = "") -> Form:
-    """The form of a task's data set; see `find_form`."""
-    return find_form(settings.source, column_names(origin(settings), stream=stream), forms, also)
+def format_of(
+    settings: Recipe, formats: Sequence[DatasetFormat], *, stream: bool = False, also: str = ""
+) -> DatasetFormat:
+    """The format of a task's data set; see `find_format`."""
+    return find_format(settings.source, source_of(settings, stream=stream).columns(), formats, also)
 
 
 def samples(
-    settings: Recipe, form: Form, rng: random.Random, dropped: Dropped, *, split: str = "train", stream: bool = False
+    settings: Recipe,
+    data_format: DatasetFormat,
+    rng: random.Random,
+    dropped: Dropped,
+    *,
+    split: str = "train",
+    stream: bool = False,
 ) -> Iterator[tuple[str, Sample]]:
     """What can be trained on in a data set's rows, with where each stands, in an order drawn at random.
 
     Args:
         settings: The task.
-        form: The form of its rows.
+        data_format: The format of its rows.
         rng: Source of chance.
         dropped: Counts the rows that are left out.
         split: The Hub data set's split.
-        stream: As in `shuffled_rows`.
+        stream: Whether a Hub data set is streamed; see `Source.rows` for what is then sampled.
     """
-    rows = shuffled_rows(origin(settings, split), form.columns, rng, dropped, optional=form.optional, stream=stream)
+    source = source_of(settings, split, stream=stream)
+    rows = shuffled_rows(source, data_format.columns, rng, dropped, optional=data_format.optional)
     for place, row in rows:
         try:
-            sample = form.sample(row)
+            sample = data_format.sample(row)
         except Unusable as error:
             dropped.count(place, error)
         else:
@@ -120,7 +130,7 @@ TRIED = 50
 
 def look(
     settings: Recipe,
-    forms: Sequence[Form],
+    formats: Sequence[DatasetFormat],
     tokenizer: Any,
     *,
     size: int | None = None,
@@ -134,28 +144,29 @@ def look(
 
     Args:
         settings: The task.
-        forms: The forms that its rows may have.
+        formats: The formats that its rows may have.
         tokenizer: The model's tokenizer.
         size: How many rows are needed, where a row makes one example.
         setting: The setting that says so, for the error.
-        also: As in `find_form`.
+        also: As in `find_format`.
 
     Raises:
         UsageError: The tokenizer or the columns cannot be used.
         RetentionBenchError: The data cannot be read, no row can be used, or there are too few.
     """
-    encode, dropped, local = encoder(tokenizer, settings.max_length), Dropped(), is_local(settings.source)
-    if reason := unreachable(origin(settings)):
+    encode, dropped, source = encoder(tokenizer, settings.max_length), Dropped(), source_of(settings, stream=True)
+    if reason := source.unreachable():
         return DataCheck(None, skipped=f"{settings.source} is looked into when the fine-tune begins: {reason}")
-    form = form_of(settings, forms, stream=True, also=also)
+    data_format = format_of(settings, formats, stream=True, also=also)
+    local = source.is_local
     rows = tried = usable = longest = 0
-    for place, row in first_rows(origin(settings), form.columns, dropped, optional=form.optional, hub=TRIED):
+    for place, row in first_rows(source, data_format.columns, dropped, optional=data_format.optional, hub=TRIED):
         rows += 1
         if tried >= TRIED and usable:
             continue
         tried += 1
         try:
-            examples = encode(form.sample(row))
+            examples = encode(data_format.sample(row))
         except Unusable as error:
             dropped.count(place, error)
             rows -= 1
@@ -166,11 +177,12 @@ def look(
         left_out, there = described(dropped.report()), rows + dropped.rows
         wanted = f"{setting} is {size}" if usable else "one at least is needed"
         raise RetentionBenchError(
-            f"{settings.source}: {form.reads}; of {'' if local else 'the first '}{there} rows {rows or 'none'} can be "
-            f"trained on, and {wanted}. {f'Left out: {left_out}. ' if left_out else ''}Correct that, or give others."
+            f"{settings.source}: {data_format.reads}; of {'' if local else 'the first '}{there} rows {rows or 'none'} "
+            f"can be trained on, and {wanted}. {f'Left out: {left_out}. ' if left_out else ''}Correct that, or "
+            "give others."
         )
     return DataCheck(
-        form.reads,
+        data_format.reads,
         rows=rows if local else None,
         tried=tried,
         usable=usable,

@@ -10,10 +10,10 @@ from typing import Annotated
 import pydantic
 from pydantic import Field
 
+from retention_bench.data import is_local
 from retention_bench.finetune.dropped import shown
-from retention_bench.finetune.rows import is_local
 
-# The upper limits of counts are far beyond what anybody trains with, and keep a slip of the pen from taking all memory.
+# The upper limits of counts are far beyond what anybody trains with, and keep a typing error from taking all memory.
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Size = Annotated[int, Field(strict=True, ge=1, le=100_000_000)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
@@ -91,15 +91,14 @@ def _check_source(source: str) -> None:
     Raises:
         ValueError: It is neither.
     """
-    local = is_local(source)
     try:
         os.stat(os.path.expanduser(source))
     except ValueError as error:  # NUL
         raise ValueError(f"source is no path: {error}") from error
     except OSError as error:
-        if local and error.errno == errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG:
             raise ValueError(f"source is no path: {error.strerror}") from error
-    if not local and not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", source, re.ASCII):
+    if not is_local(source) and not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", source, re.ASCII):
         raise ValueError(f"source is neither a file nor a Hub data set id (owner/name): {shown(source)}")
 
 

@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from retention_bench.data.durable import DamagedError, check, remove, seal
 from retention_bench.display import plain
+from retention_bench.display.progress import Progress
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune import processes
 from retention_bench.finetune.base import Metric
 from retention_bench.finetune.validation import Measured, reached
-from retention_bench.progress import Progress
 
 StoppedBy = Literal["threshold", "budget", "diverged"]
 

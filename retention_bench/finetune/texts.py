@@ -71,11 +71,13 @@ def encode_class(tokenizer: Any, text: str, label: int, max_length: int) -> Exam
 
 
 def parse_class(cell: Any, classes: int) -> int:
-    """Check a cell that holds a class.
+    """Check a cell that holds a class, as a number or, in CSV, as the text of one.
 
     Raises:
         ValueError: It is none of 0 to `classes` - 1.
     """
+    if isinstance(cell, str) and cell.isascii() and cell.isdecimal() and cell == str(int(cell[:9])):
+        cell = int(cell)
     if isinstance(cell, bool) or not isinstance(cell, int) or not 0 <= cell < classes:
         allowed = ", ".join(map(str, range(classes))) if classes <= 10 else f"0 to {classes - 1}"
         raise ValueError(f"must be one of {allowed}, got {shown(cell)}")

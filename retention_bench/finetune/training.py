@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact
 from retention_bench.finetune import processes
@@ -35,7 +36,6 @@ from retention_bench.finetune.kernels import faster_steps
 from retention_bench.finetune.log import FinetuneLog
 from retention_bench.finetune.stopping import StopRule
 from retention_bench.finetune.validation import ROWS, measure
-from retention_bench.progress import Progress, silent
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Instruction tuning on chats in the form of the Tulu-3 SFT mixture (`allenai/tulu-3-sft-mixture`)."""
+"""Instruction tuning on chats in the format of the Tulu-3 SFT mixture (`allenai/tulu-3-sft-mixture`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pydantic
 from retention_bench.finetune.base import DataCheck, Metric, TuningContext, TuningData
 from retention_bench.finetune.chats import chat_template
 from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.dataset_formats import CHATS, encoder
 from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.forms import CHATS, encoder
-from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
+from retention_bench.finetune.sampling import draw, format_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Count, Settings, check_sampled_validation
 
 
@@ -24,7 +24,7 @@ class Tulu3(Settings):
     rows stand sorted by origin, and a stream would sample the first origins only.
 
     Attributes:
-        source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id, with a column `messages` or another form of
+        source: A data file (see `Source`) or a Hub data set id, with a column `messages` or another format of
             `CHATS`.
     """
 
@@ -51,11 +51,11 @@ class Tulu3(Settings):
             UsageError: The source does not exist, or the tokenizer cannot be used.
             RetentionBenchError: The data cannot be read, or fewer than `train_size` rows are left after filtering.
         """
-        encode, form = encoder(context.tokenizer, self.max_length), form_of(self, CHATS)
+        encode, data_format = encoder(context.tokenizer, self.max_length), format_of(self, CHATS)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            samples(self, form, rng, dropped),
+            samples(self, data_format, rng, dropped),
             encode,
             text=words,
             contamination=contamination,

@@ -14,7 +14,7 @@ from retention_bench.models.families import (
     projection,
     projection_name,
 )
-from retention_bench.models.files import check_place, kind_of, read_tensors, replacing, write_tensors
+from retention_bench.models.files import check_place, kind_of, read_header, read_tensors, replacing, write_tensors
 from retention_bench.models.forward import frozen, last_hidden, log_probabilities, pad, record
 from retention_bench.models.loading import empty_model, load_config, load_model, load_tokenizer, local_folder
 from retention_bench.models.reference import Named, Reference, fetch, parse_reference, read_manifest, read_references
@@ -52,6 +52,7 @@ __all__ = [
     "parse_reference",
     "projection",
     "projection_name",
+    "read_header",
     "read_manifest",
     "read_references",
     "read_tensors",

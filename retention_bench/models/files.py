@@ -73,26 +73,33 @@ def read_tensors(
         RetentionBenchError: It holds something else or another version, it is broken, or has a tensor of another dtype
             or a number that is not finite.
     """
-    found = find_file(path, f"file with a {kind}")
-    try:
-        with safe_open(found, framework="pt") as file:
-            place = f"{path}, metadata"
-            about = checked(dict[str, Any], parse_json((file.metadata() or {}).get(_ABOUT, "{}"), place), place)
-            if (about.get("kind"), about.get("version")) != (kind, version):
-                other = f"{shortened(about.get('kind'))} of version {shortened(about.get('version'))}"
-                raise RetentionBenchError(
-                    f"{path} should hold a {kind} of version {version}, and holds "
-                    f"{other if 'kind' in about else 'something else'}. Make it again."
-                )
-            stated = checked(schema, about, place)
-            tensors = {name: _tensor(file, name, also, path) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise RetentionBenchError(f"{path} is no safetensors file, or is cut off ({error}). Make it again.") from error
+    with _opened(path, schema, kind, version) as (file, about, stated):
+        tensors = {name: _tensor(file, name, also, path) for name in file.keys()}  # noqa: SIM118 - no mapping
     if "sha256" in about and about["sha256"] != _sha256(tensors):
         raise RetentionBenchError(
             f"{path} is damaged: its numbers are not those that were written. Make it again, or fetch it again."
         )
     return tensors, stated
+
+
+def read_header(path: Path | str, schema: type[T], *, kind: str, version: int) -> tuple[dict[str, list[int]], T]:
+    """Read what a file of `write_tensors` says of itself, without its tensors.
+
+    Args:
+        path: The file.
+        schema: As for `read_tensors`.
+        kind: What it must hold.
+        version: The version that it must have.
+
+    Returns:
+        The tensors' shapes by name, and what was kept beside them.
+
+    Raises:
+        UsageError: There is no such file, or it is a folder, a pipe or a device.
+        RetentionBenchError: It holds something else or another version, or it is broken.
+    """
+    with _opened(path, schema, kind, version) as (file, _, stated):
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}, stated  # noqa: SIM118 - no mapping
 
 
 def kind_of(path: Path) -> str | None:
@@ -150,6 +157,25 @@ def check_place(path: Path | str) -> None:
             f"{path} cannot be written: {reason}. Give the path of a file, in a folder that is there and can be "
             "written to."
         ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str, schema: type[T], kind: str, version: int) -> Iterator[tuple[Any, dict[str, Any], T]]:
+    """A file that must hold a kind of tensors: open, what stands beside them, and that by its schema."""
+    found = find_file(path, f"file with a {kind}")
+    try:
+        with safe_open(found, framework="pt") as file:
+            place = f"{path}, metadata"
+            about = checked(dict[str, Any], parse_json((file.metadata() or {}).get(_ABOUT, "{}"), place), place)
+            if (about.get("kind"), about.get("version")) != (kind, version):
+                other = f"{shortened(about.get('kind'))} of version {shortened(about.get('version'))}"
+                raise RetentionBenchError(
+                    f"{path} should hold a {kind} of version {version}, and holds "
+                    f"{other if 'kind' in about else 'something else'}. Make it again."
+                )
+            yield file, about, checked(schema, about, place)
+    except (SafetensorError, OSError) as error:
+        raise RetentionBenchError(f"{path} is no safetensors file, or is cut off ({error}). Make it again.") from error
 
 
 def _tensor(file: Any, name: str, also: Collection[str], path: Path | str) -> Tensor:

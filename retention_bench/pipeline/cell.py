@@ -1,16 +1,57 @@
-"""One cell of the leaderboard, and what it consists of once its settings are resolved."""
+"""A cell of the leaderboard, and the stages that it consists of.
+
+A cell is laid out before anything runs: every key follows from the cell's settings and its input files, so a plan costs
+no model and a second run finds all that the first one finished.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from retention_bench.editors import Editor
-from retention_bench.finetune import Finetune
-from retention_bench.pipeline.inputs import Input
-from retention_bench.pipeline.launching import Launcher
-from retention_bench.pipeline.suite import ModelConfig, Suite
+from retention_bench.data import find_file, read_json
+from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
+from retention_bench.errors import UsageError, unknown_name
+from retention_bench.facts import MODEL, check_source, load_pool
+from retention_bench.finetune import (
+    ADAPTERS,
+    Freeze,
+    finetune_names,
+    make_finetune,
+    parse_finetune,
+    parse_freeze,
+)
+from retention_bench.finetune import Finetune as Task
+from retention_bench.pipeline.distributed.launching import Launcher, check_one_gpu, launcher
+from retention_bench.pipeline.stage import Model, Rows
+from retention_bench.pipeline.stages import (
+    Covariance,
+    CovarianceFile,
+    Edit,
+    Experiment,
+    Facts,
+    Finetune,
+    Fit,
+    Gather,
+    Knowledge,
+    Paraphrases,
+    Score,
+    Unknown,
+)
+from retention_bench.pipeline.stages.facts import Group
+from retention_bench.pipeline.stages.finetune import Tracked
+from retention_bench.pipeline.suite import ModelConfig, Source, Suite
+from retention_bench.results import KINDS
+from retention_bench.store.fingerprints import config_file, model_fingerprint, source_fingerprint
+
+MOST_MODELS = 10_000
+"""Edited models of a cell."""
+
+_SEVERAL = re.compile(rb'^\s*\[|"requested_rewrite"\s*:\s*\[')  # a line that holds several facts, as MQuAKE's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +71,7 @@ class Cell:
         adapter: What they train in the weights' place: `none`, `lora` or `dora`.
         probe_every: Optimiser steps between two looks at all facts while a model is trained; 0 for none.
         accelerate_config: How fine-tunes are started on several GPUs, see `launcher`; None for one, in this process.
+        covariance: A file of the covariance of the keys, in place of one that is collected.
     """
 
     suite: Suite
@@ -44,96 +86,271 @@ class Cell:
     adapter: str = "none"
     probe_every: int = 0
     accelerate_config: str | None = None
+    covariance: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage of a plan.
+def plan(cell: Cell) -> Gather:
+    """Resolve a cell's settings and lay out its stages.
 
-    Attributes:
-        name: Which stage it is.
-        title: The same for people.
-        inputs: Everything its result depends on.
-        reads: What it reads from outside the store, itself and not through another stage.
-    """
-
-    name: str
-    title: str
-    inputs: Mapping[str, Any]
-    reads: tuple[Input, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """One edited copy of the base model.
-
-    Attributes:
-        index: Its place among the cell's experiments.
-        facts: The edited facts it holds, as a slice of the cell's.
-        edit: The stage that edits it.
-        edit_score: The stage that scores it after the edit.
-        finetune: The stage that fine-tunes it.
-        finetune_score: The stage that scores it after the fine-tune.
-    """
-
-    index: int
-    facts: slice
-    edit: Stage
-    edit_score: Stage
-    finetune: Stage
-    finetune_score: Stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A cell with its settings resolved and checked.
-
-    Attributes:
+    Args:
         cell: The cell.
-        model_name: The model's name in the results.
-        model: The model's configuration, its path absolute.
-        editor: The editor with the suite's settings.
-        finetune: The fine-tune with the suite's settings.
-        finetune_name: Its name in the results.
-        facts: The stage that filters and splits the facts.
-        base_score: The stage that scores the base model.
-        statistics: The stage that measures the key statistics, if the editor needs them.
-        fit: The stage that trains the editor, if it is one that trains first.
-        paraphrases: The stage that finds more prompts for the edits, if there shall be any.
-        paraphrase_source: Where they come from, a model by its name in the results; None if there are none.
-        writer: The model that writes them, if one does, its path absolute.
-        launcher: What starts the fine-tunes in processes of their own, if there shall be several.
-        unknown: The stage that finds the facts that the base model does not know, if the fine-tune teaches those.
-        experiments: The edited copies.
-        control: The stage that fine-tunes the unedited base model.
-        control_score: The stage that scores it.
-        results: The stage that gathers everything.
+
+    Returns:
+        The last stage, which holds all the others.
+
+    Raises:
+        UsageError: An unknown model, editor, fine-tune, paraphrase source or setting.
+        RetentionBenchError: An input file is missing.
     """
+    suite = cell.suite
+    model_name, config = suite.model(cell.model)
+    registered, editor = _editor(cell, config)
+    task, finetune, data, finetune_name = _finetune(cell, config)
+    freeze = parse_freeze(cell.freeze)
+    _check_trainable(config, freeze)
+    if cell.adapter not in ADAPTERS:
+        raise unknown_name("adapter", cell.adapter, ADAPTERS)
+    start = _launcher(cell, finetune)
+    model, pool = model_of(config, cell.device), rows_of(suite.facts, suite)
+    _check_pool(suite)
+    if suite.facts.keywords:
+        load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
+    facts = Facts(Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seed)
+    covariance: Covariance | CovarianceFile | None = None
+    corpus = suite.covariance
+    if editor.covariance_layers and (file := _covariance_file(cell)):
+        covariance = CovarianceFile.of(model, file, editor.covariance_layers)
+    elif editor.covariance_layers:
+        covariance = Covariance.of(
+            model,
+            rows_of(corpus, suite),
+            editor.covariance_layers,
+            texts=corpus.texts,
+            max_length=corpus.max_length,
+        )
+    settings = _plain(editor)
+    fit = Fit(facts, registered, settings, cell.seed, cell.editor) if isinstance(editor, FittedEditor) else None
+    paraphrases = _paraphrases(cell, facts)
+    unknown = Unknown(Knowledge(model, data)) if finetune.asks_base else None
 
-    cell: Cell
-    model_name: str
-    model: ModelConfig
-    editor: Editor
-    finetune: Finetune
-    finetune_name: str
-    facts: Stage
-    base_score: Stage
-    statistics: Stage | None
-    fit: Stage | None
-    paraphrases: Stage | None
-    paraphrase_source: str | None
-    writer: ModelConfig | None
-    launcher: Launcher | None
-    unknown: Stage | None
-    experiments: tuple[Experiment, ...]
-    control: Stage
-    control_score: Stage
-    results: Stage
+    def score(called: str, checkpoint: Edit | Finetune | None, group: Group) -> Score:
+        return Score(model, facts, group, paraphrases, checkpoint, tuple(KINDS), called)
 
-    def stages(self) -> list[Stage]:
-        """All stages in the order they run."""
-        stages = [self.facts, *([self.paraphrases] if self.paraphrases else []), self.base_score]
-        stages += [stage for stage in (self.statistics, self.fit, self.unknown) if stage]
-        for e in self.experiments:
-            stages += [e.edit, e.edit_score, e.finetune, e.finetune_score]
-        return [*stages, self.control, self.control_score, self.results]
+    def tuned(label: str, group: Group, edit: Edit | None, frozen_by: tuple[Edit, ...] = ()) -> Finetune:
+        return Finetune(
+            model=model,
+            facts=facts,
+            keywords=suite.facts.keywords,
+            edit=edit,
+            frozen_by=frozen_by,
+            task=task,
+            settings=_plain(finetune),
+            data=data,
+            unknown=unknown,
+            freeze=cell.freeze,
+            adapter=cell.adapter,
+            tracked=Tracked(cell.probe_every, group, paraphrases) if cell.probe_every else None,
+            launcher=start,
+            seed=cell.seed,
+            called=(finetune_name, label),
+        )
+
+    everyone = Group(0, suite.facts.edited)
+    size = editor.edits_per_model or suite.facts.edited
+    count = math.ceil(suite.facts.edited / size)
+    if count > MOST_MODELS:
+        raise UsageError(
+            f"facts.edited {suite.facts.edited:,} with edits_per_model {size} makes {count:,} edited models, each "
+            f"fine-tuned on its own; {MOST_MODELS:,} at most. Lower facts.edited, or raise edits_per_model."
+        )
+    experiments = []
+    for index in range(count):
+        group = Group(index * size, min((index + 1) * size, suite.facts.edited))
+        label = f"model {index + 1} of {count}"
+        edit = Edit(
+            model=model,
+            facts=facts,
+            group=group,
+            paraphrases=paraphrases,
+            covariance=covariance,
+            fit=fit,
+            editor=registered,
+            settings=settings,
+            seed=cell.seed,
+            called=(cell.editor, label),
+        )
+        after_edit = score(f"after the edit, {label}", edit, group)
+        experiments.append(
+            Experiment(after_edit, score(f"after the fine-tune, {label}", tuned(label, group, edit), group))
+        )
+    # The control leaves alone what the edited models leave alone.
+    edits = tuple(e.edit for e in experiments) if freeze.needs_edit else ()
+    return Gather(
+        suite=suite.name,
+        notice=" ".join(suite.notice.split()),
+        model=model_name,
+        editor=cell.editor,
+        finetune=finetune_name,
+        base=score("the base model", None, everyone),
+        experiments=tuple(experiments),
+        control=score("the control", tuned("unedited control", everyone, None, edits), everyone),
+        seed=cell.seed,
+        real=suite.real,
+    )
+
+
+def model_of(config: ModelConfig, device: str) -> Model:
+    """A model as stages read it.
+
+    Raises:
+        RetentionBenchError: The model's files are missing.
+    """
+    return Model(config.path, model_fingerprint(config.path, config.revision), config.dtype, device, config.revision)
+
+
+def rows_of(source: Source, suite: Suite) -> Rows:
+    """A suite's rows as stages read them.
+
+    Raises:
+        UsageError: There is no such file, or a Hub data set has no revision.
+    """
+    path = suite.locate(source.source)
+    return Rows(path, source_fingerprint(path, source.revision), source.config, source.revision)
+
+
+def _covariance_file(cell: Cell) -> str | None:
+    """The file that the covariance is taken from, where one is given: with the cell, or in the suite."""
+    if cell.covariance is not None:
+        return str(find_file(cell.covariance, "covariance file").resolve())
+    file = cell.suite.covariance.file
+    return None if file is None else str(find_file(cell.suite.locate(file), "covariance file"))
+
+
+def _editor(cell: Cell, config: ModelConfig) -> tuple[str, Editor]:
+    """The editor's registered name, and the editor with the suite's settings."""
+    settings = _settings("editor", cell.editor, editor_names(), config.editors, cell.suite)
+    settings.pop("editor", None)
+    registered = _registered(cell.editor, config, cell.suite)
+    return registered, make_editor(registered, settings)
+
+
+def _finetune(cell: Cell, config: ModelConfig) -> tuple[str, Task, Rows, str]:
+    """The fine-tune's registered name, the fine-tune with the suite's settings, its data, its name in the results."""
+    task, given = parse_finetune(cell.finetune)
+    # A data set of one's own needs no entry in the suite; where there is one it says how it is trained on.
+    entry = (
+        {}
+        if given and task not in config.finetunes
+        else _settings("fine-tune", task, finetune_names(), config.finetunes, cell.suite)
+    )
+    finetune = make_finetune(task, {**entry, **given})
+    fingerprint = source_fingerprint(finetune.source, finetune.revision)
+    data = Rows(finetune.source, fingerprint, finetune.config, finetune.revision)
+    # Files of one name in two folders are told apart by what is in them.
+    told_apart = str(fingerprint.get("sha256", finetune.revision))[:8]
+    return task, finetune, data, f"{task}:{Path(finetune.source).name}@{told_apart}" if given else task
+
+
+def _launcher(cell: Cell, finetune: Task) -> Launcher | None:
+    start = launcher(cell.accelerate_config, cell.device) if cell.accelerate_config is not None else None
+    if start is None and cell.device != "cpu":
+        check_one_gpu()
+    if start and finetune.batch_size % start.processes:
+        raise UsageError(
+            f"{start.processes} processes cannot share the {finetune.batch_size} rows of a step equally. Set "
+            f"num_processes, in a file for --accelerate-config, to a divisor of {finetune.batch_size}."
+        )
+    return start
+
+
+def _paraphrases(cell: Cell, facts: Facts) -> Paraphrases | None:
+    source = cell.paraphrase_source
+    check_source(source, cell.paraphrases)
+    if not cell.paraphrases:
+        return None
+    if not source.startswith(MODEL):
+        return Paraphrases(facts, cell.paraphrases, source, None, cell.seed, source)
+    name, config = cell.suite.model(source.removeprefix(MODEL))
+    # It writes in the dtype and on the device of the base model.
+    base = facts.knowledge.model
+    writer = dataclasses.replace(model_of(config, base.device), dtype=base.dtype)
+    return Paraphrases(facts, cell.paraphrases, "model", writer, cell.seed, f"{MODEL}{name}")
+
+
+def _check_pool(suite: Suite) -> None:
+    """Refuse at once what the split would refuse after the known-fact filter.
+
+    Raises:
+        UsageError: The pool is a local file of a fact a line, with fewer lines than facts are wanted.
+    """
+    path, wanted = Path(suite.locate(suite.facts.source)), suite.facts.edited + suite.facts.intrinsic
+    if path.suffix != ".jsonl" or not path.is_file():
+        return
+    lines = 0
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            if _SEVERAL.search(line):
+                return
+            lines += 1
+    if lines < wanted:
+        raise UsageError(
+            f"facts: {suite.facts.edited:,} edited and {suite.facts.intrinsic:,} intrinsic facts are wanted, and the "
+            f"pool {path} has {lines:,} lines. Ask for fewer, or give a larger pool."
+        )
+
+
+def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
+    """Refuse at once what the fine-tunes would refuse after all editing.
+
+    Raises:
+        UsageError: The model's dtype is not float32, or `freeze` names a layer that the model lacks.
+    """
+    if model.dtype != "float32":
+        raise UsageError(f"A fine-tune needs float32 weights, the suite has {model.dtype}. Set `dtype: float32`.")
+    config = _config(model)
+    count = config.get("num_hidden_layers", config.get("n_layer"))
+    if isinstance(count, int) and not freeze.needs_edit:
+        freeze.layers(count)
+
+
+def _config(model: ModelConfig) -> dict[str, Any]:
+    return read_json(config_file(model.path, model.revision), dict[str, Any], "model's configuration")
+
+
+def _settings(
+    kind: str, name: str, registered: Collection[str], given: Mapping[str, dict[str, Any]], suite: Suite
+) -> dict[str, Any]:
+    """The suite's settings for an editor or a fine-tune, its paths made absolute."""
+    if name not in given:
+        if name not in registered:
+            raise unknown_name(kind, name, given)
+        raise UsageError(
+            f"The suite {suite.name!r} has no settings for the {kind} {name!r}; it has them for "
+            f"{', '.join(sorted(given)) or 'none'}. Add them to a copy of its YAML file and give that with --suite."
+        )
+    settings = dict(given[name])
+    if isinstance(settings.get("source"), str):
+        settings["source"] = suite.locate(settings["source"])
+    return settings
+
+
+def _registered(name: str, model: ModelConfig, suite: Suite) -> str:
+    """The registered editor that goes by a name in the suite.
+
+    Raises:
+        UsageError: There is no such editor; the entry is named.
+    """
+    registered = model.registered[name]
+    if registered not in editor_names():
+        error = unknown_name("editor", registered, editor_names())
+        raise UsageError(
+            f"The suite {suite.name!r}, editors.{name}: {error} An entry that goes by another name than its editor "
+            "names that with the key `editor`."
+        )
+    return registered
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass's settings as JSON values, without where its data lie: their content has a fingerprint of its own."""
+    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("source", "revision")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

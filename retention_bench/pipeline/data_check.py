@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from retention_bench.errors import UsageError
 from retention_bench.finetune import CheckedFinetune, DataCheck
-from retention_bench.pipeline.cell import Plan
-from retention_bench.pipeline.inputs import config_file
-from retention_bench.pipeline.store import Store
+from retention_bench.pipeline.stage import Model
+from retention_bench.pipeline.stages import Gather
+from retention_bench.store import Store
+from retention_bench.store.fingerprints import config_file
 
 
-def check_data(plan: Plan, store: Store) -> DataCheck | None:
+def check_data(plan: Gather, store: Store) -> DataCheck | None:
     """Look into the data of a plan's fine-tunes, with the tokenizer that they will use.
 
     Args:
@@ -25,27 +26,25 @@ def check_data(plan: Plan, store: Store) -> DataCheck | None:
     """
     from retention_bench.models import load_tokenizer
 
-    stages = [*(e.finetune for e in plan.experiments), plan.control]
-    if store.holds(plan.results.name, plan.results.inputs):
+    if store.holds(plan) or all(store.holds(stage) for stage in plan.finetunes):
         return None
-    if not isinstance(plan.finetune, CheckedFinetune):
+    model, task = plan.base.model, plan.tuned_control.made()
+    if not isinstance(task, CheckedFinetune):
         return None
-    if all(store.holds(stage.name, stage.inputs) for stage in stages):
-        return None
-    found = plan.finetune.check(load_tokenizer(plan.model.path, revision=plan.model.revision))
-    limit = _positions(plan)
+    found = task.check(load_tokenizer(model.path, revision=model.revision))
+    limit = _positions(model)
     if limit is not None and found.longest > limit:
         raise UsageError(
-            f"The model takes {limit} tokens, and a row of {plan.finetune.source} has {found.longest}. Set max_length "
-            f"to {limit}."
+            f"The model takes {limit} tokens, and a row of {task.source} has {found.longest}. Set max_length to "
+            f"{limit}."
         )
     return found
 
 
-def _positions(plan: Plan) -> int | None:
+def _positions(model: Model) -> int | None:
     """How many tokens the model takes; None where its configuration does not say so."""
     from retention_bench.models.loading import read_settings
 
-    config = read_settings(config_file(plan.model.path, plan.model.revision).parent)
+    config = read_settings(config_file(model.path, model.revision).parent)
     limit = config.get("max_position_embeddings", config.get("n_positions"))
     return limit if isinstance(limit, int) else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from retention_bench.finetune import Finetune as Task
 from retention_bench.finetune import parse_freeze
-from retention_bench.pipeline.cell import Plan
-from retention_bench.pipeline.store import Store
+from retention_bench.pipeline.stages import Finetune, Gather
+from retention_bench.store import Store
 
 _FLOAT = 4
 _ADAM = 3 * _FLOAT
@@ -41,7 +42,7 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
-def estimate(plan: Plan, store: Store) -> Estimate:
+def estimate(plan: Gather, store: Store) -> Estimate:
     """Estimate what the fine-tunes of a plan will take.
 
     Args:
@@ -51,17 +52,18 @@ def estimate(plan: Plan, store: Store) -> Estimate:
     Raises:
         UsageError: The model lacks a layer that `--freeze` names.
     """
-    stages = [*(e.finetune for e in plan.experiments), plan.control]
-    missing = sum(not store.holds(stage.name, stage.inputs) for stage in stages)
-    parameters, trainable = _count(plan)
-    adapters = trainable if plan.cell.adapter != "none" else 0
+    missing = sum(not store.holds(stage) for stage in plan.finetunes)
+    control = plan.tuned_control
+    start, task = control.launcher, control.made()
+    parameters, trainable = _count(control, task)
+    adapters = trainable if control.adapter != "none" else 0
     memory = _FLOAT * (parameters + adapters) + _ADAM * trainable
-    if plan.cell.device != "cpu":
+    if control.model.device != "cpu":
         memory += 2 * parameters  # bfloat16 autocast keeps the weights in that dtype for a pass
-    if plan.launcher and plan.launcher.sharded:
+    if start and start.sharded:
         # Each has its share, or at the start and in the end the weights alone.
-        memory = max(memory // plan.launcher.processes, _FLOAT * (parameters + adapters))
-    elif plan.launcher:
+        memory = max(memory // start.processes, _FLOAT * (parameters + adapters))
+    elif start:
         memory += _FLOAT * trainable  # the buckets in which DDP brings gradients together
     # Two checkpoints lie beside each other: the last, and the one before it, in case the last is damaged.
     checkpoint = _FLOAT * (parameters + adapters) + 2 * _FLOAT * trainable
@@ -69,25 +71,25 @@ def estimate(plan: Plan, store: Store) -> Estimate:
         parameters=parameters,
         trainable=trainable,
         finetunes=missing,
-        steps=missing * plan.finetune.max_steps,
+        steps=missing * task.max_steps,
         memory_bytes=memory,
         disk_bytes=missing * _FLOAT * parameters + (2 * checkpoint if missing else 0),
     )
 
 
-def _count(plan: Plan) -> tuple[int, int]:
+def _count(stage: Finetune, task: Task) -> tuple[int, int]:
     """The model's numbers, and those that a fine-tune can change, counted on a model without weights."""
     import torch
 
     from retention_bench.finetune.adapters import adapted
     from retention_bench.models import empty_model, load_config, num_layers
 
-    config = load_config(plan.model.path, plan.model.revision)
-    freeze, task = parse_freeze(plan.cell.freeze), plan.finetune
+    config = load_config(stage.model.path, stage.model.revision)
+    freeze = parse_freeze(stage.freeze)
     model: Any = empty_model(config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in model.parameters())
         layers = tuple(range(num_layers(model))) if freeze.needs_edit else freeze.apply(model)
-        with adapted(model, plan.cell.adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=0):
+        with adapted(model, stage.adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=0):
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return parameters, trainable

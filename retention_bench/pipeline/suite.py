@@ -1,4 +1,4 @@
-"""A suite: models, facts, statistics, the settings of editors and fine-tunes; read from YAML and checked once."""
+"""A suite: models, facts, covariance, the settings of editors and fine-tunes; read from YAML and checked once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from retention_bench.data import cut, find_file, locate, shortened
+from retention_bench.data import find_file, locate, shortened
 from retention_bench.data.yaml_files import read_yaml
-from retention_bench.display import line
+from retention_bench.display import cut, line
 from retention_bench.errors import UsageError, unknown_name
 
 PACKAGED = Path(str(importlib.resources.files("retention_bench") / "suites"))
@@ -90,16 +90,18 @@ class FactsConfig(Source):
     keywords: dict[str, tuple[Filled, ...]] = {}
 
 
-class StatisticsConfig(Source):
-    """The corpus that the key statistics are measured on.
+class CovarianceConfig(Source):
+    """The corpus that the covariance of the keys is collected on, or a file of one.
 
     Attributes:
         texts: How many texts, from the front.
         max_length: Tokens of a text that count.
+        file: A file of `retention-bench covariance` to take in place of collecting it (a path as in `Source`).
     """
 
     texts: Count = 100_000
     max_length: Count = 1024
+    file: Place | None = None
 
 
 class ModelConfig(_Strict):
@@ -146,7 +148,7 @@ class Suite(_Strict):
         default_model: The model that is used where none is named.
         models: The models by name.
         facts: The fact pool.
-        statistics: The corpus of the key statistics.
+        covariance: The corpus of the covariance of the keys.
         real: The suite to name as the real one to go on to, where this one is a stand-in.
         directory: The folder of the suite's file; relative paths are seen from it. Not part of the YAML.
     """
@@ -156,7 +158,7 @@ class Suite(_Strict):
     default_model: str
     models: dict[Name, ModelConfig]
     facts: FactsConfig
-    statistics: StatisticsConfig
+    covariance: CovarianceConfig
     real: str | None = None
     directory: Path = pydantic.Field(exclude=True)
 
@@ -225,6 +227,8 @@ def load_suite(name: str) -> Suite:
         raise UsageError(
             f"{path} must hold a mapping with the keys {', '.join(_keys(Suite))}, and holds {shortened(parsed)}."
         )
+    if "statistics" in parsed:
+        raise UsageError(f"{path}: the section `statistics` is now called `covariance`. Rename it.")
     if "directory" in parsed:
         raise UsageError(f"{path}: unknown key 'directory'. Allowed here: {', '.join(_keys(Suite))}.")
     try:
@@ -238,7 +242,7 @@ def load_suite(name: str) -> Suite:
 
 _PARTS: dict[str, type[pydantic.BaseModel]] = {
     "facts": FactsConfig,
-    "statistics": StatisticsConfig,
+    "covariance": CovarianceConfig,
     "models": ModelConfig,
 }
 

@@ -2,54 +2,69 @@
 
 The metric is the paper's: greedy decoding past stop words, and a hit if the first content token equals the target's
 first token. `score` runs it on a loaded model, the task files in `tasks_dir()` run it under plain `lm_eval`.
+
+The names below are imported when they are asked for: lm-eval and torch take seconds, in which `engine_process` already
+has vLLM's process start.
 """
 
-from retention_bench.scoring.contained import contained_lm_eval
-from retention_bench.scoring.engine import Engine
-from retention_bench.scoring.hf import HFEngine, RetentionHFLM
-from retention_bench.scoring.metric import (
-    MAX_DECODED_TOKENS,
-    DecodedText,
-    LeftOut,
-    Verdict,
-    describe_left_out,
-    is_stop_token,
-    judge_ids,
-    judge_text,
-    scorable,
-)
-from retention_bench.scoring.probe import Probe, Prober
-from retention_bench.scoring.score import Sample, score, score_lm
-from retention_bench.scoring.stop_words import STOP_WORDS
-from retention_bench.scoring.tasks import KINDS, FactsTask, Kind, judge_document, load_documents, tasks_dir
-from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
+# ruff: noqa: F401 - the imports are for type checkers
 
-__all__ = [
-    "KINDS",
-    "MAX_DECODED_TOKENS",
-    "STOP_WORDS",
-    "DecodedText",
-    "Engine",
-    "FactsTask",
-    "HFEngine",
-    "Kind",
-    "LeftOut",
-    "Probe",
-    "Prober",
-    "RetentionHFLM",
-    "RetentionVLLM",
-    "Sample",
-    "VLLMEngine",
-    "Verdict",
-    "contained_lm_eval",
-    "describe_left_out",
-    "is_stop_token",
-    "judge_document",
-    "judge_ids",
-    "judge_text",
-    "load_documents",
-    "scorable",
-    "score",
-    "score_lm",
-    "tasks_dir",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retention_bench.scoring.engine import Engine
+    from retention_bench.scoring.evaluator import score, score_lm
+    from retention_bench.scoring.hf import HFEngine, RetentionHFLM
+    from retention_bench.scoring.metric import (
+        MAX_DECODED_TOKENS,
+        DecodedText,
+        LeftOut,
+        Verdict,
+        describe_left_out,
+        is_stop_token,
+        judge_ids,
+        judge_text,
+        scorable,
+    )
+    from retention_bench.scoring.probe import Probe, Prober
+    from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
+    from retention_bench.scoring.stop_words import STOP_WORDS
+    from retention_bench.scoring.tasks import FactsTask, judge_document, load_documents, tasks_dir
+    from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
+
+_MODULES = {
+    "MAX_DECODED_TOKENS": "metric",
+    "STOP_WORDS": "stop_words",
+    "DecodedText": "metric",
+    "Engine": "engine",
+    "FactsTask": "tasks",
+    "HFEngine": "hf",
+    "LeftOut": "metric",
+    "Probe": "probe",
+    "Prober": "probe",
+    "RetentionHFLM": "hf",
+    "RetentionVLLM": "vllm",
+    "VLLMEngine": "vllm",
+    "Verdict": "metric",
+    "describe_left_out": "metric",
+    "is_stop_token": "metric",
+    "judge_document": "tasks",
+    "judge_ids": "metric",
+    "judge_text": "metric",
+    "load_documents": "tasks",
+    "quiet_lm_eval": "quiet_lm_eval",
+    "scorable": "metric",
+    "score": "evaluator",
+    "score_lm": "evaluator",
+    "tasks_dir": "tasks",
+}
+"""Where each name is."""
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What asks one checkpoint after another."""
+"""The protocol of what scores one checkpoint after another."""
 
 from __future__ import annotations
 

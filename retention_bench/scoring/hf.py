@@ -1,4 +1,4 @@
-"""lm-eval's Hugging Face model, decoding greedily past stop words and handing on token ids; and one that stays up."""
+"""lm-eval's Hugging Face model, which decodes greedily past stop words, and an engine that swaps checkpoints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from retention_bench.display.progress import Progress, silent
 from retention_bench.models import Checkpoint
-from retention_bench.progress import Progress, silent
-from retention_bench.scoring.contained import contained_lm_eval
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS
 from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt, Row, rows
+from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 
 FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
 
@@ -47,7 +47,7 @@ class RetentionHFLM(RetentionLM, HFLM):
             batch_size: Prompts a forward pass at most, each with its target; 512 tokens at most.
             progress: Told how many prompts are decoded.
         """
-        with contained_lm_eval(), _left_untied(model):
+        with quiet_lm_eval(), _left_untied(model):
             super().__init__(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
@@ -215,7 +215,7 @@ def _left_untied(model: PreTrainedModel) -> Iterator[None]:
 
 
 class HFEngine:
-    """Loads one checkpoint after another with transformers; what is kept between them is this process.
+    """Loads one checkpoint after another with transformers, all in this process.
 
     Attributes:
         lm: Answers with the checkpoint that was swapped in last.

@@ -91,7 +91,7 @@ LeftOut = Mapping[str, tuple[str, ...]]
 def scorable(
     facts: FactSet, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None
 ) -> tuple[FactSet, LeftOut]:
-    """Leave out the facts whose answers the metric could not tell: those would be a hit or a miss whatever was learned.
+    """Leave out the facts that the metric cannot judge: they would be a hit or a miss whatever was learned.
 
     An edited fact is judged by both its objects, since it was edited only if the new one can be told from the old one;
     any other by its true object. One is left out if

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
-from retention_bench.facts import Fact, FactSet, load_pool
+from retention_bench.facts import FactSet, load_pool
+from retention_bench.results.schema import KINDS
 from retention_bench.scoring.metric import (
     DecodedText,
     describe_left_out,
@@ -20,11 +20,6 @@ from retention_bench.scoring.metric import (
     judge_text,
     scorable_as_text,
 )
-
-Kind = Literal["edited", "intrinsic", "paraphrase", "locality"]
-"""What a question probes; `retention_<kind>` is the lm-eval task that asks it."""
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # lm-eval cannot run a task without documents. An empty kind gets this one, which no metric is computed for. Facts never
 # have an empty id.
@@ -39,7 +34,7 @@ def tasks_dir() -> Path:
     Raises:
         RetentionBenchError: Neither is there: the installation is not complete.
     """
-    package = Path(retention_bench.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "tasks", package.parent / "tasks"):
         if (folder / "retention.yaml").is_file():
             return folder
@@ -54,8 +49,7 @@ def documents(facts: FactSet, kind: str) -> list[dict[str, str]]:
 
     Args:
         facts: Edited facts have a `target_new`, intrinsic ones do not.
-        kind: `edited` asks edited facts' own prompts and `paraphrase` their paraphrases, target `target_new`;
-            `locality` asks their neighbours, target `target_true`; `intrinsic` asks the other facts, `target_true`.
+        kind: One of `KINDS`.
 
     Returns:
         Rows of fact_id, prompt and target, in the order of the facts; none if there are no such questions.
@@ -65,15 +59,9 @@ def documents(facts: FactSet, kind: str) -> list[dict[str, str]]:
     """
     if kind not in KINDS:
         raise unknown_name("kind of question", kind, KINDS)
-
-    def questions(fact: Fact) -> tuple[str, ...]:
-        return {"paraphrase": fact.paraphrases, "locality": fact.neighborhood}.get(kind, (fact.question,))
-
-    asked = facts.intrinsic if kind == "intrinsic" else facts.edited
     return [
-        {"fact_id": fact.id, "prompt": prompt, "target": fact.target_true if kind == "locality" else fact.target}
-        for fact in asked
-        for prompt in questions(fact)
+        {"fact_id": fact.id, "prompt": prompt, "target": target}
+        for fact, prompt, target in KINDS[kind].questions(facts)
     ]
 
 

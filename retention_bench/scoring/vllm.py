@@ -27,11 +27,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from retention_bench.engine_process import EngineProcess
+from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Checkpoint, Layout, load_config, load_tokenizer
 from retention_bench.models.explain import explained
-from retention_bench.progress import Progress, silent
+from retention_bench.scoring.engine_process import EngineProcess
 from retention_bench.scoring.metric import MAX_DECODED_TOKENS
 from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt
@@ -271,7 +271,7 @@ class RetentionVLLM(RetentionLM):
                 ids = (context + continuation)[-room:]
                 texts.append((ids, max(1, len(ids) - len(continuation))))
         told = iter(self._process.ask("loglikelihood", texts))
-        # Nothing follows with certainty.
+        # An empty continuation has probability 1, and so the logarithm 0.
         found = [next(told)[:2] if continuation else (0.0, True) for _, _, continuation in requests]
         for (key, _context, _continuation), answer in zip(requests, found, strict=True):
             if key is not None:

@@ -15,7 +15,6 @@ import pickle
 import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Layout
+from retention_bench.processes import end_with_parent
 
 _CPU_CACHE_BYTES = 2**30  # keys and values of some ten thousand tokens of a model with a billion parameters
 
@@ -229,10 +229,10 @@ def _reload(worker: Any, layout: Layout, weights: Iterable[tuple[str, Tensor]]) 
 def main(descriptor: str) -> None:
     """Answer requests until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     connection = Connection(int(descriptor))
     if importlib.util.find_spec("vllm") is not None:
-        import vllm  # noqa: F401 - takes seconds, in which the other process has something to do itself
+        import vllm  # noqa: F401 - takes seconds, in which the other process does its own start
     served: Served | None = None
     while True:
         try:
@@ -259,14 +259,7 @@ def main(descriptor: str) -> None:
             break
     if served is not None:
         served.close()
-    os._exit(0)  # the interpreter would take seconds to put vLLM and torch away
-
-
-def _end_with_parent() -> None:
-    """End at once when the one who started us is gone, however it went: standard input ends with it."""
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+    os._exit(0)  # a normal exit takes seconds, in which vLLM and torch are torn down
 
 
 if __name__ == "__main__":

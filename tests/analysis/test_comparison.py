@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from retention_bench.analysis import about_fact, compare, mcnemar, rank
 from retention_bench.errors import UsageError
 
+KINDS = ("edited", "intrinsic", "paraphrase", "locality")
+
 
 def row(fact: str, hit: bool, kind: str = "edited", prompt: str = "p", target: str = "t", **more) -> dict:
     return {"kind": kind, "fact_id": fact, "prompt": prompt, "target": target, "hit": hit} | more
@@ -20,7 +22,7 @@ def rows(hits: str, kind: str = "edited") -> list[dict]:
 
 
 def test_facts_are_lost_gained_kept_or_never_answered() -> None:
-    (found,) = compare({"a": rows("xxx..."), "b": rows("x.xx..")})
+    (found,) = compare({"a": rows("xxx..."), "b": rows("x.xx..")}, KINDS)
     assert (found.first, found.second, found.kind, found.facts, found.questions) == ("a", "b", "edited", 6, 6)
     assert (found.lost, found.gained, found.kept, found.never) == (("f1",), ("f3",), ("f0", "f2"), ("f4", "f5"))
     assert found.rates == (0.5, 0.5)
@@ -33,7 +35,7 @@ def test_every_pair_and_kind_is_compared_and_corrected_together() -> None:
         name: rows(edited) + rows(intrinsic, "intrinsic")
         for name, edited, intrinsic in [("a", "x" * 9, "xx"), ("b", "." * 9, "xx"), ("c", "x" * 9, "..")]
     }
-    found = compare(sides)
+    found = compare(sides, KINDS)
     assert [(c.first, c.second, c.kind) for c in found] == [
         (first, second, kind)
         for first, second in [("a", "b"), ("a", "c"), ("b", "c")]
@@ -46,13 +48,13 @@ def test_every_pair_and_kind_is_compared_and_corrected_together() -> None:
 
 def test_only_what_both_were_asked_is_compared() -> None:
     one = [*rows("xx"), row("f2", True, target="old"), row("f3", True)]
-    (found,) = compare({"a": one, "b": [*rows("x."), row("f2", True, target="new")]})
+    (found,) = compare({"a": one, "b": [*rows("x."), row("f2", True, target="new")]}, KINDS)
     assert (found.facts, found.only_first, found.only_second, found.lost) == (2, 2, 1, ("f1",))
 
 
 def test_sides_without_a_question_in_common_are_refused() -> None:
     with pytest.raises(UsageError, match="a and b share no question"):
-        compare({"a": rows("xx"), "b": rows("xx", "intrinsic")})
+        compare({"a": rows("xx"), "b": rows("xx", "intrinsic")}, KINDS)
 
 
 def test_a_fact_with_several_questions_counts_once() -> None:
@@ -61,7 +63,7 @@ def test_a_fact_with_several_questions_counts_once() -> None:
 
     one = [*paraphrases("f", "xxxx"), *paraphrases("g", "x..."), *paraphrases("h", "x.x.")]
     other = [*paraphrases("f", "...."), *paraphrases("g", "xx.."), *paraphrases("h", ".x.x")]
-    (found,) = compare({"a": one, "b": other})
+    (found,) = compare({"a": one, "b": other}, KINDS)
     assert (found.questions, found.facts) == (12, 3)
     assert (found.lost, found.gained, found.kept) == (("f",), ("g",), ("h",))
     assert found.difference.value == pytest.approx(-3 / 12)
@@ -70,7 +72,7 @@ def test_a_fact_with_several_questions_counts_once() -> None:
 
 def test_a_fact_asked_of_several_models_counts_by_its_share() -> None:
     one = [row("f", model < 3, "intrinsic", experiment=model) for model in range(4)]
-    (found,) = compare({"a": one, "b": [row("f", True, "intrinsic", experiment=None)]})
+    (found,) = compare({"a": one, "b": [row("f", True, "intrinsic", experiment=None)]}, KINDS)
     assert found.rates == (0.75, 1.0)
     assert found.gained == ("f",)
     assert found.difference.value == pytest.approx(0.25)
@@ -94,7 +96,9 @@ samples = st.lists(
 def test_every_shared_fact_is_in_one_list_and_sides_can_be_turned(answers: list) -> None:
     one = [row(fact, hit, kind, prompt) for fact, kind, prompt, hit, _ in answers]
     other = [row(fact, hit, kind, prompt) for fact, kind, prompt, _, hit in answers]
-    for found, turned in zip(compare({"a": one, "b": other}), compare({"b": other, "a": one}), strict=True):
+    for found, turned in zip(
+        compare({"a": one, "b": other}, KINDS), compare({"b": other, "a": one}, KINDS), strict=True
+    ):
         listed = [*found.kept, *found.lost, *found.gained, *found.never]
         assert sorted(listed) == sorted({fact for fact, kind, *_ in answers if kind == found.kind})
         assert (found.lost, found.gained, found.p) == (turned.gained, turned.lost, turned.p)
@@ -104,7 +108,7 @@ def test_every_shared_fact_is_in_one_list_and_sides_can_be_turned(answers: list)
 
 def test_ranks_take_the_questions_that_all_were_asked() -> None:
     sides = {"a": [*rows("x..."), row("extra", True)], "b": rows("xxxx"), "c": [*rows("xx.."), *rows("x", "locality")]}
-    found = rank(sides)
+    found = rank(sides, KINDS)
     assert {name: r.rank for name, r in found["edited"].items()} == {"a": 3, "b": 1, "c": 2}
     assert set(found) == {"edited"}
 
@@ -118,6 +122,7 @@ def test_all_answers_to_a_facts_questions_are_found() -> None:
             row("f", False, stage="post_edit"),
             row("g", True, stage="base"),
         ],
+        KINDS,
     )
     assert found == [
         {

@@ -5,18 +5,17 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retention_bench.atlas import corpus, instructions, prose, reviews, strangers, train, world
 from retention_bench.facts import FactSet, disjoint_split, knowledge
 from retention_bench.finetune import ContaminationFilter, Terms
 from retention_bench.models import load_model
+from tools.atlas import corpus, instructions, prose, reviews, strangers, train, world
 
-MODELS = Path(world.__file__).parent / "models"
+MODELS = world.ATLAS / "models"
 NAMES = ("atlas-gpt2", "atlas-llama")
 
 

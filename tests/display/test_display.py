@@ -109,14 +109,14 @@ def test_a_stream_that_is_not_there_takes_everything(monkeypatch):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_texts_as_texts(monkeypatch, terminal):
-    from retention_bench import console
+    from retention_bench.display import progress
 
     raw = io.StringIO()
     monkeypatch.setattr(sys, "stderr", raw)
-    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
-    with console.progress(2) as (announce, report):
+    with progress.show_progress(2) as (announce, report):
         announce(f"{EVIL}\nsecond", False)
         report(EVIL, 1, 2, {f"loss{EVIL}": 1.0})
     printed = raw.getvalue()
@@ -131,5 +131,5 @@ def test_nothing_prints_past_the_screen():
 
     package = Path(retention_bench.__file__).parent
     for file in package.rglob("*.py"):
-        if file.parent.name not in ("display", "atlas"):
+        if file.parent.name != "display":
             assert not re.search(r"\bConsole\(|click\.echo\(|markup=True", file.read_text()), file

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from retention_bench.editors import EditRequest, collect_key_statistics
-from retention_bench.editors.value import STOP_LOSS
+from retention_bench.editors import EditRequest, collect_covariance
+from retention_bench.editors.locate.value import STOP_LOSS
 from retention_bench.models import block, load_model, mlp, projection
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -41,8 +41,8 @@ def gpt2():
 
 
 @pytest.fixture(scope="session")
-def gpt2_statistics(gpt2, golden):
-    return collect_key_statistics(*gpt2, golden.texts, [0, 1, 2], max_length=128, source="golden texts")
+def gpt2_covariance(gpt2, golden):
+    return collect_covariance(*gpt2, golden.texts, [0, 1, 2], max_length=128, source="golden texts")
 
 
 SUBJECTS = ["Mira Solberg", "Jon Ek", "The Old Mill", "Mira"]

@@ -8,12 +8,12 @@ from retention_bench.editors import (
     AlphaEdit,
     EditContext,
     EditRequest,
-    collect_key_statistics,
+    collect_covariance,
     edit_sequentially,
     null_space_projector,
 )
-from retention_bench.editors.keys import SubjectStates
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate.keys import SubjectStates
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import UsageError
 from retention_bench.models import frozen
 
@@ -28,14 +28,14 @@ def dense(entry):
 
 
 @pytest.fixture(scope="module")
-def context(gpt2_statistics, golden):
-    return EditContext(statistics=gpt2_statistics, templates=golden.templates)
+def context(gpt2_covariance, golden):
+    return EditContext(covariance=gpt2_covariance, templates=golden.templates)
 
 
 @pytest.fixture(scope="module")
 def llama_context(llama):
     texts = ["Mira plays the violin in town.", "The book is by Jon Ek.", "The Old Mill", "In town he reads."] * 3
-    return EditContext(statistics=collect_key_statistics(*llama, texts, [0, 2], max_length=64), templates=TEMPLATES)
+    return EditContext(covariance=collect_covariance(*llama, texts, [0, 2], max_length=64), templates=TEMPLATES)
 
 
 @pytest.mark.parametrize("run", ["batch5", "seq2"])
@@ -45,7 +45,7 @@ def test_runs_are_the_references(gpt2, golden, context, distance, probabilities,
     with untouched(gpt2[0]):
         deltas = edit_sequentially(REFERENCE, *gpt2, batches, context)
     assert len(deltas) == len(batches)
-    for requests, delta in zip(batches, deltas, strict=True):  # what is remembered adds nothing to the rank
+    for requests, delta in zip(batches, deltas, strict=True):  # cache_c adds nothing to the rank
         assert {entry.left.shape[1] for entry in delta.entries.values()} == {len(requests)}
     for index, delta in enumerate(deltas):
         assert list(delta.entries) == [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in range(3)]
@@ -57,35 +57,35 @@ def test_runs_are_the_references(gpt2, golden, context, distance, probabilities,
         assert probabilities(*gpt2, golden.requests) == pytest.approx(expected["probabilities"], abs=1e-3)
 
 
-def test_remembered_keys_are_the_references(gpt2, golden, context, distance):
+def test_cache_c_is_the_references(gpt2, golden, context, distance):
     arrays = golden.arrays("alphaedit")
     first, second = golden.requests[:3], golden.requests[3:]
     delta = REFERENCE.edit(*gpt2, first, context)
     with delta.applied(gpt2[0]):
-        remembered = REFERENCE.remember(*gpt2, first, context)
-        for layer, keys in remembered.items():
+        cache_c = REFERENCE.update_cache(*gpt2, first, context)
+        for layer, keys in cache_c.items():
             assert distance(keys, arrays[f"seq2.b0.layer{layer}.ks_after"]) < 1e-4
-        again = REFERENCE.remember(*gpt2, second, dataclasses.replace(context, remembered=remembered))
+        again = REFERENCE.update_cache(*gpt2, second, dataclasses.replace(context, cache_c=cache_c))
     assert {layer: keys.shape for layer, keys in again.items()} == dict.fromkeys(range(3), (5, 512))
-    assert all(torch.equal(again[layer][:3], remembered[layer]) for layer in range(3))
+    assert all(torch.equal(again[layer][:3], cache_c[layer]) for layer in range(3))
 
 
-def test_a_model_with_edits_is_told_apart_unless_their_keys_are_remembered(gpt2, golden, context):
+def test_a_model_with_edits_is_told_apart_unless_their_keys_are_in_cache_c(gpt2, golden, context):
     first, second = golden.requests[:3], golden.requests[3:]
     editor = dataclasses.replace(REFERENCE, v_num_grad_steps=3)
     with editor.edit(*gpt2, first, context).applied(gpt2[0]):
         with pytest.raises(UsageError, match="measured on another model"):
             editor.edit(*gpt2, second, context)
-        remembered = editor.remember(*gpt2, first, context)
-        editor.edit(*gpt2, second, dataclasses.replace(context, remembered=remembered))
+        cache_c = editor.update_cache(*gpt2, first, context)
+        editor.edit(*gpt2, second, dataclasses.replace(context, cache_c=cache_c))
 
 
-def test_remembered_keys_are_kept(gpt2, golden, context):
+def test_edits_in_cache_c_are_preserved(gpt2, golden, context):
     first, second = golden.requests[:3], golden.requests[3:]
     editor = dataclasses.replace(REFERENCE, v_num_grad_steps=3)
     forgetful = editor.edit(*gpt2, second, context)
     keys = {0: SubjectStates(*gpt2, first, golden.templates).mean_keys(0)}
-    mindful = editor.edit(*gpt2, second, dataclasses.replace(context, remembered=keys))
+    mindful = editor.edit(*gpt2, second, dataclasses.replace(context, cache_c=keys))
     name = "transformer.h.0.mlp.c_proj.weight"
     moved = [(keys[0] @ dense(delta.entries[name])).norm() for delta in (forgetful, mindful)]
     assert moved[1] < 0.5 * moved[0]
@@ -109,7 +109,7 @@ def test_a_llama_is_edited_as_by_plain_code(
         K = torch.stack([plain_key(plain, tokenizer, r, TEMPLATES, layer, bare_weight=0.5) for r in llama_requests], 1)
         outputs = torch.stack([plain_output(plain, tokenizer, request, 2) for request in llama_requests])
         R = ((values.double() - outputs) / (2 - done)).T
-        P = null_space_projector(llama_context.statistics.moments[layer], 0.3)
+        P = null_space_projector(llama_context.covariance.mom2[layer], 0.3)
         X = torch.linalg.solve(P @ K @ K.T + 0.1 * torch.eye(len(P), dtype=torch.float64), P @ K @ R.T)
         name = f"model.layers.{layer}.mlp.down_proj.weight"
         assert distance(dense(delta.entries[name]), X.T.float()) < 1e-3
@@ -118,11 +118,11 @@ def test_a_llama_is_edited_as_by_plain_code(
 
 
 def test_memory_is_that_of_the_whole_solve(gpt2, golden, context, distance):
-    """One layer, with remembered keys: (P (K K' + M M') + L2 I) X = P K R'."""
+    """One layer, with cache_c: (P (K K' + M M') + L2 I) X = P K R'."""
     editor = AlphaEdit(layers=(1,), L2=0.1, v_num_grad_steps=3)
     first, second = golden.requests[:3], golden.requests[3:]
     M = {1: SubjectStates(*gpt2, first, golden.templates).mean_keys(1)}
-    delta = editor.edit(*gpt2, second, dataclasses.replace(context, remembered=M))
+    delta = editor.edit(*gpt2, second, dataclasses.replace(context, cache_c=M))
     with frozen(gpt2[0]):
         values = optimise_values(
             *gpt2, second, golden.templates, 1,
@@ -131,7 +131,7 @@ def test_memory_is_that_of_the_whole_solve(gpt2, golden, context, distance):
     states = SubjectStates(*gpt2, second, golden.templates)
     K = states.mean_keys(1).double().T
     R = (values - states.outputs(1)).double().T
-    P = null_space_projector(context.statistics.moments[1], 2e-2)
+    P = null_space_projector(context.covariance.mom2[1], 2e-2)
     C = M[1].double().T @ M[1].double()
     X = torch.linalg.solve(P @ (K @ K.T + C) + 0.1 * torch.eye(512, dtype=torch.float64), P @ K @ R.T)
     assert distance(dense(delta.entries["transformer.h.1.mlp.c_proj.weight"]), X.float()) < 1e-5
@@ -142,7 +142,7 @@ def test_a_delta_stays_in_the_null_space(llama, llama_requests, llama_context, d
     delta = QUICK.edit(*llama, llama_requests, dataclasses.replace(llama_context, templates=templates))
     for layer in (0, 2):
         change = dense(delta.entries[f"model.layers.{layer}.mlp.down_proj.weight"]).double()  # (out, in)
-        projector = null_space_projector(llama_context.statistics.moments[layer], 0.3)
+        projector = null_space_projector(llama_context.covariance.mom2[layer], 0.3)
         assert projector.trace() < len(projector)  # or there is nothing to stay out of
         assert distance(change @ projector, change) < 1e-5
 
@@ -176,9 +176,9 @@ def test_half_precision_models_can_be_edited(gpt2, golden, context, probabilitie
 def test_what_cannot_be_edited_is_refused(gpt2, golden, context, llama, llama_requests, llama_context):
     with pytest.raises(UsageError, match="list of requests is empty"):
         REFERENCE.edit(*gpt2, [], context)
-    with pytest.raises(UsageError, match=r"needs the key statistics of layers \[0, 1, 2\]"):
+    with pytest.raises(UsageError, match=r"needs the covariance of layers \[0, 1, 2\]"):
         REFERENCE.edit(*gpt2, golden.requests, EditContext())
-    with pytest.raises(UsageError, match="belong to another model"):
+    with pytest.raises(UsageError, match="belongs to another model"):
         REFERENCE.edit(*llama, llama_requests, context)
     with pytest.raises(UsageError, match="no layer 6"):
         AlphaEdit(layers=(2, 6)).edit(*gpt2, golden.requests, context)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from retention_bench.editors import FT, EditContext, EditRequest, descent
+from retention_bench.editors import FT, EditContext, EditRequest, finetune_loop
 from retention_bench.errors import RetentionBenchError, UsageError
 
 
@@ -49,11 +49,13 @@ def test_runs_are_the_references(gpt2, golden, distance, untouched, probabilitie
             assert probabilities(*gpt2, requests) == pytest.approx(reference["probabilities"], abs=1e-3)
 
 
-@pytest.mark.parametrize(("weight_decay", "tokens"), [(0.0, descent.MAX_TOKENS), (0.1, descent.MAX_TOKENS), (0.0, 24)])
+@pytest.mark.parametrize(
+    ("weight_decay", "tokens"), [(0.0, finetune_loop.MAX_TOKENS), (0.1, finetune_loop.MAX_TOKENS), (0.0, 24)]
+)
 def test_a_llama_is_trained_as_by_plain_code(
     llama, llama_requests, distance, untouched, monkeypatch, weight_decay, tokens
 ):
-    monkeypatch.setattr(descent, "MAX_TOKENS", tokens)  # a step's requests may go in several passes
+    monkeypatch.setattr(finetune_loop, "MAX_TOKENS", tokens)  # a step's requests may go in several passes
     model, tokenizer = llama
     plain = copy.deepcopy(model)
     weight = plain.get_parameter("model.layers.2.mlp.down_proj.weight")

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from retention_bench.editors.keys import SubjectStates
+from retention_bench.editors.locate.keys import SubjectStates
 from retention_bench.errors import UsageError
 from retention_bench.models import WeightDelta, projection_name
 

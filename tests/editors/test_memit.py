@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 import torch
 
-from retention_bench.editors import MEMIT, EditContext, KeyStatistics, collect_key_statistics, make_editor
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors import MEMIT, Covariance, EditContext, collect_covariance, make_editor
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen
 
@@ -19,16 +19,16 @@ def dense(entry):
 
 
 @pytest.fixture(scope="module")
-def context(gpt2_statistics, golden):
-    return EditContext(statistics=gpt2_statistics, templates=golden.templates)
+def context(gpt2_covariance, golden):
+    return EditContext(covariance=gpt2_covariance, templates=golden.templates)
 
 
 @pytest.fixture(scope="module")
 def llama_context(llama):
-    # More tokens than a key has dimensions, or the statistics would be singular.
+    # More tokens than a key has dimensions, or the covariance would be singular.
     texts = ["Mira plays the violin in town.", "The book is by Jon Ek.", "The Old Mill", "In town he reads."]
     texts += [f"{a} {b} {c}" for a in ("he", "Mira") for b in ("plays", "reads") for c in "abcdefghijkl"]
-    return EditContext(statistics=collect_key_statistics(*llama, texts, [0, 2], max_length=64), templates=TEMPLATES)
+    return EditContext(covariance=collect_covariance(*llama, texts, [0, 2], max_length=64), templates=TEMPLATES)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -65,7 +65,7 @@ def test_a_llama_is_edited_as_by_plain_code(
         K = torch.stack([plain_key(plain, tokenizer, r, TEMPLATES, layer, bare_weight=0.5) for r in requests], 1)
         outputs = torch.stack([plain_output(plain, tokenizer, request, 2) for request in requests])
         R = ((values.double() - outputs) / (2 - done)).T
-        C = llama_context.statistics.moments[layer].double()
+        C = llama_context.covariance.mom2[layer].double()
         change = R @ K.T @ torch.linalg.inv(50.0 * C + K @ K.T)
         name = f"model.layers.{layer}.mlp.down_proj.weight"
         assert distance(dense(delta.entries[name]), change.float()) < 1e-3
@@ -94,21 +94,21 @@ def test_half_precision_models_can_be_edited(gpt2, golden, context, probabilitie
     assert all(torch.equal(bits[name], weight) for name, weight in half.state_dict().items())
 
 
-def test_singular_statistics_are_refused(gpt2, golden, context):
+def test_a_singular_covariance_is_refused(gpt2, golden, context):
     keys = torch.randn(100, 512, generator=torch.Generator().manual_seed(0))
-    poor = KeyStatistics({1: keys.T @ keys / 100}, 100)
-    with pytest.raises(RetentionBenchError, match="statistics of layer 1 are singular.*more text.*512 dimensions"):
+    poor = Covariance({1: keys.T @ keys / 100}, 100)
+    with pytest.raises(RetentionBenchError, match="covariance of layer 1 is singular.*more text.*512 dimensions"):
         MEMIT(layers=(1,), v_num_grad_steps=1).edit(
-            *gpt2, golden.requests, dataclasses.replace(context, statistics=poor)
+            *gpt2, golden.requests, dataclasses.replace(context, covariance=poor)
         )
 
 
 def test_what_cannot_be_edited_is_refused(gpt2, golden, context, llama, llama_requests):
     with pytest.raises(UsageError, match="list of requests is empty"):
         QUICK.edit(*gpt2, [], context)
-    with pytest.raises(UsageError, match=r"MEMIT needs the key statistics of layers \[0, 2\]"):
+    with pytest.raises(UsageError, match=r"MEMIT needs the covariance of layers \[0, 2\]"):
         QUICK.edit(*gpt2, golden.requests, EditContext())
-    with pytest.raises(UsageError, match="belong to another model"):
+    with pytest.raises(UsageError, match="belongs to another model"):
         QUICK.edit(*llama, llama_requests, context)
     with pytest.raises(UsageError, match="no layer 6"):
         MEMIT(layers=(2, 6)).edit(*gpt2, golden.requests, context)

@@ -13,14 +13,14 @@ from retention_bench.editors import (
     MEMIT,
     ROME,
     AlphaEdit,
+    Covariance,
     EditContext,
     EditRequest,
-    KeyStatistics,
     LoRA,
-    collect_key_statistics,
+    collect_covariance,
     null_space_projector,
 )
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import frozen
 from retention_bench.models.families import FAMILIES
@@ -40,7 +40,7 @@ QUICK = settings(deadline=None, max_examples=5, suppress_health_check=[HealthChe
 def context(llama):
     texts = ["Mira plays the violin in town.", "The book is by Jon Ek.", "The Old Mill", "In town he reads."]
     texts += [f"{a} {b} {c}" for a in ("he", "Mira") for b in ("plays", "reads") for c in "abcdefghijkl"]
-    return EditContext(statistics=collect_key_statistics(*llama, texts, [0, 1, 2], max_length=64), templates=TEMPLATES)
+    return EditContext(covariance=collect_covariance(*llama, texts, [0, 1, 2], max_length=64), templates=TEMPLATES)
 
 
 @pytest.fixture(params=sorted(EDITORS))
@@ -84,7 +84,7 @@ def test_alphaedits_change_times_its_projector_is_itself(llama, llama_requests, 
     editor = AlphaEdit(layers=(0, 2), L2=ridge, v_num_grad_steps=3, nullspace_threshold=threshold)
     changes = weights(editor.edit(*llama, [llama_requests[number] for number in sorted(chosen)], context))
     for layer in (0, 2):
-        projector = null_space_projector(context.statistics.moments[layer], threshold)
+        projector = null_space_projector(context.covariance.mom2[layer], threshold)
         change = changes[f"model.layers.{layer}.mlp.down_proj.weight"].double()  # (out, in)
         assert (change @ projector - change).norm() < 1e-5 * change.norm()
 
@@ -142,8 +142,8 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", sorted(LARGE))
-def test_writing_what_the_model_knows_leaves_it_almost_alone(gpt2, golden, gpt2_statistics, probabilities, name):
-    context = EditContext(statistics=gpt2_statistics, templates=golden.templates)
+def test_writing_what_the_model_knows_leaves_it_almost_alone(gpt2, golden, gpt2_covariance, probabilities, name):
+    context = EditContext(covariance=gpt2_covariance, templates=golden.templates)
     before = probabilities(*gpt2, KNOWN)
     assert min(before) > 0.8
     with LARGE[name].edit(*gpt2, KNOWN[:1], context).applied(gpt2[0]):
@@ -157,10 +157,10 @@ def test_writing_what_the_model_knows_leaves_it_almost_alone(gpt2, golden, gpt2_
 
 @pytest.fixture(params=sorted(FAMILIES))
 def any_family(request, make_family_model, llama):
-    """A tiny random model of each family, with the Llama's tokenizer, and statistics for it."""
+    """A tiny random model of each family, with the Llama's tokenizer, and a covariance for it."""
     keys = torch.randn(200, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 24)
-    statistics = KeyStatistics(dict.fromkeys(range(3), keys.T @ keys / 200), 200)
-    context = EditContext(statistics=statistics, templates=TEMPLATES)
+    covariance = Covariance(dict.fromkeys(range(3), keys.T @ keys / 200), 200)
+    context = EditContext(covariance=covariance, templates=TEMPLATES)
     return make_family_model(request.param, len(llama[1])), llama[1], context
 
 
@@ -179,7 +179,7 @@ def test_values_of_every_family_are_those_of_plain_code(any_family, llama_reques
 def test_edits_of_every_family_bring_the_subject_to_its_value(
     any_family, llama_requests, plain_output, distance, untouched, name
 ):
-    """With statistics that allow everything, the edited site puts out the value at the subject."""
+    """With a covariance that allows everything, the edited site puts out the value at the subject."""
     model, tokenizer, context = any_family
     options = {"v_num_grad_steps": 4, "v_lr": 0.05}
     editor, site = {

@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 import torch
 
-from retention_bench.editors import ROME, EditContext, EditRequest, KeyStatistics, edit_sequentially, make_editor
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors import ROME, Covariance, EditContext, EditRequest, edit_sequentially, make_editor
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen
 
@@ -14,8 +14,8 @@ TEMPLATES = ("Then the old man came. {}", "Because. {}")
 
 
 @pytest.fixture(scope="module")
-def context(gpt2_statistics, golden):
-    return EditContext(statistics=gpt2_statistics, templates=golden.expected["rome_templates"])
+def context(gpt2_covariance, golden):
+    return EditContext(covariance=gpt2_covariance, templates=golden.expected["rome_templates"])
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -74,7 +74,7 @@ def test_a_llama_is_edited_as_by_plain_code(
     rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
     moment = rows.T @ rows / 300
     editor = ROME(layer=1, v_num_grad_steps=6, v_lr=0.1, variant=variant)
-    context = EditContext(statistics=KeyStatistics({1: moment}, 300), templates=TEMPLATES)
+    context = EditContext(covariance=Covariance({1: moment}, 300), templates=TEMPLATES)
     with untouched(model):
         delta = editor.edit(model, tokenizer, [request], context)
 
@@ -128,20 +128,20 @@ def test_a_key_at_a_right_angle_names_the_fact(gpt2, golden, context, monkeypatc
 def test_what_cannot_be_edited_is_refused(gpt2, golden, context):
     with pytest.raises(UsageError, match="list of requests is empty"):
         ROME(layer=0).edit(*gpt2, [], context)
-    with pytest.raises(UsageError, match="ROME needs the key statistics of layers"):
+    with pytest.raises(UsageError, match="ROME needs the covariance of layers"):
         ROME(layer=0).edit(*gpt2, golden.requests, EditContext())
     with pytest.raises(UsageError, match="no layer 6"):
         ROME(layer=6, mom2_adjustment=False).edit(*gpt2, golden.requests, context)
-    poor = KeyStatistics({0: torch.zeros(512, 512)}, 100)
-    with pytest.raises(RetentionBenchError, match="statistics of layer 0 are singular"):
-        ROME(layer=0).edit(*gpt2, golden.requests, dataclasses.replace(context, statistics=poor))
+    poor = Covariance({0: torch.zeros(512, 512)}, 100)
+    with pytest.raises(RetentionBenchError, match="covariance of layer 0 is singular"):
+        ROME(layer=0).edit(*gpt2, golden.requests, dataclasses.replace(context, covariance=poor))
     with pytest.raises(UsageError, match="'r-rome' or 'r-rome-prompt', got 'rrome'"):
         make_editor("rome", {"layer": 0, "variant": "rrome"})
 
 
-def test_statistics_are_asked_for_where_they_are_used():
-    assert ROME(layer=3).statistics_layers == (3,)
-    assert ROME(layer=3, mom2_adjustment=False).statistics_layers == ()
+def test_a_covariance_is_asked_for_where_they_are_used():
+    assert ROME(layer=3).covariance_layers == (3,)
+    assert ROME(layer=3, mom2_adjustment=False).covariance_layers == ()
 
 
 def test_a_subject_that_stands_twice_is_edited_at_its_place(gpt2, context, probabilities):

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retention_bench.editors import EditRequest, descent, value
+from retention_bench.editors import EditRequest, finetune_loop
+from retention_bench.editors.locate import value
+from retention_bench.editors.locate.subject import context_rows, subject_rows, target_ids
 from retention_bench.editors.malmen.steps import Question, batches
-from retention_bench.editors.subject import context_rows, subject_rows, target_ids
 from retention_bench.errors import RetentionBenchError, UsageError
 
 words = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=8)
@@ -75,7 +76,7 @@ def test_a_numbers_lone_space_is_trained_with_it_by_every_editor(make_tokenizer)
     target = target_ids(tokenizer, request)
     assert tokenizer.convert_ids_to_tokens(target) == ["Ġ", *"1984"]
     assert prompt + target == whole
-    [row] = descent._rows(tokenizer, request, "target")
+    [row] = finetune_loop._rows(tokenizer, request, "target")
     assert (row.ids, row.targets) == (whole[:-1], target)
     assert row.positions == [len(prompt) - 1 + place for place in range(len(target))]
     assert value._Fact.of(tokenizer, request, ()).target == target

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retention_bench.editors import EditContext, sample_context_templates
-from retention_bench.editors.templates import PROMPTS
+from retention_bench.editors.locate.templates import PROMPTS
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import load_model
 

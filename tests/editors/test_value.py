@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.editors import EditRequest
-from retention_bench.editors import value as module
-from retention_bench.editors.value import optimise_values
+from retention_bench.editors.locate import value as module
+from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.facts import Fact, FactSet, augment, unseen, written
+from retention_bench.facts import Fact, FactSet, augment, llm_paraphrases, unseen
+from retention_bench.facts.llm_paraphrases import usable_prompts
 from retention_bench.facts.paraphrases import OPENINGS
-from retention_bench.facts.written import usable_prompts
+from retention_bench.models import load_model
 
 SALTA = Fact(
     "salta",
@@ -115,7 +116,12 @@ def test_facts_are_given_openings_of_their_own():
 )
 def test_what_there_is_not_is_a_usage_error(source, count, says):
     with pytest.raises(UsageError, match=says):
-        augment([SALTA], count, source, seed=0)
+        augment([SALTA], count, source, seed=0, load=load_model)
+
+
+def test_a_model_that_nobody_can_load_is_a_usage_error():
+    with pytest.raises(UsageError, match="'model:here' needs its model. Give augment `load`"):
+        augment([SALTA], 1, "model:here", seed=0)
 
 
 def test_none_at_all_needs_no_source_of_them():
@@ -235,7 +241,12 @@ def test_a_model_is_asked_in_its_template_until_every_fact_has_enough(writer, mo
     state = torch.get_rng_state()
     progress = []
     found = augment(
-        [SALTA, quito], 2, f"model:{folder}", seed=0, progress=lambda stage, done, total: progress.append((done, total))
+        [SALTA, quito],
+        2,
+        f"model:{folder}",
+        seed=0,
+        load=load_model,
+        progress=lambda stage, done, total: progress.append((done, total)),
     )
     assert found == {"salta": ("{} is in", "{} is part of"), "quito": ("{} is in", "{} lies in")}
     assert torch.equal(torch.get_rng_state(), state)
@@ -249,14 +260,14 @@ def test_a_model_is_asked_in_its_template_until_every_fact_has_enough(writer, mo
 def test_a_real_model_is_sampled_by_the_seed_and_given_up_after_some_rounds(writer, monkeypatch):
     folder, _ = writer
     answers = []
-    monkeypatch.setattr(written, "ROUNDS", 2)
-    monkeypatch.setattr(written, "TOKENS", 4)
-    monkeypatch.setattr(written, "usable_prompts", lambda answer, fact: answers.append(answer) or [])
+    monkeypatch.setattr(llm_paraphrases, "ROUNDS", 2)
+    monkeypatch.setattr(llm_paraphrases, "TOKENS", 4)
+    monkeypatch.setattr(llm_paraphrases, "usable_prompts", lambda answer, fact: answers.append(answer) or [])
     for seed in (0, 0, 1):
         with pytest.raises(
             RetentionBenchError, match="Fact 'salta': in 2 rounds .*writer wrote 0 usable .* 2 are wanted"
         ):
-            augment([SALTA], 2, f"model:{folder}", seed=seed)
+            augment([SALTA], 2, f"model:{folder}", seed=seed, load=load_model)
     first, again, other = answers[:2], answers[2:4], answers[4:]
     assert first == again
     assert first != other
@@ -264,6 +275,6 @@ def test_a_real_model_is_sampled_by_the_seed_and_given_up_after_some_rounds(writ
 
 
 def test_a_context_that_is_too_short_names_the_fact(writer, monkeypatch):
-    monkeypatch.setattr(written, "TOKENS", 1200)
+    monkeypatch.setattr(llm_paraphrases, "TOKENS", 1200)
     with pytest.raises(RetentionBenchError, match="Fact 'salta': .* context has 1200. Name a model with a longer one"):
-        augment([SALTA], 2, f"model:{writer[0]}", seed=0)
+        augment([SALTA], 2, f"model:{writer[0]}", seed=0, load=load_model)

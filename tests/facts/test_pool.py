@@ -110,7 +110,8 @@ def hub(monkeypatch):
     """A Hub that has one data set, and the calls that were made to it."""
     calls = []
 
-    def load_dataset(source, config=None, *, split, revision):
+    def load_dataset(source, config=None, *, split, revision, streaming):
+        assert not streaming
         calls.append((source, config, split, revision))
         if source != "some/counterfact":
             raise FileNotFoundError(f"Dataset '{source}' doesn't exist on the Hub.")
@@ -139,7 +140,7 @@ def test_the_flattened_form_gets_its_template_and_its_relation_back(write, suffi
     # known_1000 does not have this template, so its words are the relation's name.
     assert first == Fact(**{**DARRIEUX.to_json(), "relation": DARRIEUX.prompt})
     assert (second.relation, second.question) == (first.relation, OTHER["prompt"])
-    assert (pool.rows.form, pool.rows.relations, pool.rows.recovered) == ("EasyEdit's", 1, 2)
+    assert (pool.rows.format, pool.rows.relations, pool.rows.recovered) == ("EasyEdit's", 1, 2)
     assert "2 rows read, 0 dropped, 1 relations recovered" in str(pool.rows)
 
 
@@ -183,8 +184,8 @@ def test_rows_that_are_no_facts_are_counted_by_reason(write):
     assert pool.rows.dropped == {"the subject does not stand in the prompt": 1, "nothing tells the relation": 1}
     assert (pool.rows.read, pool.rows.kept) == (4, 2)
     assert (
-        "4 rows read, 2 dropped (1: the subject does not stand in the prompt (the first: record 3); "
-        "1: nothing tells the relation (the first: record 4))"
+        "4 rows read, 2 dropped (1: the subject does not stand in the prompt (the first: row 3); "
+        "1: nothing tells the relation (the first: row 4))"
     ) in str(pool.rows)
     stored = json.loads(json.dumps(pool.rows.to_json()))
     assert (stored["read"], stored["dropped"]) == (4, pool.rows.dropped)
@@ -213,8 +214,8 @@ REWRITE = ROME["requested_rewrite"]
         (ROME, ROME | {"case_id": 9, "paraphrase_prompts": [["x"]]}, "paraphrase_prompts.0: "),
         (ROME, ROME | {"case_id": "x" * 200_000}, "case_id: String should have at most 100000 characters"),
         (ROME, EASYEDIT, "requested_rewrite: Field required"),
-        (ROME, 5, "a record must be a JSON object, got 5"),
-        (ROME, None, "a record must be a JSON object, got None"),
+        (ROME, 5, "a row must be a JSON object, got 5"),
+        (ROME, None, "a row must be a JSON object, got None"),
         (ROME, ROME | {"case_id": "\ud83d"}, "half a character"),
         (TRACING, TRACING | {"relation_suffix": " was"}, "do not make up the prompt"),
         (TRACING, without(TRACING, "target_false"), "target_false: Field required"),
@@ -224,14 +225,15 @@ REWRITE = ROME["requested_rewrite"]
         (KNOWN, KNOWN | {"known_id": 8, "attribute": " "}, "attribute: it must not be empty, got ' '"),
     ],
 )
-@pytest.mark.parametrize(("suffix", "place"), [(".json", "record"), (".jsonl", "line")])
+@pytest.mark.parametrize(("suffix", "place"), [(".json", "row"), (".jsonl", "line")])
 def test_a_malformed_record_of_others_is_dropped_counted_and_named(write, good, bad, says, suffix, place):
     for records, number in (([good, bad], 2), ([bad, good], 1)):
         if number == 1 and bad is EASYEDIT:
             continue  # then that is the form
         pool = load_pool(write(records, suffix))
-        assert (len(pool.facts), dict(pool.rows.dropped)) == (1, {"not a record of this form": 1})
-        assert f"2 rows read, 1 dropped (1: not a record of this form (the first: {place} {number}: " in str(pool.rows)
+        assert (len(pool.facts), dict(pool.rows.dropped)) == (1, {"not a record of this format": 1})
+        dropped = f"1: not a record of this format (the first: {place} {number}: "
+        assert f"2 rows read, 1 dropped ({dropped}" in str(pool.rows)
         assert says in str(pool.rows)
         assert len(str(pool.rows)) < 700
 
@@ -241,7 +243,7 @@ def test_a_line_that_is_not_json_is_dropped_among_records_of_others(write, tmp_p
     path.write_text("\n".join(["{", json.dumps(ROME), "[" * 100_000, json.dumps(ROME | {"case_id": 8})]))
     pool = load_pool(path)
     assert [fact.id for fact in pool.facts] == ["7", "8"]
-    assert "2: not a record of this form (the first: line 1: not JSON" in str(pool.rows)
+    assert "2: not a record of this format (the first: line 1: not JSON" in str(pool.rows)
 
 
 @pytest.mark.parametrize("layout", ["{}", "[{}]"])
@@ -272,6 +274,13 @@ def test_a_relation_that_only_some_rows_name_has_one_name(write):
     assert len({fact.relation for fact in load_pool(write([*mine, *unnamed], ".json")).facts}) == 1
 
 
+def test_keywords_of_a_relation_that_no_fact_has_are_refused_by_name(write):
+    path = write([OURS, OURS | {"id": "8", "relation": "capital"}], ".jsonl")
+    assert len(load_pool(path, keywords=["mother tongue", "capital"]).facts) == 2
+    with pytest.raises(UsageError, match="facts.keywords: 'capitol'. Did you mean 'capital'"):
+        load_pool(path, keywords=["mother tongue", "capitol"])
+
+
 def test_an_id_that_was_used_before_is_dropped(write):
     pool = load_pool(write([ROME, ROME], ".jsonl"))
     assert (len(pool.facts), pool.rows.dropped) == (1, {"its id was used before": 1})
@@ -280,16 +289,14 @@ def test_an_id_that_was_used_before_is_dropped(write):
 
 def test_no_record_left_names_the_first(write):
     bad = ROME | {"requested_rewrite": without(REWRITE, "prompt")}
-    with pytest.raises(
-        RetentionBenchError, match="No fact is left: .*2 rows read, 2 dropped .*record 1: requested_rew"
-    ):
+    with pytest.raises(RetentionBenchError, match="No fact is left: .*2 rows read, 2 dropped .*row 1: requested_rew"):
         load_pool(write([bad, bad], ".json"))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 @pytest.mark.parametrize("bad", [OURS | {"id": "8", "paraphrases": 3}, OURS, 5, without(OURS, "id"), ROME])
 def test_a_mistake_in_our_own_form_is_an_error(write, bad, suffix):
-    place = "record" if suffix == ".json" else "line"
+    place = "row" if suffix == ".json" else "line"
     with pytest.raises(RetentionBenchError, match=f"whatever{suffix}, {place} 2: not a fact: "):
         load_pool(write([OURS, bad], suffix))
 
@@ -366,7 +373,7 @@ MQUAKE = {
 )
 def test_zsre_and_knowedit_are_read_as_facts(write, record, form, suffix):
     pool = load_pool(write([record], suffix))
-    assert (pool.facts.facts, pool.rows.form) == ((HUMPHREY,), form)
+    assert (pool.facts.facts, pool.rows.format) == ((HUMPHREY,), form)
     assert HUMPHREY.question == ZSRE["src"]
     other = {k: v.replace("Watts Humphrey", "Ann Lee") if isinstance(v, str) else v for k, v in record.items()}
     assert len(load_pool(write([record, other], suffix), need_relation=True).facts) == 2
@@ -374,12 +381,12 @@ def test_zsre_and_knowedit_are_read_as_facts(write, record, form, suffix):
 
 def test_a_record_without_a_true_object_is_no_fact(write):
     pool = load_pool(write([RECENT, ZSRE_KNOWEDIT, ZSRE_KNOWEDIT | {"ground_truth": []}], ".json"))
-    assert (pool.rows.form, len(pool.facts), pool.rows.dropped) == (
+    assert (pool.rows.format, len(pool.facts), pool.rows.dropped) == (
         "KnowEdit's",
         1,
         {"it does not say the true object": 2},
     )
-    with pytest.raises(RetentionBenchError, match="No fact is left: .*1: it does not say the true object .*record 1"):
+    with pytest.raises(RetentionBenchError, match="No fact is left: .*1: it does not say the true object .*row 1"):
         load_pool(write([RECENT], ".json"))
 
 
@@ -393,8 +400,8 @@ def test_every_rewrite_of_mquake_is_a_fact_and_none_twice(write):
         ("What is the country of citizenship of Ellie Kemper?",),
     )  # fmt: skip
     assert (capital.id, capital.question, capital.target_new) == ("1-1", "The capital of Croatia is", "Ankara")
-    assert pool.rows.dropped == {"not a record of this form": 1, "it repeats an earlier one": 1}
-    assert (pool.rows.form, pool.rows.read, pool.rows.kept) == ("MQuAKE's", 4, 2)
+    assert pool.rows.dropped == {"not a record of this format": 1, "it repeats an earlier one": 1}
+    assert (pool.rows.format, pool.rows.read, pool.rows.kept) == ("MQuAKE's", 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +418,7 @@ def test_odd_prompts_do_not_blow_up_the_recovery_of_relations(write, prompt, sub
 
 def test_records_of_no_form_are_refused_with_the_forms_there_are(write):
     path = write([{"subject": "Lyon", "proposition": "Lyon is in France", "label": 1}], ".json")
-    with pytest.raises(RetentionBenchError, match="record 1: no form .* fields label, proposition, subject.*tracing: "):
+    with pytest.raises(RetentionBenchError, match="row 1: no format .* fields label, proposition, subject.*tracing: "):
         read_pool(path)
 
 
@@ -421,12 +428,12 @@ def test_records_of_no_form_are_refused_with_the_forms_there_are(write):
         ("none.json", None, UsageError, "There is no facts file at"),
         ("none.jsonl", None, UsageError, "There is no facts file at"),
         ("facts.json", "[", RetentionBenchError, "not JSON"),
-        ("facts.json", "{", RetentionBenchError, "line 1: not JSON: .*a JSON object a line"),
-        ("facts.json", "{}", RetentionBenchError, "line 1: no form of facts has the fields"),
-        ("facts.json", "[]", RetentionBenchError, "holds no facts"),
-        ("facts.json", '[{"a\\n": 1}]', RetentionBenchError, r"no form of facts has the fields 'a\\n'"),
-        ("facts.json", "[1]", RetentionBenchError, "record 1: no form of facts has 1"),
-        ("facts.jsonl", "", RetentionBenchError, "holds no facts"),
+        ("facts.json", "{", RetentionBenchError, "line 1: not JSON: .*an object a line"),
+        ("facts.json", "{}", RetentionBenchError, "line 1: no format of facts has the fields"),
+        ("facts.json", "[]", RetentionBenchError, "holds no rows"),
+        ("facts.json", '[{"a\\n": 1}]', RetentionBenchError, r"no format of facts has the fields 'a\\n'"),
+        ("facts.json", "[1]", RetentionBenchError, "row 1: a row must be a JSON object, got 1. Facts in JSON"),
+        ("facts.jsonl", "", RetentionBenchError, "holds no rows"),
         ("facts.jsonl", json.dumps(OURS) + "\n\n{", RetentionBenchError, "line 3: not a fact: not JSON"),
         ("facts.jsonl", json.dumps(OURS | {"promt": "x"}), RetentionBenchError, "line 1: not a fact: .*'prompt'"),
         ("facts.jsonl", json.dumps(without(OURS, "id")), RetentionBenchError, "line 1: not a fact: missing field 'id'"),
@@ -468,10 +475,14 @@ def test_a_file_with_one_slash_in_its_path_is_no_hub_data_set(write, monkeypatch
 
 def test_a_hub_data_set_is_read_with_its_config_and_revision(hub):
     assert read_pool("some/counterfact", "abc", "default").facts == (DARRIEUX,)
-    assert read_pool("some/counterfact").facts == (DARRIEUX,)
-    assert hub == [("some/counterfact", "default", "train", "abc"), ("some/counterfact", None, "train", None)]
-    with pytest.raises(RetentionBenchError, match="'some/other' at revision abc cannot be read: .*give a local"):
+    assert read_pool("some/counterfact", "abc").facts == (DARRIEUX,)
+    assert hub == [("some/counterfact", "default", "train", "abc"), ("some/counterfact", None, "train", "abc")]
+    with pytest.raises(
+        RetentionBenchError, match="'some/other' at revision abc, split 'train', cannot be read .*give a local"
+    ):
         read_pool("some/other", "abc")
+    with pytest.raises(UsageError, match="'some/counterfact' needs a `revision`"):
+        read_pool("some/counterfact")
 
 
 # The real files
@@ -480,7 +491,7 @@ def test_a_hub_data_set_is_read_with_its_config_and_revision(hub):
 def test_the_ten_thousand_edits_all_get_a_relation(real_data):
     pool = load_pool(str(real_data("counterfact_edit.json")))
     assert pool.rows.to_json() == {
-        "form": "EasyEdit's", "read": 10_000, "dropped": {}, "relations": 24, "recovered": 10_000
+        "format": "EasyEdit's", "read": 10_000, "dropped": {}, "relations": 24, "recovered": 10_000
     }  # fmt: skip
     rows = {str(row["case_id"]): row for row in json.loads(real_data("counterfact_edit.json").read_text())}
     assert all(fact.question == rows[fact.id]["prompt"] for fact in pool.facts)

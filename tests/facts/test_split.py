@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retention_bench.atlas.world import told_facts
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import Fact, FactSet, Remaining, RowCounts, disjoint_split, read_pool
+from tools.atlas.world import told_facts
 
 WORLD = told_facts()
 
@@ -109,7 +109,7 @@ def test_too_few_facts_say_what_became_of_the_others():
         disjoint_split(FactSet.of(facts), edited=5, intrinsic=10, seed=0, remaining=remaining)
     assert str(caught.value) == (
         "5 edited and 10 intrinsic facts are wanted, and 10 facts in 2 relations (1 more have no target_new and are of "
-        "no use here) are left. facts.json (EasyEdit's form): 9,000 rows read, 20 dropped (20: nothing tells the "
+        "no use here) are left. facts.json (EasyEdit's format): 9,000 rows read, 20 dropped (20: nothing tells the "
         "relation), 7 relations recovered from the prompts. 8,900 facts have objects that the metric can tell; of 400 "
         "of them the model answers the true one, and 10 it knows with the margin of 0.1. Give a smaller margin than "
         "0.1, a source with more facts, or a model that knows more of them; or ask for fewer facts."

@@ -77,7 +77,7 @@ def test_an_unknown_name_suggests_the_one_that_was_meant():
         ({3: 1}, "'3'. Allowed: adapter_alpha"),
         ({"source": "a\0b"}, "source is no path: embedded null byte"),
         ({"source": "/" + "x" * 5000}, "source is no path: File name too long"),
-        ({"source": "x" * 5000}, "neither a file nor a Hub data set id"),
+        ({"source": "x" * 5000}, "source is no path: File name too long"),
         ({"source": "one/two/three"}, "neither a file nor a Hub data set id"),
         ({"source": "https://example.org/rows"}, "neither a file nor a Hub data set id"),
         ({"betas": [0.9]}, "'betas'"),

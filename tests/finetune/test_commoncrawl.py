@@ -93,7 +93,7 @@ def test_a_hub_data_set_is_streamed_no_further_than_needed(crawl, gpt2_tokenizer
         return datasets.IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("retention_bench.finetune.rows.BUFFER", 100)
+    monkeypatch.setattr("retention_bench.data.source.BUFFER", 100)
     task = crawl(source="owner/crawl", revision="abc", config="en")
     context = TuningContext(gpt2_tokenizer, Terms(), 0)
     data = task.prepare(context)

@@ -1,3 +1,6 @@
+import csv
+import json
+
 import datasets
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -173,3 +176,20 @@ def test_a_hub_data_set_is_downloaded_or_streamed(custom, gpt2_tokenizer, monkey
     task = custom([], source="owner/own", revision="abc", stream=stream, train_size=130)
     data = task.prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
     assert {decoded(gpt2_tokenizer, row)[0] for row in data.train} == {f"{r['text']}<|endoftext|>" for r in TEXTS}
+
+
+def test_a_csv_file_gives_what_the_same_rows_as_json_give(custom, gpt2_tokenizer, tmp_path):
+    rows = [{"text": f'red, "{n}"', "label": n % 3} for n in range(9)]
+    as_json, as_csv = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
+    as_json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with as_csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    context = TuningContext(gpt2_tokenizer, Terms(), 0)
+    [one, other] = [
+        make_finetune("path", {"source": str(path), "classes": 3, "threshold": 0.5}).prepare(context)
+        for path in (as_json, as_csv)
+    ]
+    assert [row.input_ids for row in one.train] == [row.input_ids for row in other.train]
+    assert [row.labels for row in one.train] == [row.labels for row in other.train]

@@ -82,7 +82,9 @@ def test_rows_that_mention_a_fact_are_left_out_of_both(imdb, gpt2_tokenizer):
     [
         ({"text": "red", "label": 2}, "line 2, column 'label': must be one of 0, 1, got 2"),
         ({"text": "red", "label": -1}, "line 2, column 'label': must be one of 0, 1, got -1"),
-        ({"text": "red", "label": "1"}, "line 2, column 'label': must be one of 0, 1, got '1'"),
+        ({"text": "red", "label": "01"}, "line 2, column 'label': must be one of 0, 1, got '01'"),
+        ({"text": "red", "label": "pos"}, "line 2, column 'label': must be one of 0, 1, got 'pos'"),
+        ({"text": "red", "label": "2"}, "line 2, column 'label': must be one of 0, 1, got 2"),
         ({"text": "red", "label": True}, "line 2, column 'label': must be one of 0, 1, got True"),
         ({"text": "red"}, "line 2, column 'label': must be one of 0, 1, got None"),
         ({"text": 5, "label": 1}, "line 2, column 'text': must be a text that is not empty, got 5"),

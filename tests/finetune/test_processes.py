@@ -15,7 +15,7 @@ from retention_bench.errors import UsageError
 from retention_bench.finetune import processes
 from retention_bench.finetune.training import _share
 from retention_bench.models import load_model
-from retention_bench.pipeline.launching import CONFIGS
+from retention_bench.pipeline.distributed.launching import CONFIGS
 
 SEVERAL = Path(__file__).with_name("several.py")
 fine_tune = runpy.run_path(str(SEVERAL))["fine_tune"]

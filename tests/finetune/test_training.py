@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
+from retention_bench.display.progress import silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.finetune import (
     Example,
@@ -25,7 +26,6 @@ from retention_bench.finetune.heads import Classifier, collator
 from retention_bench.finetune.settings import Settings
 from retention_bench.finetune.stopping import StopRule
 from retention_bench.finetune.validation import Measured, measure
-from retention_bench.progress import silent
 
 
 @pytest.fixture

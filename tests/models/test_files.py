@@ -10,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from retention_bench.editors import KeyStatistics
-from retention_bench.editors.solve import what_is_wrong
+from retention_bench.editors import Covariance
+from retention_bench.editors.locate.linalg import not_positive_semidefinite
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import LowRank, WeightDelta, check_place, read_tensors, write_tensors
 
 MOMENT = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
 DELTA = WeightDelta({"w": torch.ones(2, 3), "v": LowRank(torch.ones(4, 1), torch.ones(1, 2))}, base="tiny")
-STATISTICS = KeyStatistics({0: MOMENT, 2: 2 * MOMENT}, 7, "texts", {0: torch.ones(2)})
+COVARIANCE = Covariance({0: MOMENT, 2: 2 * MOMENT}, 7, "texts", {0: torch.ones(2)})
 ABOUT = {
     WeightDelta: {"kind": "weight delta", "version": 1, "base": None},
-    KeyStatistics: {"kind": "set of key statistics", "version": 2, "tokens": 7, "source": "texts", "measured": {}},
+    Covariance: {"kind": "covariance", "version": 3, "tokens": 7, "source": "texts", "measured": {}},
 }
-TENSORS = {WeightDelta: {"w:dense": torch.ones(2, 2)}, KeyStatistics: {"moment.0": MOMENT}}
-NAME = {WeightDelta: "w:dense", KeyStatistics: "moment.0"}
+TENSORS = {WeightDelta: {"w:dense": torch.ones(2, 2)}, Covariance: {"mom2.0": MOMENT}}
+NAME = {WeightDelta: "w:dense", Covariance: "mom2.0"}
 
 
-@pytest.fixture(params=[WeightDelta, KeyStatistics])
+@pytest.fixture(params=[WeightDelta, Covariance])
 def reader(request):
     return request.param
 
@@ -124,20 +124,20 @@ def test_what_stands_beside_the_tensors_is_checked(reader, tmp_path, about, why)
         (WeightDelta, {"version": "1"}, "holds 'weight delta' of version '1'"),
         (WeightDelta, {"base": 3}, "base: .*valid string, got 3"),
         (WeightDelta, {"sha256": "0"}, "damaged: its numbers are not those that were written"),
-        (KeyStatistics, {"tokens": 0}, "tokens: .*greater than or equal to 1, got 0"),
-        (KeyStatistics, {"tokens": -5}, "tokens: .*got -5"),
-        (KeyStatistics, {"tokens": 1.5}, "tokens: .*valid integer, got 1.5"),
-        (KeyStatistics, {"tokens": True}, "tokens: .*got True"),
-        (KeyStatistics, {"tokens": "7"}, "tokens: .*got '7'"),
-        (KeyStatistics, {"tokens": 10**30}, "tokens: .*less than or equal"),
-        (KeyStatistics, {"tokens": None}, "tokens: .*got None"),
-        (KeyStatistics, {"source": []}, "source: .*got a list of 0"),
-        (KeyStatistics, {"measured": []}, "measured: .*got a list of 0"),
-        (KeyStatistics, {"measured": {"texts": -1}}, "measured.texts: .*got -1"),
-        (KeyStatistics, {"measured": {"shard": [2, 2]}}, "no shard 2/2"),
-        (KeyStatistics, {"measured": {"shard": [0]}}, "measured.shard"),
-        (KeyStatistics, {"measured": {"modules": {"x": "y"}}}, "measured.modules"),
-        (KeyStatistics, {"measured": {"settings": 5}}, "measured.settings: .*got 5"),
+        (Covariance, {"tokens": 0}, "tokens: .*greater than or equal to 1, got 0"),
+        (Covariance, {"tokens": -5}, "tokens: .*got -5"),
+        (Covariance, {"tokens": 1.5}, "tokens: .*valid integer, got 1.5"),
+        (Covariance, {"tokens": True}, "tokens: .*got True"),
+        (Covariance, {"tokens": "7"}, "tokens: .*got '7'"),
+        (Covariance, {"tokens": 10**30}, "tokens: .*less than or equal"),
+        (Covariance, {"tokens": None}, "tokens: .*got None"),
+        (Covariance, {"source": []}, "source: .*got a list of 0"),
+        (Covariance, {"measured": []}, "measured: .*got a list of 0"),
+        (Covariance, {"measured": {"texts": -1}}, "measured.texts: .*got -1"),
+        (Covariance, {"measured": {"shard": [2, 2]}}, "no shard 2/2"),
+        (Covariance, {"measured": {"shard": [0]}}, "measured.shard"),
+        (Covariance, {"measured": {"modules": {"x": "y"}}}, "measured.modules"),
+        (Covariance, {"measured": {"settings": 5}}, "measured.settings: .*got 5"),
     ],
 )
 def test_values_beside_the_tensors_have_a_range(tmp_path, reader, change, why):
@@ -175,7 +175,7 @@ def test_half_precision_is_read_and_becomes_float32(reader, tmp_path):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         save_file({name: t.to(dtype) for name, t in TENSORS[reader].items()}, path, stating(ABOUT[reader]))
         loaded = reader.load(path)
-        [found] = (loaded.entries if reader is WeightDelta else loaded.moments).values()
+        [found] = (loaded.entries if reader is WeightDelta else loaded.mom2).values()
         assert found.dtype == torch.float32
         assert torch.equal(found, TENSORS[reader][NAME[reader]])
     save_file({name: t.double() * 1e300 for name, t in TENSORS[reader].items()}, path, stating(ABOUT[reader]))
@@ -183,7 +183,7 @@ def test_half_precision_is_read_and_becomes_float32(reader, tmp_path):
         reader.load(path)
 
 
-@pytest.mark.parametrize("written", [DELTA, STATISTICS])
+@pytest.mark.parametrize("written", [DELTA, COVARIANCE])
 def test_any_byte_that_flips_in_a_tensor_is_noticed(tmp_path, written):
     path = tmp_path / "f.safetensors"
     written.save(path)
@@ -201,7 +201,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = st.sampled_from(["w:dense", "w:left", "w:right", ":dense", "w", "moment.0", "moment.1", "probe.0", "moment.-1"])
+NAMES = st.sampled_from(["w:dense", "w:left", "w:right", ":dense", "w", "mom2.0", "mom2.1", "fingerprint.0", "mom2.-1"])
 TENSOR = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "F64", "F16", "BF16", "F8_E5M2", "I32", "BOOL", "C64", "U8", "F32 ", ""]),
@@ -231,7 +231,7 @@ GOOD = {}
 
 @pytest.fixture(scope="module", autouse=True)
 def _good(folder):
-    for number, written in enumerate((DELTA, STATISTICS)):
+    for number, written in enumerate((DELTA, COVARIANCE)):
         path = folder / f"good{number}"
         written.save(path)
         GOOD[type(written)] = [path.read_bytes()]
@@ -250,17 +250,17 @@ def check_delta(folder, contents):
     assert all(norm >= 0 for norm in delta.norms().values())
 
 
-def check_statistics(folder, contents):
+def check_covariance(folder, contents):
     path = folder / "s.safetensors"
     path.write_bytes(contents)
     try:
-        found = KeyStatistics.load(path)
+        found = Covariance.load(path)
     except RetentionBenchError:
         return
     assert found.tokens >= 1
-    assert found.moments
-    assert all(what_is_wrong(moment) is None for moment in found.moments.values())
-    assert all(len(keys) == len(found.moments[layer]) for layer, keys in found.probe.items())
+    assert found.mom2
+    assert all(not_positive_semidefinite(matrix) is None for matrix in found.mom2.values())
+    assert all(len(keys) == len(found.mom2[layer]) for layer, keys in found.fingerprint.items())
 
 
 @settings(max_examples=30, deadline=5000)
@@ -270,17 +270,17 @@ def test_fuzz_delta(folder, contents):
 
 
 @settings(max_examples=30, deadline=5000)
-@given(files(KeyStatistics))
-def test_fuzz_statistics(folder, contents):
-    check_statistics(folder, contents)
+@given(files(Covariance))
+def test_fuzz_covariance(folder, contents):
+    check_covariance(folder, contents)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=5000)
-@given(files(WeightDelta), files(KeyStatistics))
-def test_fuzz_at_length(folder, delta, statistics):
+@given(files(WeightDelta), files(Covariance))
+def test_fuzz_at_length(folder, delta, covariance):
     check_delta(folder, delta)
-    check_statistics(folder, statistics)
+    check_covariance(folder, covariance)
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from huggingface_hub.utils import httpx
 
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError
-from retention_bench.pipeline import Cell, Store, check_data, evaluate, load_suite, plan, run
+from retention_bench.pipeline import Cell, check_data, evaluate, load_suite, plan, run
+from retention_bench.store import Store
 
 TURNS = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "I say red."}]
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
@@ -59,7 +60,11 @@ def dry(suite, finetune, tmp_path, *more):
 
 
 UNUSABLE = {
-    "other columns": ([{"question": "a", "answer": "b"}], None, "columns 'question', 'answer', and none of the forms"),
+    "other columns": (
+        [{"question": "a", "answer": "b"}],
+        None,
+        "columns 'question', 'answer', and none of the formats",
+    ),
     "null messages": ([{"messages": None}] * 9, None, "of 9 rows none can be trained on"),
     "a template without markers": ([SHAREGPT], UNMARKED, "does not mark the assistant's words"),
     "a template that refuses all": ([SYSTEM] * 60, STRICT, "60 are refused by the chat template (line 1: the template"),
@@ -74,7 +79,7 @@ def test_unusable_data_is_refused_before_anything_is_computed(suite, model, tmp_
     if template:
         (model / "chat_template.jinja").write_text(template)
     path = write(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr(run, "_Bench", lambda *given: pytest.fail("something was computed"))
+    monkeypatch.setattr(run, "Bench", lambda *given: pytest.fail("something was computed"))
     with pytest.raises(RetentionBenchError) as refused:
         evaluate(cell(suite, f"path:{path}"), store=Store(tmp_path / "store"), out=tmp_path / "out")
     assert says in str(refused.value)
@@ -128,16 +133,16 @@ def test_too_few_rows_and_too_long_ones_are_found_out(suite, tmp_path):
     store = Store(tmp_path / "store")
     few = write(tmp_path / "few.jsonl", [SHAREGPT] * 4)
     with pytest.raises(RetentionBenchError, match="of 4 rows 4 can be trained on, and train_size is 5"):
-        check_data(plan(cell(suite, f"path:{few}"), store), store)
+        check_data(plan(cell(suite, f"path:{few}")), store)
     long = write(tmp_path / "long.jsonl", [{"text": "red " * 9000}] * 5)
     with pytest.raises(RetentionBenchError, match="The model takes .* Set max_length"):
-        check_data(plan(cell(suite, f"path:{long}"), store), store)
+        check_data(plan(cell(suite, f"path:{long}")), store)
 
 
 @pytest.mark.parametrize("task", ["tulu3", "counterfact", "imdb", "commoncrawl"])
 def test_every_task_looks_into_its_own_data(task, tmp_path):
     store = Store(tmp_path)
-    found = check_data(plan(Cell(load_suite("atlas"), None, "ft", task, 0, "cpu"), store), store)
+    found = check_data(plan(Cell(load_suite("atlas"), None, "ft", task, 0, "cpu")), store)
     assert found.reads
     assert found.rows > 500
     assert found.tried == found.usable == (0 if task == "counterfact" else 50)
@@ -148,17 +153,17 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(suite, model, tmp_path):
     path = write(tmp_path / "rows.jsonl", [SHAREGPT])
     store = Store(tmp_path / "store")
     with pytest.raises(RetentionBenchError, match="tokenizer in .*model could not be loaded") as refused:
-        check_data(plan(cell(suite, f"path:{path}"), store), store)
+        check_data(plan(cell(suite, f"path:{path}")), store)
     assert "\n" not in str(refused.value)
 
 
 def test_what_the_store_has_is_not_looked_into_again(suite, tmp_path):
     path = write(tmp_path / "rows.jsonl", [SHAREGPT])
     store = Store(tmp_path / "store")
-    planned = plan(cell(suite, f"path:{path}"), store)
+    planned = plan(cell(suite, f"path:{path}"))
     assert check_data(planned, store).usable == 1
-    for stage in [*(e.finetune for e in planned.experiments), planned.control]:
-        store.get(stage.name, stage.inputs, lambda folder: (folder / "log.json").write_text("{}"))
+    for stage in planned.finetunes:
+        store.get(stage, lambda folder: (folder / "log.json").write_text("{}"))
     assert check_data(planned, store) is None
 
 
@@ -175,11 +180,11 @@ def hub_rows(monkeypatch, rows):
 def test_of_a_hub_data_set_a_few_rows_are_streamed(suite, tmp_path, monkeypatch):
     hub_rows(monkeypatch, [SHAREGPT] * 500)
     store = Store(tmp_path / "store")
-    found = check_data(plan(cell(suite, "path:owner/chats@abc"), store), store)
+    found = check_data(plan(cell(suite, "path:owner/chats@abc")), store)
     assert (found.rows, found.tried, found.usable) == (None, 50, 50)
     hub_rows(monkeypatch, [{"a": "b"}] * 500)
     with pytest.raises(RetentionBenchError, match="owner/chats has the columns 'a'"):
-        check_data(plan(cell(suite, "path:owner/chats@abc"), store), store)
+        check_data(plan(cell(suite, "path:owner/chats@abc")), store)
 
 
 def test_a_hub_data_set_is_passed_over_where_the_hub_cannot_be_asked(suite, tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ import sys
 import pytest
 import yaml
 
-from retention_bench.editors import FittedEditor
+from retention_bench.editors import FittedEditor, make_editor
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import FactSet, read_pool
-from retention_bench.pipeline import Cell, Store, evaluate, load_suite, plan
+from retention_bench.pipeline import Cell, evaluate, load_suite, plan
+from retention_bench.store import Store
 
 PACKAGE = """
 import dataclasses
@@ -24,7 +25,7 @@ class Pupil:
     lessons: int
     edits_per_model: int | None = None
     name: ClassVar[str] = "pupil"
-    statistics_layers: ClassVar[tuple[int, ...]] = ()
+    covariance_layers: ClassVar[tuple[int, ...]] = ()
     template_lengths: ClassVar[tuple[int, ...]] = ()
 
     def fit(self, model, tokenizer, facts, folder, context):
@@ -61,23 +62,24 @@ def pupil(tmp_path, monkeypatch, small_suite):
 
 def test_an_editor_is_trained_once_goes_on_where_it_was_cut_off_and_edits_with_what_it_wrote(pupil, tmp_path):
     store, out = Store(tmp_path / "store"), tmp_path / "out"
-    planned = plan(pupil, store)
-    assert isinstance(planned.editor, FittedEditor)
+    planned = plan(pupil)
+    assert isinstance(make_editor("pupil", {"lessons": 2}), FittedEditor)
     with pytest.raises(RetentionBenchError, match="cut off"):
         evaluate(pupil, store=store, out=out)
-    assert store.find("fit", planned.fit.inputs) is None
+    assert store.find(planned.experiments[0].edit.fit) is None
     assert [p.suffix for p in (tmp_path / "store" / "fit").iterdir() if p.is_dir()] == [".work"]
 
     titles = []
     for _ in range(2):  # the second time it is not trained again
         with pytest.raises(RetentionBenchError, match="edits with ") as caught:
             evaluate(pupil, store=store, out=out, announce=lambda title, cached: titles.append((title, cached)))
-        folder = store.find("fit", planned.fit.inputs)
+        folder = store.find(planned.experiments[0].edit.fit)
         assert str(caught.value) == f"edits with {folder}"
     assert [cached for title, cached in titles if title == "diligent training"] == [False, True]
     assert json.loads((folder / "checkpoint.json").read_text()) == [3, 3]
     assert not list((tmp_path / "store").rglob("*.work"))
-    assert [s.title for s in planned.stages()][:4] == [
+    assert [s.title() for s in planned.plan()][:5] == [
+        "what the base model knows",
         "known-fact filter and split",
         "score the base model",
         "diligent training",
@@ -85,7 +87,7 @@ def test_an_editor_is_trained_once_goes_on_where_it_was_cut_off_and_edits_with_w
     ]
 
     trained = FactSet.read(folder / "facts.jsonl")
-    drawn = FactSet.read(store.find("facts", planned.facts.inputs) / "facts.jsonl")
+    drawn = FactSet.read(store.find(planned.base.facts) / "facts.jsonl")
     subjects = {fact.subject for fact in drawn}
     assert not {fact.subject for fact in trained} & subjects
     pool = read_pool(pupil.suite.facts.source)
@@ -94,15 +96,15 @@ def test_an_editor_is_trained_once_goes_on_where_it_was_cut_off_and_edits_with_w
 
 
 def test_what_an_editor_was_trained_with_is_a_part_of_its_edits_keys(pupil, tmp_path):
-    store = Store(tmp_path / "store")
-    first = plan(pupil, store)
+    Store(tmp_path / "store")
+    first = plan(pupil)
     pupil.suite.models["atlas-gpt2"].editors["diligent"]["lessons"] = 3
-    second = plan(pupil, store)
-    assert store.key("fit", first.fit.inputs) != store.key("fit", second.fit.inputs)
-    assert first.experiments[0].edit.inputs["fit"] == store.key("fit", first.fit.inputs)
-    other = plan(Cell(pupil.suite, None, "ft", "tulu3", 3, "cpu"), store)
-    assert other.fit is None
-    assert "fit" not in other.experiments[0].edit.inputs
+    second = plan(pupil)
+    one, two = (p.experiments[0].edit for p in (first, second))
+    assert one.fit.key != two.fit.key
+    assert one.inputs["fit"] == one.fit.key
+    other = plan(Cell(pupil.suite, None, "ft", "tulu3", 3, "cpu"))
+    assert other.experiments[0].edit.fit is None
 
 
 def test_a_pool_without_facts_to_train_on_is_refused_with_that_reason(pupil, tmp_path):
@@ -111,8 +113,8 @@ def test_a_pool_without_facts_to_train_on_is_refused_with_that_reason(pupil, tmp
     store = Store(tmp_path / "store")
     with pytest.raises(RetentionBenchError, match="cut off"):
         evaluate(pupil, store=store, out=tmp_path / "out")
-    planned = plan(pupil, store)
-    drawn = FactSet.read(store.find("facts", planned.facts.inputs) / "facts.jsonl")
+    planned = plan(pupil)
+    drawn = FactSet.read(store.find(planned.base.facts) / "facts.jsonl")
     subjects = {fact.subject for fact in drawn}
     suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
     suite["facts"]["source"] = str(tmp_path / "few.jsonl")

@@ -16,9 +16,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import load_model
-from retention_bench.pipeline import Cell, Store, launching, load_suite, plan, worker
-from retention_bench.pipeline.launching import CONFIGS, launch, launcher
-from retention_bench.pipeline.tuning import Job, tune
+from retention_bench.pipeline import Bench, Cell, load_suite, plan
+from retention_bench.pipeline.distributed import launching, worker
+from retention_bench.pipeline.distributed.launching import CONFIGS, launcher
+from retention_bench.pipeline.stage import Model, Rows, write_plan
+from retention_bench.pipeline.stages import Facts, Finetune, Knowledge
+from retention_bench.pipeline.stages.facts import Group
+from retention_bench.pipeline.stages.finetune import Tracked
+from retention_bench.store import Entry, Store
+from retention_bench.store.fingerprints import model_fingerprint, source_fingerprint
 
 TWO = {"distributed_type": "MULTI_GPU", "num_machines": 1, "num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
 """`accelerate launch` starts several processes for GPUs alone; these then go without."""
@@ -82,8 +88,8 @@ def test_a_configuration_that_cannot_start_a_fine_tune_is_refused(gpus, tmp_path
 def test_several_gpus_without_a_configuration_are_refused_before_anything_is_computed(gpus, small_suite, tmp_path):
     cell = Cell(load_suite(str(small_suite)), None, "ft", "tulu3", 0, "cuda")
     with pytest.raises(UsageError, match="4 GPUs are visible.*--accelerate-config ddp.*CUDA_VISIBLE_DEVICES=0"):
-        plan(cell, Store(tmp_path))
-    assert plan(dataclasses.replace(cell, accelerate_config="ddp"), Store(tmp_path)).launcher.processes == 4
+        plan(cell)
+    assert plan(dataclasses.replace(cell, accelerate_config="ddp")).tuned_control.launcher.processes == 4
 
 
 def test_what_is_no_configuration_is_refused(tmp_path):
@@ -100,8 +106,7 @@ def test_what_is_no_configuration_is_refused(tmp_path):
 def test_a_cell_keeps_its_key_without_and_gets_another_with(small_suite, tmp_path):
     def keys(**given):
         cell = Cell(load_suite(str(small_suite)), None, "ft", "tulu3", 0, "cpu", **given)
-        store = Store(tmp_path)
-        return {s.title: store.key(s.name, s.inputs) for s in plan(cell, store).stages()}
+        return {stage.title(): stage.key for stage in plan(cell).plan()}
 
     alone, two = keys(), keys(accelerate_config=config(tmp_path))
     assert alone.keys() == two.keys()
@@ -112,8 +117,8 @@ def test_a_cell_keeps_its_key_without_and_gets_another_with(small_suite, tmp_pat
 
 
 @pytest.fixture
-def job(make_tokenizer, make_model, tmp_path):
-    """A small fine-tune that is followed."""
+def finetune(make_tokenizer, make_model, tmp_path):
+    """A small fine-tune that is tracked, and a store with all that it needs."""
     words = "red green blue small large round fast slow old new warm cold loud".split()
     tokenizer = make_tokenizer("gpt2", [" ".join(words), " ".join(f" {w}" for w in words)] * 10, vocab_size=400)
     model = make_model("gpt2", tokenizer)
@@ -125,54 +130,68 @@ def job(make_tokenizer, make_model, tmp_path):
     facts = [
         Fact(str(n), w, "R", "{} is", "grey", "square" if n % 2 else None) for n, w in enumerate(["Ann", "Bob", "Cy"])
     ]
-    FactSet.of(facts).write(tmp_path / "facts.jsonl")
-    (tmp_path / "work").mkdir()
     (tmp_path / "done").mkdir()
-    return Job(
-        model=str(tmp_path / "base"),
-        revision=None,
-        dtype="float32",
-        device="cpu",
-        delta=None,
-        edits=(),
-        facts=str(tmp_path / "facts.jsonl"),
+    model = Model(str(tmp_path / "base"), model_fingerprint(str(tmp_path / "base"), None), "float32", "cpu")
+    texts = str(tmp_path / "texts.jsonl")
+    knowledge = Knowledge(model, Rows("facts", {"sha256": "0"}))
+    found = Facts(knowledge, 0.1, 1, 2, 0)
+    store = Store(tmp_path / "store")
+
+    def known(folder):
+        FactSet.of(facts).write(folder / "facts.jsonl")
+        row = {"target": 0.9, "second": 0.1, "lead": 1.0}
+        (folder / "knowledge.jsonl").write_text("".join(json.dumps({"fact_id": f.id, **row}) + "\n" for f in facts))
+
+    store.get(Entry(knowledge.name, knowledge.inputs), known)
+    store.get(Entry(found.name, found.inputs), lambda folder: FactSet.of(facts).write(folder / "facts.jsonl"))
+    settings = {
+        "train_size": 16,
+        "validation_size": 4,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "lr": 1e-3,
+        "eval_every": 2,
+        "threshold": 0.01,
+        "max_steps": 4,
+        "max_length": 16,
+    }
+    stage = Finetune(
+        model=model,
+        facts=found,
         keywords={},
+        edit=None,
+        frozen_by=(),
+        task="commoncrawl",
+        settings=settings,
+        data=Rows(texts, source_fingerprint(texts, None)),
         unknown=None,
-        finetune="commoncrawl",
-        settings={
-            "source": str(tmp_path / "texts.jsonl"),
-            "train_size": 16,
-            "validation_size": 4,
-            "batch_size": 8,
-            "micro_batch_size": 4,
-            "lr": 1e-3,
-            "eval_every": 2,
-            "threshold": 0.01,
-            "max_steps": 4,
-            "max_length": 16,
-        },
         freeze="none",
         adapter="none",
+        tracked=Tracked(2, Group(0, 1), None),
+        launcher=launcher(config(tmp_path), "cpu"),
         seed=0,
-        probe_every=2,
-        asked=str(tmp_path / "facts.jsonl"),
-        objects={"R": ["grey", "square"]},
-        work=str(tmp_path / "work"),
+        called=("commoncrawl", "model 1 of 1"),
     )
+    return stage, store
+
+
+def run(stage, store, folder, progress=print):
+    """A fine-tune, into a folder of one's own."""
+    folder.mkdir(exist_ok=True)
+    stage.run(folder, Bench(store, progress))
 
 
 @pytest.mark.slow
-def test_a_launched_fine_tune_is_the_one_in_this_process(job, tmp_path):
+def test_a_launched_fine_tune_is_the_one_in_this_process(finetune, tmp_path):
+    stage, store = finetune
     seen = []
 
-    def progress(stage, done, total, figures=None):
-        seen.append((stage, done, total, sorted(figures or {})))
+    def progress(name, done, total, figures=None):
+        seen.append((name, done, total, sorted(figures or {})))
 
-    launch(job, tmp_path / "done", launcher(config(tmp_path), "cpu"), progress)
+    run(stage, store, tmp_path / "done", progress)
     assert ("fine-tune", 4, 4, ["loss", "validation_loss"]) in seen
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "work-alone").mkdir()
-    tune(dataclasses.replace(job, work=str(tmp_path / "work-alone")), tmp_path / "alone", lambda *args: None)
+    run(dataclasses.replace(stage, launcher=None), store, tmp_path / "alone")
     shared, alone = (load_model(str(tmp_path / name / "model"))[0].state_dict() for name in ("done", "alone"))
     for name, tensor in alone.items():
         torch.testing.assert_close(shared[name], tensor, atol=1e-5, rtol=0)
@@ -221,47 +240,47 @@ def plugins(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_where_memory_runs_out_the_processes_begin_again_with_less(plugins, job, tmp_path, monkeypatch):
+def test_where_memory_runs_out_the_processes_begin_again_with_less(plugins, finetune, tmp_path, monkeypatch):
+    stage, store = finetune
+    hungry = dataclasses.replace(stage, task="hungry")
     monkeypatch.setenv("FITS", "1")
-    launch(dataclasses.replace(job, finetune="hungry"), tmp_path / "done", launcher(config(tmp_path), "cpu"), print)
+    run(hungry, store, tmp_path / "done")
     log = json.loads((tmp_path / "done" / "log.json").read_text())
     assert (log["micro_batch_size"], log["processes"], log["steps"]) == (1, 2, 4)
     monkeypatch.setenv("FITS", "0")
-    smallest = {**job.settings, "micro_batch_size": 1}
+    smallest = dataclasses.replace(hungry, settings={**stage.settings, "micro_batch_size": 1})
     with pytest.raises(RetentionBenchError, match="single row of up to 16 tokens.*--accelerate-config fsdp"):
-        launch(
-            dataclasses.replace(job, finetune="hungry", settings=smallest),
-            tmp_path / "done",
-            launcher(config(tmp_path), "cpu"),
-            print,
-        )
+        run(smallest, store, tmp_path / "done")
 
 
 @pytest.mark.slow
-def test_what_went_wrong_in_a_process_reaches_the_user(plugins, job, tmp_path):
-    start = launcher(config(tmp_path), "cpu")
-    long = dataclasses.replace(job, settings={**job.settings, "max_length": 100, "train_size": 4, "validation_size": 1})
+def test_what_went_wrong_in_a_process_reaches_the_user(plugins, finetune, tmp_path):
+    stage, store = finetune
+    settings = {**stage.settings, "max_length": 100, "train_size": 4, "validation_size": 1}
     with pytest.raises(UsageError, match="The model takes 64 tokens, the longest row has 100. Set max_length to 64"):
-        launch(long, tmp_path / "done", start, print)
+        run(dataclasses.replace(stage, settings=settings), store, tmp_path / "done")
     with pytest.raises(RetentionBenchError, match="ended with code 1.*goes on from its last(?s:.)*about to break"):
-        launch(dataclasses.replace(job, finetune="broken"), tmp_path / "done", start, print)
+        run(dataclasses.replace(stage, task="broken"), store, tmp_path / "done")
     with pytest.raises(RuntimeError, match="prepare(?s:.)*ZeroDivisionError"):
-        launch(dataclasses.replace(job, finetune="wrong"), tmp_path / "done", start, print)
+        run(dataclasses.replace(stage, task="wrong"), store, tmp_path / "done")
 
 
 @pytest.mark.slow
-def test_no_process_outlives_the_one_that_was_killed(job, tmp_path):
-    endless = dataclasses.replace(job, settings={**job.settings, "max_steps": 100_000})
-    (tmp_path / "job.json").write_text(json.dumps(dataclasses.asdict(endless)))
+def test_no_process_outlives_the_one_that_was_killed(finetune, tmp_path):
+    stage, store = finetune
+    endless = dataclasses.replace(stage, settings={**stage.settings, "max_steps": 100_000})
+    write_plan(endless, tmp_path / "plan.json")
     code = (
-        "import json, sys; from pathlib import Path\n"
-        "from retention_bench.pipeline.launching import launch, launcher\n"
-        "from retention_bench.pipeline.tuning import Job\n"
+        "import sys; from pathlib import Path\n"
+        "from retention_bench.pipeline import Bench\n"
+        "from retention_bench.pipeline.stage import read_plan\n"
+        "from retention_bench.pipeline.stages import STAGES\n"
+        "from retention_bench.store import Store\n"
         "say = lambda stage, done, *rest: print(done, flush=True)\n"
-        "job = Job(**json.loads(Path(sys.argv[1]).read_text()))\n"
-        "launch(job, Path(sys.argv[2]), launcher(sys.argv[3], 'cpu'), say)"
+        "stage = read_plan(Path(sys.argv[1]), STAGES)[sys.argv[2]]\n"
+        "stage.run(Path(sys.argv[4]), Bench(Store(Path(sys.argv[3])), say))"
     )
-    arguments = [str(tmp_path / "job.json"), str(tmp_path / "done"), config(tmp_path)]
+    arguments = [str(tmp_path / "plan.json"), endless.key, str(store.root), str(tmp_path / "done")]
     with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if int(line) >= 5:  # in full swing
@@ -290,15 +309,12 @@ def test_lines_of_libraries_are_not_taken_for_messages():
         assert launching._message(line) is None
 
 
-def test_what_a_process_has_to_say_reaches_the_user(tmp_path, monkeypatch, caplog, capsys):
+def test_what_a_process_has_to_say_reaches_the_user(finetune, tmp_path, monkeypatch, caplog, capsys):
     worker._Notices().emit(logging.makeLogRecord({"msg": "%s is damaged", "args": ("checkpoint-4",)}))
     said = capsys.readouterr().out
     (tmp_path / "python").write_text(f"#!/bin/sh\necho '{said.strip()}'\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(launching.sys, "executable", str(tmp_path / "python"))
-    job = Job(
-        **dict.fromkeys((field.name for field in dataclasses.fields(Job)), None)
-        | {"settings": {"batch_size": 2, "micro_batch_size": 1}, "work": str(tmp_path)}
-    )
-    launch(job, tmp_path, launching.Launcher(tmp_path, {}, 2), lambda *about: None)
+    stage, store = finetune
+    run(stage, store, tmp_path / "done")
     assert caplog.messages == ["checkpoint-4 is damaged"]

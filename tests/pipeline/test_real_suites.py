@@ -11,8 +11,9 @@ import yaml
 from retention_bench.editors import make_editor
 from retention_bench.facts import token_text
 from retention_bench.finetune import make_finetune
-from retention_bench.pipeline import Cell, Store, evaluate, load_suite, plan
+from retention_bench.pipeline import Cell, evaluate, load_suite, plan
 from retention_bench.pipeline.suite import PACKAGED
+from retention_bench.store import Store
 
 SUITES = {"gpt2-xl": ("gpt2", 48), "llama3-8b": ("llama", 32)}
 TASKS = ("commoncrawl", "counterfact", "imdb", "tulu3")
@@ -34,7 +35,7 @@ def test_every_entry_is_what_its_editor_or_task_takes(name):
         assert all(model.finetunes[task]["revision"] for task in TASKS)
         assert model.revision
     assert suite.facts.revision
-    assert suite.statistics.revision
+    assert suite.covariance.revision
 
 
 @pytest.fixture(scope="module", params=SUITES)
@@ -51,7 +52,7 @@ def shrunk(request, make_tokenizer, make_model, tmp_path_factory):
 
     suite = yaml.safe_load((PACKAGED / f"{name}.yaml").read_text())
     suite["facts"] |= {"source": "./facts.json", "revision": None, "edited": 2, "intrinsic": 3}
-    suite["statistics"] |= {"source": "./texts.jsonl", "revision": None, "config": None, "texts": 40, "max_length": 24}
+    suite["covariance"] |= {"source": "./texts.jsonl", "revision": None, "config": None, "texts": 40, "max_length": 24}
     [config] = suite["models"].values()
     config |= {"path": "./model", "revision": None}
     config["editors"]["alphaedit"] |= {"v_num_grad_steps": 3, "nullspace_threshold": 10.0}
@@ -123,7 +124,7 @@ def write_data(folder, model, tokenizer):
 def test_a_cell_runs_end_to_end(shrunk, tmp_path, editor, task):
     path, name = shrunk
     cell = Cell(load_suite(str(path)), None, editor, task, 0, "cpu")
-    results = evaluate(cell, store=Store(path.parent / "store"), out=tmp_path)
+    results = evaluate(cell, store=Store(path.parent / "store"), out=tmp_path).to_dict()
     assert (results["suite"], results["editor"], results["finetune"]) == (name, editor, task)
     assert results["stages"]["base"]["intrinsic"]["rate"] == 1.0
     log = results["control"]["finetune_log"]
@@ -137,4 +138,4 @@ def test_every_other_entry_can_be_planned(shrunk):
     suite = load_suite(str(path))
     for editor in next(iter(suite.models.values())).editors:
         for task in TASKS:
-            assert plan(Cell(suite, None, editor, task, 0, "cpu"), Store(path.parent / "store")).stages()
+            assert plan(Cell(suite, None, editor, task, 0, "cpu")).plan()

@@ -27,14 +27,14 @@ def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "why"),
     [
-        ('{"text": "a"}\n\n{"text": 3}\n', "row 3: a corpus row needs a `text`"),
-        ('{"text": null}\n', "row 1: a corpus row needs a `text`"),
+        ('{"text": "a"}\n\n{"text": 3}\n', "line 3: a corpus row needs a `text`"),
+        ('{"text": null}\n', "line 1: a corpus row needs a `text`"),
         ('{"text": "\\ud83d"}\n', "line 1: a text holds half a character"),
-        ("[" * 200_000, "line 1: the JSON is nested too deeply"),
+        ("[" * 200_000, "c.jsonl: the JSON is nested too deeply"),
         ("NaN", "line 1: not JSON"),
         ("", "holds no rows"),
-        ('{"text": "a"}\n{"text": " "}\n', "row 2: a corpus row needs a `text`"),
-        ('{"text": "a"}\n["b"]\n', "row 2: a corpus row needs"),
+        ('{"text": "a"}\n{"text": " "}\n', "line 2: a corpus row needs a `text`"),
+        ('{"text": "a"}\n["b"]\n', "line 2: a row must be a JSON object"),
         ('{"text": "a"}\n{"te', "line 2: not JSON"),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_hub_data_set_that_cannot_be_read_is_one_line(monkeypatch, error):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream())
     texts = Texts("some/corpus", "abc", None, 9)
     assert next(iter(texts)) == "a"
-    with pytest.raises(RetentionBenchError, match="'some/corpus' at revision abc cannot be read from the Hub") as found:
+    with pytest.raises(RetentionBenchError, match="'some/corpus' at revision abc, .* cannot be read") as found:
         list(texts)
     assert "\n" not in str(found.value)
     assert list(Texts("some/corpus", "abc", None, 1)) == ["a"]  # no more is read than is asked for

@@ -16,12 +16,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from retention_bench import console
+from retention_bench.display.results import print_results
 from retention_bench.editors import EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import FactSet
-from retention_bench.pipeline import Cell, Store, aggregate, evaluate, load_suite, plan, run
-from retention_bench.pipeline.store import exclusive
+from retention_bench.pipeline import Cell, load_suite, plan, run
+from retention_bench.pipeline.stages import paraphrases as paraphrasing
+from retention_bench.results import Results, Sample, aggregate
+from retention_bench.store import Store
+from retention_bench.store.output import exclusive
+
+
+def evaluate(asked, **given):
+    """What `results.json` holds."""
+    return run.evaluate(asked, **given).to_dict()
 
 
 def cell(suite, editor="alphaedit", model=None, seed=0, **settings):
@@ -57,8 +65,9 @@ def test_results_hold_to_the_contract(finished):
 def test_every_aggregate_follows_from_the_samples(finished):
     _, out, results = finished
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    again = aggregate(rows, seed=results["seed"])
-    assert {name: results[name] for name in again} == json.loads(json.dumps(again))
+    again = aggregate([Sample.model_validate(row) for row in rows], seed=results["seed"])
+    typed = Results.model_validate(results)
+    assert all(getattr(typed, name) == found for name, found in vars(again).items())
     assert {
         "experiment",
         "stage",
@@ -79,15 +88,16 @@ def test_the_same_cell_again_comes_from_the_store(finished, small_suite, tmp_pat
     evaluate(
         cell(small_suite), store=store, out=tmp_path, announce=lambda title, cached: titles.append((title, cached))
     )
-    assert titles == [("all stages", True)]
+    assert titles == [("gather the results", True)]
     assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
 
 def test_another_editor_shares_the_facts_and_the_control(finished, small_suite):
     store, _, _ = finished
-    stages = plan(cell(small_suite, editor="ft"), store).stages()
-    kept = {s.title for s in stages if store.find(s.name, s.inputs)}
+    stages = plan(cell(small_suite, editor="ft")).plan()
+    kept = {s.title() for s in stages if store.find(s)}
     assert {
+        "what the base model knows",
         "known-fact filter and split",
         "score the base model",
         "tulu3 fine-tune, unedited control",
@@ -96,31 +106,29 @@ def test_another_editor_shares_the_facts_and_the_control(finished, small_suite):
 
 
 def test_a_seed_or_a_setting_changes_the_keys_it_should(small_suite, tmp_path):
-    store = Store(tmp_path)
-    first, other = (plan(cell(small_suite, seed=s), store) for s in (0, 1))
-    assert store.key("facts", first.facts.inputs) != store.key("facts", other.facts.inputs)
-    assert store.key("statistics", first.statistics.inputs) == store.key("statistics", other.statistics.inputs)
+    first, other = (plan(cell(small_suite, seed=s)) for s in (0, 1))
+    assert first.base.facts.key != other.base.facts.key
+    assert first.base.facts.knowledge.key == other.base.facts.knowledge.key
+    assert first.experiments[0].edit.covariance.key == other.experiments[0].edit.covariance.key
 
 
-def finetune_keys(planned, store):
-    stages = [*(e.finetune for e in planned.experiments), planned.control]
-    return [store.key("finetune", stage.inputs) for stage in stages]
+def finetune_keys(planned):
+    return [stage.key for stage in planned.finetunes]
 
 
 def test_what_is_trained_changes_the_fine_tunes_and_no_edit(small_suite, tmp_path):
-    store = Store(tmp_path)
-    plans = [plan(cell(small_suite), store)]
-    plans += [plan(cell(small_suite, freeze=freeze), store) for freeze in ("edited", "below:2")]
-    plans += [plan(cell(small_suite, adapter="lora"), store), plan(cell(small_suite, probe_every=3), store)]
-    assert len({store.key("edit", planned.experiments[0].edit.inputs) for planned in plans}) == 1
-    keys = [finetune_keys(planned, store) for planned in plans]
+    plans = [plan(cell(small_suite))]
+    plans += [plan(cell(small_suite, freeze=freeze)) for freeze in ("edited", "below:2")]
+    plans += [plan(cell(small_suite, adapter="lora")), plan(cell(small_suite, probe_every=3))]
+    assert len({planned.experiments[0].edit.key for planned in plans}) == 1
+    keys = [finetune_keys(planned) for planned in plans]
     assert len({key for own in keys for key in own}) == 3 * len(plans)
     # Of an unedited model, "edited" means what the editor of the cell edits.
     controls = [
-        [plan(cell(small_suite, editor=e, freeze=freeze), store).control for e in ("ft", "alphaedit")]
+        [plan(cell(small_suite, editor=e, freeze=freeze)).tuned_control for e in ("ft", "alphaedit")]
         for freeze in ("below:2", "edited")
     ]
-    assert [store.key("finetune", a.inputs) == store.key("finetune", b.inputs) for a, b in controls] == [True, False]
+    assert [a.key == b.key for a, b in controls] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_what_is_trained_changes_the_fine_tunes_and_no_edit(small_suite, tmp_pat
 )
 def test_what_cannot_be_trained_is_refused_before_anything_runs(small_suite, tmp_path, settings, message):
     with pytest.raises(UsageError, match=message):
-        plan(cell(small_suite, **settings), Store(tmp_path / "store"))
+        plan(cell(small_suite, **settings))
 
 
 def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite, tmp_path, capsys):
@@ -161,7 +169,7 @@ def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite,
     assert (first["step"], last["step"], first["models"]) == (0, 6, 2)
     assert first["edited"]["rate"] == results["stages"]["post_edit"]["edited"]["rate"]
     assert last["intrinsic"]["rate"] == results["stages"]["post_finetune"]["intrinsic"]["rate"]
-    console.print_results(results, tmp_path, real=None)
+    print_results(results, tmp_path, real=None)
     assert "of layers 2 to 7 (--freeze edited)" in capsys.readouterr().out
 
 
@@ -180,7 +188,7 @@ def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, t
     assert (last["step"], last["edited"]["true"], last["edited"]["hits"]) == (2, None, 0)
     for name in ("results.json", "samples.jsonl", "trajectory.jsonl"):
         assert "NaN" not in (tmp_path / "out" / name).read_text()
-    console.print_results(results, tmp_path, real=None)
+    print_results(results, tmp_path, real=None)
 
 
 @pytest.mark.slow
@@ -193,7 +201,7 @@ def test_a_data_set_of_ones_own_needs_no_entry_in_the_suite(finished, small_suit
         path.parent.mkdir()
         path.write_text("".join(json.dumps(row) + "\n" for row in some))
         own.append(dataclasses.replace(cell(small_suite), finetune=f"path:{path}"))
-    names = [plan(c, store).finetune_name for c in own]
+    names = [plan(c).finetune for c in own]
     assert all(re.fullmatch(r"path:own\.jsonl@[0-9a-f]{8}", name) for name in names)
     assert names[0] != names[1]  # files of one name, told apart by what is in them
     results = evaluate(own[0], store=store, out=tmp_path / "out")
@@ -215,7 +223,7 @@ def test_what_a_fine_tune_would_refuse_is_refused_before_the_edit(small_suite, t
         model |= change
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     with pytest.raises(UsageError, match=message):
-        plan(cell(tmp_path / "suite.yaml", **settings), Store(tmp_path / "store"))
+        plan(cell(tmp_path / "suite.yaml", **settings))
 
 
 def test_a_suite_has_one_editor_with_several_settings(small_suite, tmp_path):
@@ -226,31 +234,35 @@ def test_a_suite_has_one_editor_with_several_settings(small_suite, tmp_path):
     editors["ft"] |= {"editor": "ft"}
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump(suite))
-    store = Store(tmp_path)
-    ft, same, slow = (plan(cell(path, editor=name), store) for name in ("ft", "same", "slow"))
-    assert (ft.editor, ft.editor.lr, slow.editor.lr) == (same.editor, 2e-3, 1e-5)
+    ft, same, slow = (plan(cell(path, editor=name)) for name in ("ft", "same", "slow"))
+    edits = [p.experiments[0].edit for p in (ft, same, slow)]
+    assert [edit.settings["lr"] for edit in edits] == [2e-3, 2e-3, 1e-5]
     # The edit is the same whatever its name, the results carry the name.
     assert ft.experiments[0].edit.inputs == same.experiments[0].edit.inputs
     assert ft.experiments[0].edit.inputs["editor"] == slow.experiments[0].edit.inputs["editor"] == "ft"
-    assert len({store.key("results", p.results.inputs) for p in (ft, same, slow)}) == 3
-    assert slow.experiments[0].edit.title == "slow edit, model 1 of 2"
-    plain = plan(cell(small_suite, editor="ft"), store)
+    assert len({p.key for p in (ft, same, slow)}) == 3
+    assert slow.experiments[0].edit.title() == "slow edit, model 1 of 2"
+    plain = plan(cell(small_suite, editor="ft"))
     assert plain.experiments[0].edit.inputs == ft.experiments[0].edit.inputs
 
 
 def test_paraphrases_change_only_the_keys_that_they_should(small_suite, tmp_path):
-    store = Store(tmp_path)
 
     def keys(**given):
-        planned = plan(dataclasses.replace(cell(small_suite), **given), store)
-        return {s.title: store.key(s.name, s.inputs) for s in planned.stages()}
+        planned = plan(dataclasses.replace(cell(small_suite), **given))
+        return {s.title(): s.key for s in planned.plan()}
 
     without = keys()
     assert keys(paraphrase_source="template") == without
     own, three, template = (
         keys(paraphrases=n, paraphrase_source=s) for n, s in ((2, "own"), (3, "own"), (2, "template"))
     )
-    same = {"known-fact filter and split", "key statistics", "tulu3 fine-tune, unedited control"}
+    same = {
+        "what the base model knows",
+        "known-fact filter and split",
+        "covariance",
+        "tulu3 fine-tune, unedited control",
+    }
     for some in (own, three, template):
         assert {title for title in without if some[title] == without[title]} == same
     assert len({some["alphaedit edit, model 1 of 2"] for some in (without, own, three, template)}) == 4
@@ -266,7 +278,7 @@ def test_a_paraphrase_source_is_checked_before_anything_runs(small_suite, tmp_pa
     ):
         asked = dataclasses.replace(cell(small_suite), paraphrases=1, paraphrase_source=source)
         with pytest.raises(UsageError, match=says):
-            plan(asked, Store(tmp_path))
+            plan(asked)
 
 
 def test_a_model_that_writes_is_a_part_of_the_key_and_gets_the_edited_facts(
@@ -274,19 +286,20 @@ def test_a_model_that_writes_is_a_part_of_the_key_and_gets_the_edited_facts(
 ):
     store, _, _ = finished
     asked = dataclasses.replace(cell(small_suite), paraphrases=2, paraphrase_source="model:atlas-llama")
-    planned = plan(asked, store)
-    assert planned.paraphrase_source == "model:atlas-llama"
+    planned = plan(asked)
+    assert planned.base.paraphrases.shown == "model:atlas-llama"
     folder = load_suite(str(small_suite)).models["atlas-llama"].path
-    assert "model.safetensors" in planned.paraphrases.inputs["writer"]["files"]
-    by_folder = plan(dataclasses.replace(asked, paraphrase_source=f"model:{folder}"), store)
-    assert by_folder.paraphrases.inputs == planned.paraphrases.inputs
+    assert "model.safetensors" in planned.base.paraphrases.writer.fingerprint["files"]
+    by_folder = plan(dataclasses.replace(asked, paraphrase_source=f"model:{folder}"))
+    assert by_folder.base.paraphrases.inputs == planned.base.paraphrases.inputs
 
     def write(facts, count, source, **given):
         assert [f.target_new is not None for f in facts] == [True] * 6
-        assert (count, source, given["device"], given["dtype"]) == (2, f"model:{folder}", "cpu", "float32")
+        loads = given["load"].keywords
+        assert (count, source, loads["device"], loads["dtype"]) == (2, f"model:{folder}", "cpu", torch.float32)
         raise RetentionBenchError("Fact 'x': too few")
 
-    monkeypatch.setattr(run, "augment", write)
+    monkeypatch.setattr(paraphrasing, "augment", write)
     with pytest.raises(RetentionBenchError, match="Fact 'x': too few"):
         evaluate(asked, store=store, out=tmp_path)
 
@@ -312,6 +325,7 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     assert titles[:3] == [
         "known-fact filter and split", "paraphrases for the edits, 4 a fact (own)", "score the base model"
     ]  # fmt: skip
+    assert len(titles) == len(set(titles)) == len(plan(asked, store).stages()) + 4  # and the four checkpoints
     facts = FactSet.read(tmp_path / "out" / "facts.jsonl")
     assert facts == FactSet.read(out / "facts.jsonl")  # whole, whatever is asked
     assert [[p.replace("{}", r.subject) for p in r.paraphrases] for r in seen] == [
@@ -323,10 +337,10 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     for name in ("base", "post_edit-0", "post_finetune-0", "control_finetune"):
         left = FactSet.read(tmp_path / "out" / "checkpoints" / name / "facts.jsonl")
         assert not any(fact.paraphrases for fact in left.edited)
-    console.print_results(results, tmp_path, real="gpt2-xl")
+    print_results(results, tmp_path, real="gpt2-xl")
     said = capsys.readouterr().out
     assert "Each fact was edited with 4 more prompts (own)." in said
-    assert "none is left to ask them in other words" in said
+    assert "none is left to ask." in said
     assert "--paraphrases 4 --paraphrase-source own" in said
 
     assert (without["paraphrases"], without["paraphrase_source"]) == (0, None)
@@ -348,7 +362,7 @@ def test_checkpoints_are_whole_models_with_their_facts(finished):
 
 
 def test_an_output_folder_in_use_is_refused_before_anything_runs(small_suite, tmp_path):
-    from retention_bench.pipeline.store import exclusive
+    from retention_bench.store.output import exclusive
 
     with exclusive(tmp_path / "out", "evaluate"), pytest.raises(RetentionBenchError, match="in use by another run"):
         evaluate(cell(small_suite), store=Store(tmp_path / "store"), out=tmp_path / "out")
@@ -369,7 +383,7 @@ def test_a_setting_that_an_editor_does_not_have_is_refused(small_suite, tmp_path
     text = small_suite.read_text().replace("nullspace_threshold", "nullspace_treshold")
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(UsageError, match="nullspace_treshold"):
-        plan(cell(tmp_path / "wrong.yaml"), Store(tmp_path))
+        plan(cell(tmp_path / "wrong.yaml"))
 
 
 @pytest.mark.slow
@@ -499,7 +513,7 @@ DAMAGE = {
 
 def files_of(store, planned):
     """All files of all stages, by stage."""
-    folders = {s.title: store.find(s.name, s.inputs) for s in planned.stages()}
+    folders = {s.title(): store.find(s) for s in planned.plan()}
     return {title: sorted(p for p in folder.rglob("*") if p.is_file()) for title, folder in folders.items()}
 
 
@@ -512,9 +526,9 @@ def test_whatever_becomes_of_a_file_of_a_finished_cell_is_said_and_changes_no_re
     micro, tmp_path, caplog, every_way
 ):
     asked, store, results = micro
-    planned = plan(asked, store)
+    planned = plan(asked)
     stages = files_of(store, planned)
-    assert len(stages) == 9
+    assert len(stages) == 10
     ways = itertools.cycle(DAMAGE)  # each file in its own way, or in all
     count = 0
     for title, paths in list(stages.items())[:-1]:  # the results themselves are gathered again below
@@ -557,21 +571,21 @@ ALL = [
 @pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_what_is_damaged_and_read_is_computed_again_to_the_same_results(micro, tmp_path, caplog, rounds):
     asked, store, results = micro
-    planned = plan(asked, store)
-    stages = {stage.title: stage for stage in planned.stages()}
-    names = [stage.name for stage in planned.stages()]
+    planned = plan(asked)
+    stages = {stage.title(): stage for stage in planned.plan()}
+    names = [stage.name for stage in planned.plan()]
     for title, name, kind in rounds:
         stage = stages[title]
-        folder = store.find(stage.name, stage.inputs)
+        folder = store.find(stage)
         DAMAGE[kind](folder / name, (folder / name).read_bytes())
-        for after in planned.stages()[names.index(stage.name) + 1 :]:
+        for after in planned.plan()[names.index(stage.name) + 1 :]:
             if after.name in ("score", "results") and after is not stage:
-                shutil.rmtree(store.root / after.name / store.key(after.name, after.inputs))
+                shutil.rmtree(store.place(after))
         caplog.clear()
         again = evaluate(asked, store=store, out=tmp_path / "out")
         assert timeless(again) == timeless(results), (title, name, kind)
         assert f"is damaged: {name}" in caplog.text
-        assert store.find(stage.name, stage.inputs) == folder
+        assert store.find(stage) == folder
 
 
 def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, tmp_path):
@@ -609,7 +623,7 @@ def test_a_model_that_is_replaced_before_its_checkpoints_are_written_stops_the_r
 
     with pytest.raises(RetentionBenchError, match=r"generation_config\.json was changed while the run went on"):
         evaluate(asked, store=store, out=tmp_path / "out", announce=replace, save_checkpoints=True)
-    assert said == ["all stages"]
+    assert said == ["gather the results"]
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
     assert timeless(json.loads((tmp_path / "out" / "results.json").read_text())) == timeless(results)
 

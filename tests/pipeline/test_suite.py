@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline import Cell, Store, plan
-from retention_bench.pipeline.inputs import model_fingerprint, source_fingerprint
+from retention_bench.pipeline import Cell, plan
 from retention_bench.pipeline.suite import PACKAGED, load_suite, suite_names
+from retention_bench.store.fingerprints import model_fingerprint, source_fingerprint
 
 
 def changed(tmp_path, change):
@@ -68,8 +68,13 @@ def test_paths_are_seen_from_the_suites_file():
         (lambda s: s["facts"].update(edited=10**9), "facts.edited: Input should be less than or equal to 1000000"),
         (lambda s: s["facts"].update(edited=True), "facts.edited: Input should be a valid integer, got True"),
         (lambda s: s["facts"].update(margin=float("nan")), "facts.margin: Input should be"),
-        (lambda s: s["statistics"].update(texts=2**40), "statistics.texts: Input should be less than"),
-        (lambda s: s["statistics"].update(texts=10**30), "an integer is larger than any here may be"),
+        (lambda s: s["covariance"].update(texts=2**40), "covariance.texts: Input should be less than"),
+        (lambda s: s["covariance"].update(texts=10**30), "an integer is larger than any here may be"),
+        (
+            lambda s: s.update(statistics=s.pop("covariance")),
+            "`statistics` is now called `covariance`",
+        ),
+        (lambda s: s["covariance"].update(file=""), "covariance.file: a path or a Hub id must not be empty, got ''"),
         (lambda s: s.update(directory="/"), "unknown key 'directory'"),
         (lambda s: s.update(notice={str(n): [n] * 9 for n in range(999)}), "got an object with 999 keys."),
         (lambda s: s.update(default_model="x" * 999), "default_model: Unknown model 'xxx"),
@@ -125,13 +130,13 @@ def test_more_facts_than_the_pool_has_are_refused_before_anything_is_laid_out(tm
 
     where = {"source": str(PACKAGED.parent / "atlas" / "data" / "facts.jsonl")}
     with pytest.raises(UsageError, match="1,000,000 edited and 100 intrinsic facts are wanted, and the pool .* lines"):
-        plan(cell(edited=1_000_000, **where), Store(tmp_path))
+        plan(cell(edited=1_000_000, **where))
     several = tmp_path / "mquake.jsonl"  # a line holds several facts, so it is not known yet how many there are
     several.write_text('{"case_id": 1, "requested_rewrite": [{}, {}]}\n')
-    plan(cell(edited=25, source=str(several)), Store(tmp_path))
+    plan(cell(edited=25, source=str(several)))
     began = time.monotonic()
     with pytest.raises(UsageError, match="1,000,000 with edits_per_model 25 makes 40,000 edited models"):
-        plan(cell(edited=1_000_000, source="owner/pool", revision="abc"), Store(tmp_path))
+        plan(cell(edited=1_000_000, source="owner/pool", revision="abc"))
     assert time.monotonic() - began < 5
 
 
@@ -186,7 +191,7 @@ def load_whatever(folder, data):
     path.write_bytes(data.replace(b"../atlas/", f"{PACKAGED.parent / 'atlas'}/".encode()))
     began = time.monotonic()
     try:
-        plan(Cell(load_suite(str(path)), None, "ft", "tulu3", 0, "cpu"), Store(folder))
+        plan(Cell(load_suite(str(path)), None, "ft", "tulu3", 0, "cpu"))
         said = ""
     except RetentionBenchError as error:
         said = str(error)
@@ -236,9 +241,9 @@ def test_what_a_suite_names_and_is_not_there_is_said_in_one_line(tmp_path, make,
         return Cell(load_suite(str(path)), None, "ft", "tulu3", 0, "cpu")
 
     with pytest.raises(RetentionBenchError, match=data):
-        plan(cell(lambda s: s["facts"].update(source="./given")), Store(tmp_path))
+        plan(cell(lambda s: s["facts"].update(source="./given")))
     with pytest.raises(RetentionBenchError, match=model):
-        plan(cell(lambda s: s["models"]["atlas-gpt2"].update(path="./given")), Store(tmp_path))
+        plan(cell(lambda s: s["models"]["atlas-gpt2"].update(path="./given")))
 
 
 def test_a_name_without_a_file_is_a_hub_id(tmp_path):

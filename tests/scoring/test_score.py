@@ -22,13 +22,13 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import retention_bench
+from retention_bench import scoring
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
+from retention_bench.results import KINDS, Sample
 from retention_bench.scoring import (
-    KINDS,
     MAX_DECODED_TOKENS,
     RetentionHFLM,
-    Sample,
     load_documents,
     score,
     score_lm,
@@ -183,7 +183,7 @@ def test_samples_survive_json(
     speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, facts: FactSet
 ) -> None:
     for sample in score(speaker, llama_tokenizer, facts):
-        assert Sample.from_json(json.loads(json.dumps(sample.to_json()))) == sample
+        assert Sample.model_validate(json.loads(json.dumps(sample.to_json()))) == sample
 
 
 # --- the task files -------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_without_a_facts_file_the_error_names_the_flag() -> None:
 
 def test_the_tasks_are_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "retention_bench"
-    monkeypatch.setattr(retention_bench, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(scoring.tasks, "__file__", str(package / "scoring" / "tasks.py"))
     with pytest.raises(RetentionBenchError, match="Install retention-bench again"):
         tasks_dir()
     (package / "tasks").mkdir(parents=True)
@@ -320,3 +320,16 @@ def test_lm_eval_validates_the_group_and_its_tasks() -> None:
     assert "All tasks found and valid" in done.stdout
     wrong = subprocess.run([*command, "retention_edit"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
+
+
+def test_what_scoring_offers_is_imported_when_it_is_asked_for():
+    code = (
+        "import sys, retention_bench.scoring.engine_process as _;"
+        "print([m for m in ('torch', 'lm_eval', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert all(getattr(scoring, name) is not None for name in scoring.__all__)
+    assert scoring.score is scoring.evaluator.score
+    with pytest.raises(AttributeError, match="has no attribute 'scores'"):
+        scoring.scores  # noqa: B018

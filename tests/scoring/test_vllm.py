@@ -34,7 +34,8 @@ import retention_bench
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.models import Checkpoint, load_model
-from retention_bench.scoring import Sample, score, score_lm, tasks_dir
+from retention_bench.results import Sample
+from retention_bench.scoring import score, score_lm, tasks_dir
 from retention_bench.scoring.vllm import VLLMEngine
 from retention_bench.scoring.vllm_process import judge
 
@@ -388,7 +389,7 @@ def test_another_device_and_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_killed_parent_leaves_no_process_behind() -> None:
     script = (
-        "import time; from retention_bench.engine_process import EngineProcess\n"
+        "import time; from retention_bench.scoring.engine_process import EngineProcess\n"
         "process = EngineProcess('cpu'); print(process._child.pid, flush=True); time.sleep(100)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:

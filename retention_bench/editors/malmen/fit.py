@@ -1,4 +1,4 @@
-"""The state of a MALMEN fit, in memory and in files: hyper-networks, Adam's moments, random numbers, steps done."""
+"""The state of a MALMEN fit, in memory and in files: hyper-networks, Adam's state, the generator's, steps done."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def new_networks(
 
 
 def save_networks(path: Path, model: PreTrainedModel, networks: Networks, settings: Mapping[str, Any]) -> None:
-    """Write trained hyper-networks, and what tells the model and the settings that they belong to."""
+    """Write trained hyper-networks, and what identifies the model and the settings that they belong to."""
     _write(path, model, networks, {}, settings)
 
 
@@ -59,12 +59,12 @@ def load_networks(
 
 @dataclasses.dataclass(eq=False)
 class Training:
-    """A fit on its way.
+    """A fit between two steps.
 
     Attributes:
         networks: By layer.
         adam: The optimiser of all their weights.
-        generator: Draws the facts.
+        generator: Draws the facts of each step.
         step: Meta steps done.
     """
 
@@ -86,7 +86,7 @@ class Training:
         return self.adam.param_groups[0]["params"]
 
     def save(self, path: Path, model: PreTrainedModel, about: Mapping[str, Any]) -> None:
-        """Write all of it, and what `load` shall ask for."""
+        """Write all of it, and `about`, which `load` compares."""
         tensors = {
             f"adam.{index}.{name}": moment
             for index, state in self.adam.state_dict()["state"].items()
@@ -97,7 +97,7 @@ class Training:
 
     @classmethod
     def load(cls, path: Path, model: PreTrainedModel, about: Mapping[str, Any], meta_lr: float) -> Training:
-        """Read what `save` wrote; going on from it is the same, bit for bit, as never having stopped.
+        """Read what `save` wrote; going on from it gives the same bits as never having stopped.
 
         Raises:
             UsageError: It was begun with other settings, facts or another seed, or for another model.
@@ -120,7 +120,7 @@ class Training:
 def _place(
     model: PreTrainedModel, layers: Sequence[int], make: Callable[[tuple[int, int], int], HyperNetwork]
 ) -> dict[int, tuple[HyperNetwork, int]]:
-    """A network a shape, from the shape and the number of layers that have it; and which module each layer is."""
+    """By layer the network of its shape, and its module's index there; `make` makes a network per shape."""
     shapes = {layer: _shape(model, layer) for layer in layers}
     made = {shape: make(shape, modules) for shape, modules in Counter(shapes.values()).items()}
     placed, seen = {}, Counter[tuple[int, int]]()
@@ -142,7 +142,7 @@ def _name(shape: tuple[int, int]) -> str:
 
 
 def _sample(model: PreTrainedModel, layer: int) -> Tensor:
-    """Some of a projection's weights: they tell models apart, and are nearly the same in another precision."""
+    """Every n-th weight of a projection: tells models apart, and is nearly the same in another precision."""
     flat = projection(model, layer).get_parameter("weight").detach().flatten()
     return flat[:: max(1, len(flat) // _SAMPLE)].float().cpu()
 
@@ -160,7 +160,7 @@ def _write(
 def _read(
     path: Path, model: PreTrainedModel, about: Mapping[str, Any]
 ) -> tuple[dict[int, tuple[HyperNetwork, int]], dict[str, Tensor], dict[str, Any]]:
-    """Networks, all tensors, and what stands beside them; checked against what is wanted."""
+    """Networks, all tensors, and the file's metadata; checked against the model and `about`."""
     tensors, found = read_tensors(path, dict[str, Any], kind=_KIND, version=_VERSION, also=("I64", "U8"))
     for name, wanted in about.items():
         if found.get(name) != wanted:

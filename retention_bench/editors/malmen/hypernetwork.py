@@ -1,7 +1,7 @@
-"""MALMEN's hyper-network: from keys and gradients to what each value shall change by (Tan et al. 2024; `nets.py`).
+"""MALMEN's hyper-network: turns keys and gradients into the values' changes (Tan et al. 2024; `nets.py`).
 
-One network serves all projections of a shape. What tells them apart are a row each of the scales, shifts, learning
-rates and ridges; `module` is the number of that row.
+One network serves all projections of a shape. Each projection has its own row of the scales, shifts, learning rates and
+ridges; `module` is the index of that row.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HyperNetwork:
-    """A running normaliser and low-rank residual blocks over a key and its gradient, d = d_in + d_out numbers.
+    """A running normaliser and low-rank residual blocks over a key and its gradient, a vector of size d = d_in + d_out.
 
     Attributes:
-        weights: What is trained, float32 leaves: for each block I `blocks.I.A` [d, rank], `blocks.I.B` [rank, d],
+        weights: Trained parameters, float32 leaves: for each block I `blocks.I.A` [d, rank], `blocks.I.B` [rank, d],
             `blocks.I.bias` [d], `blocks.I.scale.weight` and `blocks.I.shift.weight` [modules, d]; and `lr.weight`
             and `lamda.weight` [modules, 1]. The names are the authors'.
-        normaliser: What `observe` counts: `n`, rows seen, int64 [1]; `mean` and `var`, the sum of squared
-            deviations from it, float32 [d].
+        normaliser: Running statistics of the rows that `observe` saw: `n`, their number, int64 [1]; `mean`, and `var`,
+            the sum of squared deviations from it, float32 [d].
     """
 
     weights: Mapping[str, Tensor]
@@ -41,7 +41,7 @@ class HyperNetwork:
         generator: torch.Generator,
         device: torch.device,
     ) -> HyperNetwork:
-        """A network that hands its normalised input through.
+        """A network whose output is its normalised input.
 
         Args:
             d_in: Size of a key.
@@ -71,7 +71,7 @@ class HyperNetwork:
     def of(cls, state: Mapping[str, Tensor], device: torch.device) -> HyperNetwork:
         """The network whose `state` this is, on a device."""
         weights, normaliser = {}, {}
-        # Sorted, for an optimiser knows weights by their place, and a file gives them back in its own order.
+        # Sorted: an optimiser knows weights by their position, and a file returns them in an order of its own.
         for name, tensor in sorted(state.items()):
             part, _, inner = name.partition(".")
             if part == "normalizer":
@@ -87,7 +87,7 @@ class HyperNetwork:
 
     @torch.no_grad()
     def observe(self, keys: Tensor, gradients: Tensor) -> None:
-        """Count rows in the normaliser.
+        """Add rows to the normaliser.
 
         Args:
             keys: [rows, d_in], float32.
@@ -99,8 +99,8 @@ class HyperNetwork:
         n += added
         away = rows.mean(0) - mean
         mean += added / n * away
-        # The authors multiply the unbiased variance by the number of rows and not by one less, so deviations come out
-        # a little large; trained networks count on it. The variance of a single row would be NaN.
+        # As the authors, who multiply the unbiased variance by the number of rows instead of one less: the deviations
+        # come out a little large. The variance of a single row would be NaN.
         within = added * rows.var(0) if added > 1 else torch.zeros_like(var)
         var += within + before * added / n * away**2
 
@@ -110,7 +110,7 @@ class HyperNetwork:
         Every block turns y into y + scale * max(0, y A B + bias) + shift.
 
         Args:
-            module: The projection's number.
+            module: The projection's index.
             keys: [rows, d_in], float32.
             gradients: [rows, d_out], float32.
 
@@ -124,13 +124,13 @@ class HyperNetwork:
             A, B, bias, scale, shift = (
                 self.weights[f"blocks.{block}.{name}"] for name in ("A", "B", "bias", "scale.weight", "shift.weight")
             )
-            # clamp_min, not relu: at B = 0 every number stands exactly at 0, where relu's gradient is 0 and the block
-            # would never begin to learn.
+            # clamp_min, not relu: at B = 0 every entry is exactly 0, where relu's gradient is 0 and the block would
+            # never begin to learn.
             y = y + scale[module] * (y @ A @ B + bias).clamp_min(0) + shift[module]
         return y[:, : keys.shape[1]], y[:, keys.shape[1] :]
 
     def value_changes(self, module: int, keys: Tensor, gradients: Tensor) -> Tensor:
-        """What every value shall change by: D = -lr (k . k~) g~, [rows, d_out]; arguments as for `pseudo`."""
+        """The change of every value, D = -lr (k . k~) g~, [rows, d_out]; arguments as for `pseudo`."""
         pseudo_keys, pseudo_gradients = self.pseudo(module, keys, gradients)
         return -self.weights["lr.weight"][module] * (keys * pseudo_keys).sum(1, keepdim=True) * pseudo_gradients
 

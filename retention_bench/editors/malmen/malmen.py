@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retention_bench.data.durable import set_aside
 from retention_bench.display import plain
 from retention_bench.editors.base import EditContext, EditRequest
+from retention_bench.editors.locate.subject import check_requests
 from retention_bench.editors.malmen.fit import Training, load_networks, new_networks, save_networks
 from retention_bench.editors.malmen.steps import (
     MetaLosses,
@@ -28,7 +29,6 @@ from retention_bench.editors.malmen.steps import (
     read_gradients,
 )
 from retention_bench.editors.settings import Count, Layers, NonNegative, Positive, Rank
-from retention_bench.editors.subject import check_requests
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.models import WeightDelta, frozen
@@ -40,7 +40,7 @@ _log = logging.getLogger("retention_bench")
 RESULT = "malmen.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 60.0
-"""How much of a fit is lost at most when it is cut off, but for the step it was in."""
+"""Seconds between two checkpoints: a fit that is cut off loses no more than these and the step it was in."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class MALMEN:
         meta_lr: Adam's learning rate for the hyper-network.
         loc_coef: Weight of the locality loss.
         max_grad_norm: The hyper-network's gradients are clipped to this norm.
-        editor_batch_size: Answer tokens that go through the hyper-network at once; has no part in the result.
-        batch_size: Rows a forward pass of the model. The gradients' scale is that of the mean over so many rows.
-        n_edits: Facts a meta step; an edit of about as many is what the hyper-network learns to do.
+        editor_batch_size: Answer tokens that go through the hyper-network at once; does not change the result.
+        batch_size: Rows in a forward pass of the model. The gradients are those of the mean over so many rows.
+        n_edits: Facts in a meta step; the hyper-network learns to edit about as many at once.
         steps: Meta steps. Our choice: the authors make one pass over their training set.
     """
 
@@ -76,7 +76,7 @@ class MALMEN:
     steps: Count = 500
 
     name: ClassVar[str] = "malmen"
-    statistics_layers: ClassVar[tuple[int, ...]] = ()
+    covariance_layers: ClassVar[tuple[int, ...]] = ()
     template_lengths: ClassVar[tuple[int, ...]] = ()
 
     def fit(
@@ -89,8 +89,8 @@ class MALMEN:
     ) -> None:
         """Train the hyper-networks; see `FittedEditor.fit`.
 
-        A meta step edits `n_edits` facts, asks for them in other words, and for other things that shall stay. The
-        random numbers begin where the context's generator stands, which is not advanced.
+        A meta step edits `n_edits` facts, and takes the loss on their paraphrases and on facts that shall stay as they
+        are. Random draws begin where the context's generator stands, which is not advanced.
 
         Raises:
             UsageError: Too few facts, one without `target_new`, no generator, a layer that the model lacks, or a
@@ -129,7 +129,7 @@ class MALMEN:
         requests: Sequence[EditRequest],
         context: EditContext,
     ) -> WeightDelta:
-        """Write all requests in one solve a layer, each prompt of a request a row; see `Editor.edit`.
+        """Write all requests with one solve per layer, in which each prompt of a request is a row; see `Editor.edit`.
 
         The delta has low rank where there are fewer answer tokens than a projection has inputs and outputs.
 
@@ -205,7 +205,7 @@ class MALMEN:
         if len(facts) <= self.n_edits:
             raise UsageError(
                 f"MALMEN was given {len(facts)} facts to train on, and n_edits is {self.n_edits}. Each step takes "
-                "n_edits facts, and at least one more to see that it stays. Lower n_edits, or give more facts."
+                "n_edits facts, and at least one more for the locality loss. Lower n_edits, or give more facts."
             )
         for fact in facts.intrinsic:
             raise UsageError(
@@ -215,7 +215,7 @@ class MALMEN:
 
 
 def _whole(path: Path, load: Callable[[], T]) -> T | None:
-    """What a file holds that an earlier run left, or None where there is none; a damaged one is said, and set aside.
+    """What a file of an earlier run holds, or None where there is none; a damaged one is set aside with a warning.
 
     Raises:
         UsageError: It is of another fit.
@@ -235,11 +235,11 @@ def _whole(path: Path, load: Callable[[], T]) -> T | None:
 def _draw(
     facts: Sequence[Fact], count: int, generator: torch.Generator
 ) -> tuple[list[Question], list[Question], list[Question]]:
-    """What a meta step works on: the rows of as many facts for each of its three parts.
+    """Draw the facts of a meta step, and make its three kinds of questions of them.
 
-    A fact is written with its prompt, and asked for by one of its paraphrases, its prompt where it has none. What shall
-    stay is the true object of one of its neighbourhood prompts. Where it has none, or only such as the step itself
-    edits, that is the prompt and true object of a fact that the step leaves alone.
+    A fact is edited with its prompt, and asked by one of its paraphrases, or by its prompt where it has none. Locality
+    is asked by one of its neighborhood prompts, with the true object. Where it has none, or only prompts that the step
+    itself edits, it is asked by the prompt and true object of a fact that the step does not edit.
 
     Args:
         facts: More than `count`.
@@ -260,8 +260,8 @@ def _draw(
     for fact in drawn:
         assert fact.target_new is not None
         edits.append(Question(fact.id, fact.question, fact.target_new))
-        words = fact.paraphrases or (fact.question,)
-        equivalents.append(Question(fact.id, words[index(words)], fact.target_new))
+        prompts = fact.paraphrases or (fact.question,)
+        equivalents.append(Question(fact.id, prompts[index(prompts)], fact.target_new))
         near = [prompt for prompt in fact.neighborhood if prompt not in written]
         if near:
             unrelated.append(Question(fact.id, near[index(near)], fact.target_true))

@@ -1,16 +1,15 @@
-"""The least-squares problem by which MALMEN joins what many facts want into one shift of a weight, and its gradient.
+"""The least-squares problem by which MALMEN aggregates many facts into one shift of a weight, and its gradient.
 
-For the keys K, a row an answer token, the values shall change by D. The shift S, which turns a key k into the change
-k S, is the ridge regression (Tan et al. 2024, where a fact is a column)
+The values of the keys K, with a row for each answer token, are to change by D. The shift S, which maps a key k to the
+change k S, is the ridge regression (Tan et al. 2024, where a fact is a column)
 
     S = (K'K + e^lamda I)^-1 K'D
 
-Nothing is propagated back through the solve. From the gradient G of a loss with respect to S,
+There is no backward pass through the solve. From the gradient G of a loss with respect to S,
 
     dD = K (K'K + e^lamda I)^-1 G,        dlamda = -e^lamda sum(((K'K + e^lamda I)^-1 G) * S)
 
-With fewer rows than d_in all of it comes from (K K' + e^lamda I)^-1 instead, the smaller system, which gives S in
-factors.
+With fewer rows than d_in, the smaller system (K K' + e^lamda I)^-1 gives the same, and S as two factors.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ class NormalEquation:
         return len(self.keys) < self.keys.shape[1]
 
     def shift(self) -> Tensor | LowRank:
-        """S [d_in, d_out]; in factors where they are smaller."""
+        """S [d_in, d_out]; as two factors where they are smaller."""
         if not self._few_rows:
             return torch.cholesky_solve(self.keys.T @ self.changes, self.factor)
         shift = LowRank(self.keys.T, torch.cholesky_solve(self.changes, self.factor))
         return shift if len(self.keys) < self.changes.shape[1] else shift.left @ shift.right
 
     def gradients(self, shift_gradient: Tensor) -> tuple[Tensor, float]:
-        """What a gradient with respect to S means for D and lamda.
+        """The gradients of D and lamda, from that of S.
 
         Args:
             shift_gradient: G [d_in, d_out].

@@ -40,7 +40,7 @@ class Question(NamedTuple):
     Attributes:
         fact: Id of the fact that it belongs to; errors name it.
         prompt: The question.
-        answer: What is, or shall be, answered; one space is put between the two.
+        answer: Its answer; one space is put between the two.
     """
 
     fact: str
@@ -66,11 +66,11 @@ class Batch:
 
     @property
     def answers(self) -> Tensor:
-        """Where a token of the answer is predicted, bool [rows, length]."""
+        """Positions at which a token of the answer is predicted, bool [rows, length]."""
         return self.labels != IGNORED
 
     def log_probabilities(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
-        """At those positions, [answer tokens, vocabulary], from hidden states [rows, length, d_model]."""
+        """Log-probabilities there, [answer tokens, vocabulary], from hidden states [rows, length, d_model]."""
         return log_probabilities(model, hidden[self.answers])
 
     def loss(self, log_probabilities: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def batches(
     Args:
         tokenizer: The tokenizer; a prompt gets the special tokens that it adds.
         questions: The questions.
-        size: Rows a batch; the last has what is left.
+        size: Rows in a batch; the last may have fewer.
         device: Where the tensors go.
     """
     answers = {question.answer: object_ids(question.answer, tokenizer) for question in questions}
@@ -150,7 +150,7 @@ def read_gradients(
 
 
 def join(read: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """What `read_gradients` found in several batches, as if in one."""
+    """The results of `read_gradients` on several batches, joined as if of one."""
     joined = {}
     for layer in read[0]:
         keys, gradients = zip(*(found[layer] for found in read), strict=True)
@@ -161,7 +161,7 @@ def join(read: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> dict[int, tuple
 def equation(
     network: HyperNetwork, module: int, keys: Tensor, gradients: Tensor, rows_per_forward: int
 ) -> NormalEquation:
-    """The problem of one layer, with the changes that its hyper-network gives.
+    """The least-squares problem of one layer, with the changes that its hyper-network gives.
 
     Args:
         network: The layer's hyper-network.
@@ -191,8 +191,8 @@ class MetaLosses:
 
     Attributes:
         edit: Of the facts before they were written.
-        generality: Of the facts in other words, with the edited weights.
-        locality: The divergence about other things.
+        generality: Of their paraphrases, with the edited weights.
+        locality: The divergence on unrelated facts.
     """
 
     edit: list[float]
@@ -218,7 +218,7 @@ def meta_step(
     loc_coef: float,
     rows_per_forward: int,
 ) -> MetaLosses:
-    """Edit, ask in other words and about other things, and add what that teaches to the networks' gradients.
+    """Edit, take the loss on paraphrases and unrelated facts, and add its gradients to the networks' own.
 
     The meta loss is the sum over batches of the mean -log p of the equivalents' answer tokens, plus `loc_coef` times
     the mean KL(p_unedited || p_edited) at the unrelated ones' answer tokens; see `read_gradients` for batches that are
@@ -228,8 +228,8 @@ def meta_step(
         model: The unedited model; call this inside `frozen(model)`. It is left as it is.
         networks: The hyper-networks. Their normalisers count the edits' rows first.
         edits: The facts to write.
-        equivalents: As many batches of the same facts in other words.
-        unrelated: As many batches about what shall stay.
+        equivalents: As many batches of the same facts' paraphrases.
+        unrelated: As many batches of facts that shall stay as they are.
         batch_size: Rows of a full batch.
         loc_coef: Weight of the locality loss.
         rows_per_forward: Rows that go through a network at once.
@@ -274,7 +274,7 @@ def meta_step(
 def _meta_losses(
     model: PreTrainedModel, edited: Mapping[str, Tensor], first_layer: int, equivalent: Batch, other: Batch
 ) -> tuple[Tensor, Tensor]:
-    """The mean -log p of the equivalents and the mean divergence of the others; both share the edited model's pass."""
+    """The mean -log p of the equivalents and the mean divergence of the others, from one pass of the edited model."""
     count = len(equivalent.ids)
     ids, mask = (_stack(*pair) for pair in ((equivalent.ids, other.ids), (equivalent.mask, other.mask)))
     length = other.ids.shape[1]

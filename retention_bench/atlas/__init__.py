@@ -1,1 +1,0 @@
-"""The embedded default: a world of real facts and two small models that were trained on it."""

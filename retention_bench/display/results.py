@@ -1,0 +1,293 @@
+"""What a person sees of a cell: its plan, its results, its trajectory. Drawn with rich, to fit into 80 columns."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from retention_bench.display.escape import line, plain
+from retention_bench.display.streams import screen
+
+
+def print_plan(
+    stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, int], data: Mapping[str, Any] | None = None
+) -> None:
+    """Print the stages of a plan, whether the store holds them, and what the fine-tunes will take and read.
+
+    Args:
+        stages: The stages.
+        store: The store's folder.
+        estimate: As `pipeline.Estimate` has it.
+        data: As `finetune.DataCheck` has it; None where nobody looked.
+    """
+    table = Table("stage", "what it does", "key", "in the store")
+    for stage in stages:
+        table.add_row(
+            stage["stage"], stage["title"], stage["key"][:12], "yes" if stage["in_store"] else "no, would run"
+        )
+    console = screen()
+    console.print(table)
+    console.print(f"Store: {line(store)}", soft_wrap=True)
+    memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
+    console.print(
+        f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
+        f"{estimate['trainable']:,} of {estimate['parameters']:,} parameters at most and takes up to {memory} of "
+        f"memory, activations apart; the store grows by up to {disk}.",
+        soft_wrap=True,
+    )
+    if data:
+        console.print(_data(data), soft_wrap=True, markup=False)
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """What a look into the fine-tune's data found, in one line."""
+    if data["skipped"]:
+        return plain(f"Data: {data['skipped']}.")
+    return plain(
+        f"Data: {data['reads']}; {data['usable']} of the first {data['tried']} rows tried can be trained on"
+        f"{_dropped([data['dropped']])}."
+    )
+
+
+def _dropped(drops: Sequence[Mapping[str, Any]]) -> str:
+    """The rows that were left out, by reason, each by the most that one model's fine-tune left out."""
+    rows: dict[str, int] = {}
+    for some in drops:
+        for reason, drop in some.items():
+            rows[reason] = max(rows.get(reason, 0), drop["rows"])
+    if not rows:
+        return ""
+    first = {reason: drop["first"] for some in drops for reason, drop in some.items()}
+    listed = ", ".join(f"{count:,} {reason} ({first[reason].rstrip('.')})" for reason, count in rows.items())
+    return f"; left out: {listed}"
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) -> None:
+    """Print a cell's results so that they are understood without the paper.
+
+    Args:
+        results: As in `results.json`.
+        out: The folder they were written to.
+        real: Name of the real suite to go on to, if this one is a stand-in.
+    """
+    console = screen()
+    stages = results["stages"]
+    # Two spaces between columns and short labels, so that the table fits into a terminal of 80 columns.
+    table = Table(
+        title=line(f"{results['editor']} x {results['finetune']} on {results['model']}"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
+    table.add_column("questions\nanswered", no_wrap=True)
+    names = {
+        "base": "base\nmodel",
+        "post_edit": f"after\n{line(results['editor'])}",
+        "post_finetune": f"after\n{line(results['finetune'])}",
+        "control_finetune": f"unedited,\nafter {line(results['finetune'])}",
+    }
+    for stage in names:
+        table.add_column(names[stage], justify="right")
+    for kind in dict.fromkeys(kind for stage in names for kind in stages[stage]):
+        table.add_row(line(kind), *(_cell(stages[stage].get(kind)) for stage in names))
+    console.print(table)
+    console.print(
+        "\nedited: the edited facts, answered with the new object; paraphrase: the same facts in other phrasings. "
+        "locality: other subjects that share an edited fact's true object; intrinsic: facts that no edit touched. Both "
+        "are answered with their own object.\n"
+    )
+    console.print(_drawn_from(results["facts"]), soft_wrap=True)
+    if results["paraphrases"]:
+        console.print(_augmented(results), soft_wrap=True)
+    if results["freeze"] != "none" or results["adapter"] != "none":
+        console.print(_trained(results), soft_wrap=True)
+    kept = results["retention"]
+    models = len(results["experiments"])
+    if models > 1:
+        console.print(f"The edited facts are spread over {models} edited models; each is asked all intrinsic facts.")
+    survived = (_share(kept["edited"]), "bold"), f" survived {line(results['finetune'])}."
+    console.print(Text.assemble("Of the edits that took, ", *survived))
+    console.print(
+        Text.assemble("Of the intrinsic facts, ", (_share(kept["intrinsic"]), "bold"), " survived beside them.")
+    )
+    gap = results["gap"]
+    if gap["value"] is not None:
+        low, high = (100 * end for end in gap["ci95"])
+        console.print(
+            f"The gap, intrinsic minus edited: {100 * gap['value']:+.0f} points "
+            f"(95 % interval {low:+.0f} to {high:+.0f})."
+        )
+    console.print(_detectable(results), soft_wrap=True)
+    console.print(_learned(results), soft_wrap=True)
+    logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
+    if left_out := _dropped([log.get("dropped", {}) for log in logs]):
+        console.print(plain(f"Rows of the fine-tune's data{left_out}."), soft_wrap=True, markup=False)
+    if results.get("trajectory"):
+        console.print()
+        console.print(_trajectory(results["trajectory"]))
+    console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
+    console.print(f"Results: {line(out / 'results.json')}, every answer: {line(out / 'samples.jsonl')}", soft_wrap=True)
+    if real:
+        command = [
+            "retention-bench",
+            "evaluate",
+            "--suite",
+            real,
+            "--editor",
+            results["editor"],
+            "--finetune",
+            results["finetune"],
+        ]
+        if results["paraphrases"]:
+            command += ["--paraphrases", str(results["paraphrases"])]
+            command += ["--paraphrase-source", results["paraphrase_source"]]
+        for option in ("freeze", "adapter"):
+            if results[option] != "none":
+                command += [f"--{option}", results[option]]
+        console.print(f"The same cell on a real model (GPU, Hub access): {shlex.join(command)}", soft_wrap=True)
+
+
+def _cell(rate: Mapping[str, Any] | None) -> str:
+    if not rate or rate["rate"] is None:
+        return "-"
+    low, high = rate["ci95"]
+    return f"{rate['hits']} of {rate['total']}\n{100 * rate['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    if rate["rate"] is None:
+        return "none of none"
+    low, high = rate["ci95"]
+    share = f"{100 * rate['rate']:.0f} % (95 % interval {100 * low:.0f}-{100 * high:.0f})"
+    return f"{rate['hits']} of {rate['total']}, {share}"
+
+
+def _detectable(results: Mapping[str, Any]) -> str:
+    """The minimum detectable effects of so many facts, in one line."""
+    facts = results["stages"]["post_finetune"]["edited"]["total"]
+    gap, paired, mixed = (
+        "none is large enough"
+        if results["detectable"][name] is None
+        else f"{100 * results['detectable'][name]:.0f} points"
+        for name in ("gap", "paired", "paired_one_in_20")
+    )
+    return (
+        f"Minimum detectable effect (two-sided test at 5 %, power 80 %): in the gap {gap}; in edited facts, against "
+        f"another run with the same {facts}, {paired}, or {mixed} where one fact in 20 changes the other way."
+    )
+
+
+def _drawn_from(facts: Mapping[str, Any]) -> str:
+    """Of how many facts the asked ones were drawn, in one line."""
+    dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in facts["rows"]["dropped"].items())
+    left_out = "".join(f", {found['facts']:,} left out ({reason})" for reason, found in facts["left_out"].items())
+    return (
+        f"The facts were drawn from {facts['known']:,} that the base model knows, of {facts['rows']['read']:,} rows "
+        f"read{dropped}{left_out}."
+    )
+
+
+def _augmented(results: Mapping[str, Any]) -> str:
+    """With which prompts the facts were edited, and what that leaves to ask, in one line."""
+    count, source = results["paraphrases"], results["paraphrase_source"]
+    questions = results["paraphrase_questions"]
+    text = f"Each fact was edited with {count} more prompt{'s' * (count > 1)} ({source})."
+    if not questions["used_by_edits"]:
+        return text
+    if not questions["asked"]:
+        return f"{text} These are all the paraphrases that the facts have: none is left to ask."
+    return f"{text} {questions['used_by_edits']} paraphrases went into the edits and are not asked."
+
+
+def _learned(results: Mapping[str, Any]) -> Text:
+    """How the fine-tunes ended, in one line."""
+    logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
+    steps = sorted({log["steps"] for log in logs})
+    span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    below = logs[0]["metric"] == "validation_loss"
+    metric, threshold = logs[0]["metric"].replace("_", " "), logs[0]["threshold"]
+    if results["learned"]:
+        sign = "<" if below else ">"
+        return Text(f"Every fine-tune reached its threshold ({line(metric)} {sign} {threshold:g}) after {span} steps.")
+    reasons = results["not_learned"]
+    more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
+    return Text.assemble(
+        ("Not learned:", "red"),
+        f" {line(reasons[0].replace('_', ' '))}{more}. What is left standing then says little about retention.",
+    )
+
+
+def _trained(results: Mapping[str, Any]) -> str:
+    """What the fine-tunes could change, in one line."""
+    log = results["experiments"][0]["finetune_log"]
+    what = {"none": "the weights", "lora": "LoRA adapters", "dora": "DoRA adapters"}[results["adapter"]]
+    return (
+        f"Trained were {what} of layers {_span(log['trained_layers'])} (--freeze {results['freeze']}): "
+        f"{log['trainable_parameters']:,} of the model's {log['parameters']:,} parameters."
+    )
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Layers in words: 2 to 5, or 0, 3."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def print_tokens(fact: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print which tokens are the most probable behind a fact's prompt, step by step.
+
+    Args:
+        fact: The fact's id.
+        rows: Its rows of `trajectory.jsonl`.
+    """
+    console = screen()
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        own = [row for row in rows if row["experiment"] == experiment]
+        where = "the unedited control" if experiment is None else f"edited model {experiment + 1}"
+        title = f"\nMost probable tokens: fact {line(fact)} ({own[0]['kind']}) in {where}"
+        console.print(title, soft_wrap=True)
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("step", justify="right")
+        for place in range(1, 1 + max(len(row["top"]) for row in own)):
+            table.add_column(f"{place}.")
+        for row in own:
+            tokens = (f"{line(token.strip()) or repr(token)} {value:.2f}" for token, value in row["top"])
+            table.add_row(f"{row['step']}", *tokens)
+        console.print(table)
+
+
+def _probability(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """What the edited models answered while they were trained."""
+    table = Table(
+        title="While training: facts answered, and mean probabilities of the next token",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for column in ("step", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        edited, intrinsic = step["edited"], step["intrinsic"]
+        figures = (_probability(edited[name]) for name in ("edited", "true", "related", "other"))
+        own = (f"{100 * intrinsic['rate']:.0f} %", _probability(intrinsic["true"]))
+        table.add_row(f"{step['step']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
+    return table

@@ -1,0 +1,1 @@
+"""Fine-tunes in several processes, one a GPU, started by `accelerate`."""

@@ -1,0 +1,83 @@
+"""An edit: a group of facts written into a fresh copy of the base model, kept as the change of its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from retention_bench.editors import EditContext, EditRequest, make_editor, sample_context_templates
+from retention_bench.pipeline.stage import Model, Stage
+from retention_bench.pipeline.stages.covariance import Covariance, CovarianceFile
+from retention_bench.pipeline.stages.facts import Facts, Group
+from retention_bench.pipeline.stages.fit import Fit
+from retention_bench.pipeline.stages.paraphrases import Paraphrases
+from retention_bench.store import OUTSIDE
+
+if TYPE_CHECKING:
+    from retention_bench.pipeline.bench import Bench
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit(Stage):
+    """The change of the base model's weights.
+
+    Attributes:
+        model: The base model.
+        facts: The cell's facts.
+        group: Which of them are edited.
+        paraphrases: More prompts that the edit shall hold for, if there are any.
+        covariance: The covariance of the keys, if the editor needs it.
+        fit: The trained editor, if it is one that trains.
+        editor: The editor's registered name.
+        settings: Its settings.
+        seed: Seed of what the editor draws.
+        called: The editor's name in the suite, and which model it edits, for people.
+    """
+
+    name: ClassVar[str] = "edit"
+    version: ClassVar[int] = 3
+
+    model: Model
+    facts: Facts
+    group: Group
+    paraphrases: Paraphrases | None
+    covariance: Covariance | CovarianceFile | None
+    fit: Fit | None
+    editor: str
+    settings: Mapping[str, Any]
+    seed: int
+    called: tuple[str, str] = dataclasses.field(metadata=OUTSIDE)
+
+    def title(self) -> str:
+        """What it does, for people."""
+        return f"{self.called[0]} edit, {self.called[1]}"
+
+    def run(self, folder: Path, bench: Bench) -> None:
+        """Write `delta.safetensors`."""
+        import torch
+
+        editor = make_editor(self.editor, self.settings)
+        prompts = self.paraphrases.read(bench) if self.paraphrases else {}
+
+        def templates() -> tuple[str, ...]:
+            generator = torch.Generator().manual_seed(self.seed)
+            return sample_context_templates(*bench.base(self.model), generator, lengths=editor.template_lengths)
+
+        # Read and sampled once, not for every edited copy of the model.
+        sampled = bench.once(("templates", self.model.path, self.seed, editor.template_lengths), templates)
+        context = EditContext(
+            covariance=self.covariance.read(bench) if self.covariance else None,
+            templates=sampled,
+            generator=torch.Generator().manual_seed(self.seed),
+            progress=bench.progress,
+            fitted=bench.get(self.fit) if self.fit else None,
+        )
+        edited = self.group.of(self.facts.read(bench)).edited
+        requests = [EditRequest.from_fact(fact, prompts.get(fact.id, ())) for fact in edited]
+        editor.edit(*bench.base(self.model), requests, context).save(folder / "delta.safetensors")
+
+    def file(self, bench: Bench) -> Path:
+        """The file of the change."""
+        return bench.get(self) / "delta.safetensors"

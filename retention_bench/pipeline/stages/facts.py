@@ -1,0 +1,126 @@
+"""The known-fact filter and the split: the facts of a cell (protocol, "Facts")."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from retention_bench.data.durable import write_text
+from retention_bench.errors import RetentionBenchError
+from retention_bench.facts import FactSet, Pool, disjoint_split, known_facts, load_pool
+from retention_bench.pipeline.stage import Stage
+from retention_bench.pipeline.stages.knowledge import Knowledge
+from retention_bench.store import Input
+
+if TYPE_CHECKING:
+    from retention_bench.pipeline.bench import Bench
+    from retention_bench.scoring import LeftOut
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts(Stage):
+    """The edited facts, in the order they were drawn, then the intrinsic ones.
+
+    Attributes:
+        knowledge: What the base model knows of the pool.
+        margin: By how much the true target must lead.
+        edited: How many facts are edited.
+        intrinsic: How many are left alone.
+        seed: Seed of the split.
+    """
+
+    name: ClassVar[str] = "facts"
+    version: ClassVar[int] = 4
+
+    knowledge: Knowledge
+    margin: float
+    edited: int
+    intrinsic: int
+    seed: int
+
+    def title(self) -> str:
+        """What it does, for people."""
+        return "known-fact filter and split"
+
+    @property
+    def reads(self) -> tuple[Input, ...]:
+        """The pool, whose rows it counts, and the model, for its tokenizer."""
+        return (self.knowledge.model, self.knowledge.pool)
+
+    def run(self, folder: Path, bench: Bench) -> None:
+        """Write `facts.jsonl` and `known.json`, what the filter counted."""
+        from retention_bench.scoring import describe_left_out
+
+        pool, scorable, left_out = self.scorable(bench)
+        unasked = describe_left_out(left_out) if left_out else ""
+        if not len(scorable):
+            raise RetentionBenchError(
+                f"No fact of {self.knowledge.pool.path} can be scored: {unasked}. Give facts whose objects begin with "
+                "content words, the old and the new one with different ones."
+            )
+        asked = {(k.fact.question, k.fact.target_true): k for k in self.knowledge.read(bench)}
+        known = [dataclasses.replace(asked[f.question, f.target_true], fact=f) for f in scorable]
+        kept, remaining = known_facts(known, self.margin, pool.rows, unasked)
+        split = disjoint_split(kept, edited=self.edited, intrinsic=self.intrinsic, seed=self.seed, remaining=remaining)
+        split.write(folder / "facts.jsonl")
+        probability = {k.fact.id: k for k in known}
+
+        def mean(facts: FactSet) -> dict[str, float]:
+            chosen = [probability[f.id] for f in facts]
+            return {
+                "target": sum(k.target for k in chosen) / len(chosen),
+                "second": sum(k.runner_up for k in chosen) / len(chosen),
+            }
+
+        counts = {
+            "rows": pool.rows.to_json(),
+            "pool": len(pool.facts),
+            "left_out": {why: {"facts": len(ids), "first": list(ids[:10])} for why, ids in left_out.items()},
+            "unknown": len(scorable) - len(kept),
+            "known": len(kept),
+            "probability": {"edited": mean(split.edited), "intrinsic": mean(split.intrinsic)},
+        }
+        write_text(folder / "known.json", json.dumps(counts, indent=2))
+
+    def read(self, bench: Bench) -> FactSet:
+        """The facts."""
+        return FactSet.read(bench.get(self) / "facts.jsonl")
+
+    def counts(self, bench: Bench) -> dict[str, Any]:
+        """What the filter counted, and the mean probabilities (the paper's Table 4)."""
+        found: dict[str, Any] = json.loads((bench.get(self) / "known.json").read_text(encoding="utf-8"))
+        return found
+
+    def scorable(self, bench: Bench) -> tuple[Pool, FactSet, LeftOut]:
+        """The pool, its facts whose answers the metric can tell, and by reason the ids of those that it cannot."""
+        return bench.once(("scorable", self.knowledge.key), self._scorable)
+
+    def _scorable(self) -> tuple[Pool, FactSet, LeftOut]:
+        from retention_bench.models import load_config, load_tokenizer
+        from retention_bench.scoring import scorable
+
+        model, pool = self.knowledge.model, self.knowledge.pool
+        found = load_pool(pool.path, pool.revision, pool.config, need_relation=True)
+        config = load_config(model.path, model.revision).get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        facts, left_out = scorable(found.facts, load_tokenizer(model.path, revision=model.revision), context=context)
+        return found, facts, left_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The facts that one model is asked: those of the cell's edited ones that it holds, and all intrinsic ones.
+
+    Attributes:
+        start: The first of its edited facts.
+        stop: One behind the last.
+    """
+
+    start: int
+    stop: int
+
+    def of(self, facts: FactSet) -> FactSet:
+        """Its facts among a cell's."""
+        return FactSet.of([*facts.edited.facts[self.start : self.stop], *facts.intrinsic])

@@ -1,0 +1,190 @@
+"""A fine-tune: an edited model, or the unedited control, trained downstream until its stop rule holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from retention_bench.data.durable import write_text
+from retention_bench.finetune import Finetune as Task
+from retention_bench.finetune import Terms, make_finetune
+from retention_bench.pipeline.distributed.launching import Launcher, launch
+from retention_bench.pipeline.loading import load, save
+from retention_bench.pipeline.stage import Model, Rows, Stage
+from retention_bench.pipeline.stages.edit import Edit
+from retention_bench.pipeline.stages.facts import Facts, Group
+from retention_bench.pipeline.stages.paraphrases import Paraphrases, asked
+from retention_bench.pipeline.stages.unknown import Unknown
+from retention_bench.store import OUTSIDE, Input
+
+if TYPE_CHECKING:
+    from retention_bench.finetune import Watch
+    from retention_bench.pipeline.bench import Bench
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """What is asked again and again while a model is trained.
+
+    Attributes:
+        every: Optimiser steps from one evaluation of the facts to the next.
+        group: Which of the edited facts are asked.
+        paraphrases: The prompts that edits were made with.
+    """
+
+    every: int
+    group: Group
+    paraphrases: Paraphrases | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune(Stage):
+    """A fine-tuned model.
+
+    Attributes:
+        model: The base model.
+        facts: The cell's facts, which no training row may mention.
+        keywords: Keywords of their relations, which none may mention either.
+        edit: The edit that is trained on; None for the unedited control.
+        frozen_by: The edits whose layers `freeze` goes by, where that is not `edit` alone.
+        task: The fine-tune's registered name.
+        settings: Its settings.
+        data: Its data.
+        unknown: The facts that it teaches, if it teaches what the base model does not know.
+        freeze: What is left as it is, see `parse_freeze`.
+        adapter: What is trained in the weights' place.
+        tracked: What is asked while it is trained, if anything is.
+        launcher: What starts it in processes of their own, if there shall be several.
+        seed: Its seed.
+        called: Its name in the results, and which model it trains, for people.
+    """
+
+    name: ClassVar[str] = "finetune"
+    version: ClassVar[int] = 5
+
+    model: Model
+    facts: Facts
+    keywords: Mapping[str, tuple[str, ...]]
+    edit: Edit | None
+    frozen_by: tuple[Edit, ...]
+    task: str
+    settings: Mapping[str, Any]
+    data: Rows
+    unknown: Unknown | None
+    freeze: str
+    adapter: str
+    tracked: Tracked | None
+    launcher: Launcher | None
+    seed: int
+    called: tuple[str, str] = dataclasses.field(metadata=OUTSIDE)
+
+    def title(self) -> str:
+        """What it does, for people."""
+        return f"{self.called[0]} fine-tune, {self.called[1]}"
+
+    def made(self) -> Task:
+        """The task, with its settings and data."""
+        return make_finetune(self.task, {**self.settings, "source": self.data.path, "revision": self.data.revision})
+
+    @property
+    def reads(self) -> tuple[Input, ...]:
+        """The model and the data, and the launcher's file where there is one."""
+        return (self.model, self.data, *([self.launcher.file] if self.launcher else []))
+
+    def run(self, folder: Path, bench: Bench) -> None:
+        """Write the model to `model/`, `log.json`, and `trajectory.jsonl` where it is tracked."""
+        work = bench.store.scratch(self)
+        if self.tracked is not None:
+            self._asked(bench)  # computed before other processes ask for it
+        bench.release()
+        if self.launcher is None:
+            self.train(folder, work, bench)
+        else:
+            launch(self, self.launcher, self.settings, folder, work, bench.store, bench.progress)
+
+    def log(self, bench: Bench) -> dict[str, Any]:
+        """How it went, see `FinetuneLog`."""
+        found: dict[str, Any] = json.loads((bench.get(self) / "log.json").read_text(encoding="utf-8"))
+        return found
+
+    def train(self, folder: Path, work: Path, bench: Bench, micro_batch_size: int | None = None) -> None:
+        """Edit a model, train it and write it.
+
+        Processes of a process group may call this together, see `finetune.train`; the first of them writes.
+
+        Args:
+            folder: Where the result goes.
+            work: A folder that outlives a kill; a run that finds another's there goes on from it.
+            bench: Told every step; holds the stages that this one needs.
+            micro_batch_size: Rows in a forward pass, in place of the setting.
+
+        Raises:
+            UsageError: As `finetune.train`.
+            RetentionBenchError: As `finetune.train`.
+            torch.OutOfMemoryError: As `finetune.train`.
+        """
+        import torch
+
+        from retention_bench.finetune import processes, train
+        from retention_bench.finetune.stopping import LOOKS
+        from retention_bench.models import WeightDelta
+
+        torch.manual_seed(self.seed)
+        model, tokenizer = load(self.model.path, self.model.revision, dtype=self.model.dtype, device=self.model.device)
+        edits = [edit.file(bench) for edit in ([self.edit] if self.edit else self.frozen_by)]
+        layers = {layer for edit in edits for layer in WeightDelta.load(edit).layers(model)}
+        if self.edit is not None:
+            WeightDelta.load(edits[0]).apply_(model)
+        task = self.made()
+        if micro_batch_size is not None:
+            task = dataclasses.replace(task, micro_batch_size=micro_batch_size)  # type: ignore[type-var]
+        log = train(
+            model,
+            tokenizer,
+            task,
+            terms=Terms.from_facts(self.facts.read(bench), keywords=self.keywords),
+            seed=self.seed,
+            output_dir=work,
+            device=self.model.device,
+            unknown=self.unknown.read(bench).facts if self.unknown else (),
+            freeze=self.freeze,
+            adapter=self.adapter,
+            edited=layers,
+            watch=self._watch(work, model, tokenizer, bench),
+            progress=bench.progress,
+        )
+        if processes.index():
+            return
+        save(model, tokenizer, folder / "model")
+        write_text(folder / "log.json", json.dumps(log.to_json(), indent=2, allow_nan=False))
+        if self.tracked is not None:
+            # A run that was cut off may have come further than the one that ended. All names are of one length.
+            last = f"probe-{log.steps:09}.jsonl"
+            looks = sorted(path for path in work.glob(LOOKS) if path.name <= last)
+            write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
+
+    def _asked(self, bench: Bench) -> Any:
+        assert self.tracked is not None
+        facts = self.tracked.group.of(asked(self.facts, self.tracked.paraphrases, bench))
+        return facts, self.facts.knowledge.objects(bench)
+
+    def _watch(self, work: Path, model: Any, tokenizer: Any, bench: Bench) -> Watch | None:
+        """What asks the facts while the model is trained; each step's answers have a file, which outlives a kill."""
+        from retention_bench.finetune import Watch, processes
+        from retention_bench.scoring import Prober
+
+        if self.tracked is None:
+            return None
+        prober = Prober(model, tokenizer, *self._asked(bench))
+
+        def look(step: int) -> None:
+            probes = prober.look()
+            if processes.index() == 0:
+                looks = ({"step": step, **probe.to_json()} for probe in probes)
+                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in looks)
+                write_text(work / f"probe-{step:09}.jsonl", "".join(rows))
+
+        return Watch(self.tracked.every, look)

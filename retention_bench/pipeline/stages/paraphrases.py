@@ -1,0 +1,86 @@
+"""More prompts for the edited facts, for edits that shall hold in other words too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from retention_bench.data.durable import write_text
+from retention_bench.facts import MODEL, FactSet, augment, unseen
+from retention_bench.pipeline.stage import Model, Stage
+from retention_bench.pipeline.stages.facts import Facts
+from retention_bench.store import OUTSIDE
+
+if TYPE_CHECKING:
+    from retention_bench.pipeline.bench import Bench
+
+
+@dataclasses.dataclass(frozen=True)
+class Paraphrases(Stage):
+    """The prompts that each edited fact gets besides its own.
+
+    Attributes:
+        facts: The cell's facts.
+        count: How many each fact gets.
+        source: Where they come from, see `augment`; `model` where a model writes them.
+        writer: The model that writes them, if one does.
+        seed: Seed of the choice.
+        shown: The source as results name it: a model by its name.
+    """
+
+    name: ClassVar[str] = "paraphrases"
+    version: ClassVar[int] = 3
+
+    facts: Facts
+    count: int
+    source: str
+    writer: Model | None
+    seed: int
+    shown: str = dataclasses.field(metadata=OUTSIDE)
+
+    def title(self) -> str:
+        """What it does, for people."""
+        return f"paraphrases for the edits, {self.count} a fact ({self.shown})"
+
+    def run(self, folder: Path, bench: Bench) -> None:
+        """Write `prompts.json`: by the fact's id its prompts, with `{}` for the subject."""
+        writer = self.writer
+        if writer is not None:
+            bench.release()
+        found = augment(
+            self.facts.read(bench).edited,
+            self.count,
+            f"{MODEL}{writer.path}" if writer else self.source,
+            seed=self.seed,
+            load=_loader(writer),
+            progress=bench.progress,
+        )
+        write_text(folder / "prompts.json", json.dumps(found, indent=2, ensure_ascii=False))
+
+    def read(self, bench: Bench) -> Mapping[str, list[str]]:
+        """The prompts by the fact's id."""
+        found: Mapping[str, list[str]] = json.loads((bench.get(self) / "prompts.json").read_text(encoding="utf-8"))
+        return found
+
+
+def _loader(writer: Model | None) -> Callable[[str], tuple[Any, Any]]:
+    """What loads the model that writes."""
+
+    def read(path: str) -> tuple[Any, Any]:
+        import torch
+
+        from retention_bench.models import load_model
+
+        assert writer is not None  # no other source loads a model
+        return load_model(path, device=writer.device, dtype=getattr(torch, writer.dtype), revision=writer.revision)
+
+    return read
+
+
+def asked(facts: Facts, paraphrases: Paraphrases | None, bench: Bench) -> FactSet:
+    """A cell's facts without the paraphrases that their edits were made with: those are not asked."""
+    found = facts.read(bench)
+    return found if paraphrases is None else unseen(found, paraphrases.read(bench))

@@ -1,0 +1,16 @@
+"""What was measured: the schema, counting, reading it back, and comparing."""
+
+from retention_bench.results.aggregate import Aggregates, aggregate
+from retention_bench.results.schema import KINDS, SCHEMA_VERSION, STAGES, Kind, Rate, Results, Sample
+
+__all__ = [
+    "KINDS",
+    "SCHEMA_VERSION",
+    "STAGES",
+    "Aggregates",
+    "Kind",
+    "Rate",
+    "Results",
+    "Sample",
+    "aggregate",
+]

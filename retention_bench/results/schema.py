@@ -1,0 +1,394 @@
+"""The one schema of what is measured: kinds of question, stages of a model, samples, rates and a cell's results.
+
+Whoever asks, counts, prints or reads results takes names and labels from here. A kind of question is one entry in
+`KINDS` and a task file in `tasks/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+
+from retention_bench.data import find_file, read_json
+from retention_bench.data.durable import write_text
+from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    import pandas
+
+    from retention_bench.facts import Fact, FactSet
+
+SCHEMA_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of question.
+
+    Attributes:
+        name: Its name in samples, in rates and, behind `retention_`, in lm-eval.
+        label: What tables call it.
+        about: Which facts are asked: `"edited"`, those with a `target_new`, or `"intrinsic"`, those without.
+        prompts: The attribute of a `Fact` that holds its prompt or prompts.
+        target: The attribute of a `Fact` that holds the object to be answered.
+    """
+
+    name: str
+    label: str
+    about: Literal["edited", "intrinsic"]
+    prompts: Literal["question", "paraphrases", "neighborhood"]
+    target: Literal["target_true", "target_new"]
+
+    @property
+    def task(self) -> str:
+        """The lm-eval task that asks it."""
+        return f"retention_{self.name}"
+
+    def questions(self, facts: FactSet) -> list[tuple[Fact, str, str]]:
+        """Its questions: the fact, the prompt and the object to be answered, in the order of the facts."""
+        found = []
+        for fact in getattr(facts, self.about):
+            prompts = getattr(fact, self.prompts)
+            for prompt in (prompts,) if isinstance(prompts, str) else prompts:
+                found.append((fact, prompt, getattr(fact, self.target)))
+        return found
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("edited", "edited", "edited", "question", "target_new"),
+        Kind("intrinsic", "intrinsic", "intrinsic", "question", "target_true"),
+        Kind("paraphrase", "paraphrase", "edited", "paraphrases", "target_new"),
+        Kind("locality", "locality", "edited", "neighborhood", "target_true"),
+    )
+}
+"""All kinds of question, in the order in which they are asked."""
+
+STAGES: dict[str, str] = {
+    "base": "base model",
+    "post_edit": "after the edit",
+    "post_finetune": "after the fine-tune",
+    "control_finetune": "unedited, after the fine-tune",
+}
+"""The stages at which models are scored, each with its label."""
+
+
+def _known(what: str, allowed: Mapping[str, Any]) -> Any:
+    def check(name: str) -> str:
+        if name not in allowed:
+            raise ValueError(str(unknown_name(what, name, allowed)).removesuffix("."))
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+KindName = Annotated[str, _known("kind of question", KINDS)]
+StageName = Annotated[str, _known("stage", STAGES)]
+Interval = Annotated[tuple[float, float], pydantic.Field(strict=False)]
+"""Lower and upper end; of 95 % where nothing else is said."""
+
+
+class _Typed(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Sample(_Typed):
+    """One question put to one model, and its answer.
+
+    Attributes:
+        experiment: Which edited model of a cell was asked, from 0; None for the base model, the control, and a
+            checkpoint that `score` was given.
+        stage: At which stage of a cell it was asked; None for a checkpoint that `score` was given.
+        kind: The kind of question.
+        fact_id: The fact it belongs to.
+        prompt: The text the model was given.
+        target: The object it should answer with, without leading space.
+        hit: Whether the first content token it decoded equals the target's first content token.
+        token_ids: The ids it decoded, up to the first content token or the end of decoding.
+        text: The same, decoded, without special tokens.
+        target_logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced);
+            None where the model puts out no number, as one that diverged in training.
+    """
+
+    experiment: Annotated[int, pydantic.Field(ge=0)] | None = None
+    stage: StageName | None = None
+    kind: KindName
+    fact_id: str
+    prompt: str
+    target: str
+    hit: bool
+    token_ids: Annotated[tuple[int, ...], pydantic.Field(strict=False)]
+    text: str
+    target_logprob: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The sample as plain JSON values; without `experiment` and `stage` where it is of no cell."""
+        row = self.model_dump(mode="json")
+        return row if self.stage is not None else {k: v for k, v in row.items() if k not in ("experiment", "stage")}
+
+    def at(self, stage: str, experiment: int | None) -> Sample:
+        """The same sample as one of a cell's."""
+        return self.model_copy(update={"stage": stage, "experiment": experiment})
+
+
+class Rate(_Typed):
+    """A share of hits with its 95 % interval; see `analysis.Rate`.
+
+    Attributes:
+        hits: Number of hits.
+        total: Number of trials.
+        rate: hits / total; None if there were no trials.
+        ci95: The interval, within [0, 1]; None if there were no trials.
+        clustered_by: What trials belong to that are not independent; None where all are.
+        clusters: How many of those there are.
+        effective: How many independent trials would give an interval as wide.
+    """
+
+    hits: int
+    total: int
+    rate: float | None
+    ci95: Interval | None
+    clustered_by: str | None = None
+    clusters: int | None = None
+    effective: float | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_clusters(self, plain: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        row: dict[str, Any] = plain(self)
+        return row if self.clusters is not None else {k: row[k] for k in ("hits", "total", "rate", "ci95")}
+
+    def __str__(self) -> str:
+        if self.rate is None or self.ci95 is None:
+            return "none of none"
+        low, high = (100 * end for end in self.ci95)
+        return f"{self.hits} of {self.total}, {100 * self.rate:.0f} % (95 % interval {low:.0f}-{high:.0f})"
+
+
+class Difference(_Typed):
+    """A difference of two rates with its 95 % interval; None where there is no value."""
+
+    value: float | None
+    ci95: Interval | None
+
+    def __str__(self) -> str:
+        if self.value is None or self.ci95 is None:
+            return "no difference: one side has no fact"
+        low, high = (100 * end for end in self.ci95)
+        return f"{100 * self.value:+.0f} points (95 % interval {low:+.0f} to {high:+.0f})"
+
+
+class Retention(_Typed):
+    """Of what was answered before the fine-tune, the share that is answered after it.
+
+    Attributes:
+        edited: Edited facts, in the edited models.
+        intrinsic: Intrinsic facts, in the edited models.
+        control_intrinsic: Intrinsic facts, in the unedited control.
+    """
+
+    edited: Rate
+    intrinsic: Rate
+    control_intrinsic: Rate
+
+
+class Detectable(_Typed):
+    """Minimum detectable effects: the smallest differences that show in 8 of 10 repetitions at 5 %, two-sided.
+
+    Attributes:
+        gap: In `Results.gap`.
+        paired: In edited facts, against another run with the same facts.
+        paired_one_in_20: The same where one fact in 20 changes the other way.
+    """
+
+    gap: float | None
+    paired: float | None
+    paired_one_in_20: float | None
+
+
+class FinetuneLog(_Typed):
+    """How a fine-tune went; see `finetune.FinetuneLog`, whose every field is here or among the extra ones."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    steps: int
+    stopped_by: str
+    learned: bool
+    why_not: str | None
+    metric: str
+    value: float | None
+    threshold: float
+
+
+Rates = dict[StageName, dict[KindName, Rate]]
+"""Hit rates by stage and kind; only what was asked."""
+
+
+class Experiment(_Typed):
+    """One edited model of a cell.
+
+    Attributes:
+        index: Its place among the cell's experiments, from 0.
+        edited: The ids of the facts that were edited into it.
+        stages: Its hit rates.
+        finetune_log: How its fine-tune went.
+    """
+
+    index: int
+    edited: list[str]
+    stages: Rates
+    finetune_log: FinetuneLog
+
+
+class Control(_Typed):
+    """The unedited control: how its fine-tune went."""
+
+    finetune_log: FinetuneLog
+
+
+class Results(_Typed):
+    """A cell's results: what `results.json` holds. All rates can be computed again from `samples.jsonl`.
+
+    Attributes:
+        schema_version: `SCHEMA_VERSION`.
+        suite: The suite's name.
+        notice: What a reader must know about the suite's figures.
+        model: The model's name.
+        editor: The editor's name in the suite.
+        finetune: The fine-tune's name.
+        freeze: What the fine-tunes left as it was.
+        adapter: What they trained in the weights' place.
+        learned: Whether every fine-tune reached its threshold. Else what is left says little about retention.
+        not_learned: Why not, in words.
+        paraphrases: How many more prompts each fact was edited with.
+        paraphrase_source: Where they came from.
+        paraphrase_questions: How many paraphrases were asked, and how many not, since edits were made with them.
+        seed: The seed.
+        key: The key of the results in the store.
+        stages: Hit rates of all models together.
+        retention: What survived.
+        gap: Retention of intrinsic facts minus retention of edited ones; the paper's difference, of unmatched facts.
+        detectable: Minimum detectable effects.
+        experiments: The edited models.
+        control: The unedited control.
+        trajectory: The course of the fine-tunes of the edited models by step; None where it was not followed.
+        facts: What the known-fact filter counted.
+        provenance: Versions, contents and settings that the results come from.
+        timing: Seconds that each stage took when it was computed, and the highest peak memory among them.
+    """
+
+    schema_version: Literal[2]
+    suite: str
+    notice: str
+    model: str
+    editor: str
+    finetune: str
+    freeze: str
+    adapter: str
+    learned: bool
+    not_learned: list[str]
+    paraphrases: int
+    paraphrase_source: str | None
+    paraphrase_questions: dict[str, int]
+    seed: int
+    key: str
+    stages: Rates
+    retention: Retention
+    gap: Difference
+    detectable: Detectable
+    experiments: list[Experiment]
+    control: Control
+    trajectory: list[dict[str, Any]] | None = None
+    facts: dict[str, Any]
+    provenance: dict[str, Any]
+    timing: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path | str) -> Results:
+        """Read results.
+
+        Args:
+            path: The folder that `evaluate` wrote, or its `results.json`.
+
+        Raises:
+            UsageError: There is no such file.
+            RetentionBenchError: It holds no results, or those of another version of the schema.
+        """
+        place = Path(path)
+        if place.is_dir():
+            place = place / "results.json"
+            if not place.is_file():
+                raise UsageError(
+                    f"{path} holds no finished run: results.json must be there. Give the folder that `evaluate` wrote."
+                )
+        file = find_file(place, "results file")
+        check_version(file)
+        return read_json(file, cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results as plain JSON values."""
+        row = self.model_dump(mode="json")
+        if self.trajectory is None:
+            del row["trajectory"]
+        return row
+
+    def save(self, path: Path | str) -> None:
+        """Write the results as JSON, to a temporary name that is then renamed.
+
+        Args:
+            path: The file.
+        """
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(Path(path), f"{text}\n")
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The hit rates as a table: a row for each stage and kind of the cell and of each of its edited models.
+
+        Returns:
+            Columns experiment (None for all models together), stage, kind, hits, total, rate, low, high.
+        """
+        import pandas
+
+        parts: list[tuple[int | None, Rates]] = [(None, self.stages), *((e.index, e.stages) for e in self.experiments)]
+        rows = [
+            {
+                "experiment": experiment,
+                "stage": stage,
+                "kind": kind,
+                "hits": rate.hits,
+                "total": rate.total,
+                "rate": rate.rate,
+                "low": rate.ci95 and rate.ci95[0],
+                "high": rate.ci95 and rate.ci95[1],
+            }
+            for experiment, rates in parts
+            for stage, kinds in rates.items()
+            for kind, rate in kinds.items()
+        ]
+        return pandas.DataFrame(rows)
+
+
+class _Version(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    schema_version: int
+
+
+def check_version(file: Path) -> None:
+    """Refuse a `results.json` that another version of the schema has written.
+
+    Raises:
+        RetentionBenchError: It is one, or holds no results.
+    """
+    try:
+        version = read_json(file, _Version).schema_version
+    except RetentionBenchError as error:
+        raise RetentionBenchError(f"{error} These are not the results of a run; run `evaluate` again.") from error
+    if version != SCHEMA_VERSION:
+        raise RetentionBenchError(
+            f"{file} has schema_version {version!r}; this version reads {SCHEMA_VERSION}. Run `evaluate` again."
+        )
