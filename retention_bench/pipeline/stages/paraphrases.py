@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from retention_bench.data.durable import write_text
 from retention_bench.facts import MODEL, FactSet, augment, unseen
-from retention_bench.pipeline.stage import Model, Stage
+from retention_bench.pipeline.stage import Bench, Model, Stage
 from retention_bench.pipeline.stages.facts import Facts
 from retention_bench.store import OUTSIDE
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +65,15 @@ class Paraphrases(Stage):
 
 
 def _loader(writer: Model | None) -> Callable[[str], tuple[Any, Any]]:
-    """What loads the model that writes."""
+    """What loads the model that writes; no other source loads one."""
+    import torch
 
-    def read(path: str) -> tuple[Any, Any]:
-        import torch
+    from retention_bench.models import load_model
 
-        from retention_bench.models import load_model
-
-        assert writer is not None  # no other source loads a model
-        return load_model(path, device=writer.device, dtype=getattr(torch, writer.dtype), revision=writer.revision)
-
-    return read
+    if writer is None:
+        return load_model
+    dtype = getattr(torch, writer.dtype)
+    return functools.partial(load_model, device=writer.device, dtype=dtype, revision=writer.revision)
 
 
 def asked(facts: Facts, paraphrases: Paraphrases | None, bench: Bench) -> FactSet:
