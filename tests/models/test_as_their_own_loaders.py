@@ -29,6 +29,7 @@ from ..checkpoints import (
     LAYOUTS,
     LINEAR,
     family_of,
+    head_of_its_own,
     lora,
     make_adapter,
     make_adapter_with_vocabulary,
@@ -115,6 +116,19 @@ def test_an_adapter_on_a_tied_head_and_on_embeddings(base, tmp_path):
         # As it was trained; peft's own merge puts the change of one into both.
         expected = PeftModel.from_pretrained(theirs(base), adapter).eval()
         assert_as_theirs(Checkpoint(str(base), adapter=str(adapter)), expected)
+
+
+def test_a_head_of_its_own_is_no_weight_of_a_model_that_its_configuration_ties(base, tmp_path):
+    """A model made from the configuration, as vLLM's, would answer by the embeddings."""
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    head_of_its_own(folder)
+    adapter = make_adapter(base, tmp_path / "adapter", lora(base, **KINDS["head"]))
+    for checkpoint in (Checkpoint(str(folder)), Checkpoint(str(base), adapter=str(adapter))):
+        if family_of(base) == "gpt2":
+            with pytest.raises(RetentionBenchError, match="was trained apart from the embeddings"):
+                dict(checkpoint)
+        else:
+            assert torch.equal(dict(checkpoint)["lm_head.weight"], checkpoint.load()[0].lm_head.weight)
 
 
 @pytest.mark.parametrize("added", [5, -20])
