@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 from pydantic import Field
 
-from retention_bench.finetune.base import DataCheck, Metric, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.forms import FORMS, Form, encoder, labelled
-from retention_bench.finetune.sampling import draw, form_of, look, sample_validation, samples, words
+from retention_bench.finetune.dropped import Copies, Dropped
+from retention_bench.finetune.forms import FORMS, Form, Sample, encoder, labelled
+from retention_bench.finetune.sampling import check_differ, draw, form_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import (
     Count,
     Positive,
@@ -37,8 +37,9 @@ class Custom(Recipe):
     EOS behind it, or messages; `text` is modelled as it stands, with EOS at its end. A data set with several of these
     is taken for the first of `FORMS`. With `classes` set, `text` and `label` are classified like IMDB's.
 
-    The validation rows are sampled from the training rows. All defaults but those of `Recipe` are own choices, so that
-    a data set can be named without a suite's entry.
+    The validation rows are sampled from the training rows. A row that is there several times counts once, and a file
+    of copies of one row is refused. All defaults but those of `Recipe` are own choices, so that a data set can be named
+    without a suite's entry.
 
     Attributes:
         source: A `.jsonl`, `.json` or `.parquet` file or a Hub data set id (its split `train`).
@@ -82,7 +83,7 @@ class Custom(Recipe):
         """Look into the rows; see `CheckedFinetune`."""
         size = self.train_size or self.validation_size
         setting = "train_size" if self.train_size else "validation_size"
-        return look(self, self._forms, tokenizer, size=size, setting=setting, also=self._also)
+        return look(self, self._forms, tokenizer, size=size, setting=setting, also=self._also, distinct=True)
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the rows.
@@ -94,10 +95,16 @@ class Custom(Recipe):
         encode = encoder(context.tokenizer, self.max_length)
         form = form_of(self, self._forms, stream=self.stream, also=self._also)
         rng = random.Random(context.seed)
-        contamination, dropped = ContaminationFilter(context.terms), Dropped()
+        contamination, dropped, copies = ContaminationFilter(context.terms), Dropped(), Copies()
+
+        def encode_new(sample: Sample) -> list[Example]:
+            examples = encode(sample)
+            copies.refuse(examples)
+            return examples
+
         train = draw(
             samples(self, form, rng, dropped, stream=self.stream),
-            encode,
+            encode_new,
             text=words,
             contamination=contamination,
             dropped=dropped,
@@ -105,6 +112,8 @@ class Custom(Recipe):
             setting="train_size",
             size=self.train_size,
         )
+        if self.train_size is None:
+            check_differ(copies, len(train), self.source)
         size = min(VALIDATION, len(train)) if self.validation_size is None else self.validation_size
         validation = sample_validation(train, size, rng)
         return TuningData(train, validation, contamination.report(), dropped.report())

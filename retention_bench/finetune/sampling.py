@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune.base import DataCheck, Example
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.dropped import Dropped, Unusable, described
+from retention_bench.finetune.dropped import Copies, Dropped, Unusable, described
 from retention_bench.finetune.forms import Form, Sample, encoder, find_form
 from retention_bench.finetune.rows import Origin, column_names, first_rows, is_local, shuffled_rows, unreachable
 from retention_bench.finetune.settings import Recipe
@@ -114,6 +114,24 @@ def draw(
     )
 
 
+def check_differ(copies: Copies, rows: int, source: object) -> None:
+    """Refuse rows that are all the same one: a run would train on it alone, and be judged by it alone.
+
+    Args:
+        copies: Saw all the rows.
+        rows: Those that can be trained on, without copies.
+        source: What the rows are from, for the error.
+
+    Raises:
+        RetentionBenchError: They are.
+    """
+    if rows == 1 and copies.rows:
+        raise RetentionBenchError(
+            f"{source} holds one row, {1 + copies.rows} times: nothing but that row could be learned, and the stop "
+            "rule would see nothing else. Give rows that differ."
+        )
+
+
 TRIED = 50
 """Rows that a first look tokenises."""
 
@@ -126,6 +144,7 @@ def look(
     size: int | None = None,
     setting: str = "train_size",
     also: str = "",
+    distinct: bool = False,
 ) -> DataCheck:
     """Look into a task's data before anything else is computed.
 
@@ -139,6 +158,7 @@ def look(
         size: How many rows are needed, where a row makes one example.
         setting: The setting that says so, for the error.
         also: As in `find_form`.
+        distinct: Whether copies of a row count once.
 
     Raises:
         UsageError: The tokenizer or the columns cannot be used.
@@ -149,19 +169,26 @@ def look(
         return DataCheck(None, skipped=f"{settings.source} is looked into when the fine-tune begins: {reason}")
     form = form_of(settings, forms, stream=True, also=also)
     rows = tried = usable = longest = 0
+    copies = Copies()
     for place, row in first_rows(origin(settings), form.columns, dropped, optional=form.optional, hub=TRIED):
         rows += 1
-        if tried >= TRIED and usable:
+        enough = tried >= TRIED and usable > 0
+        if enough and not distinct:
             continue
-        tried += 1
+        tried += not enough
         try:
-            examples = encode(form.sample(row))
+            sample = form.sample(row)
+            examples = [] if enough else encode(sample)
+            if distinct:
+                if examples:
+                    copies.refuse(examples)
+                copies.refuse(sample)
         except Unusable as error:
             dropped.count(place, error)
             rows -= 1
             continue
-        usable += 1
-        longest = max(longest, *(len(example.input_ids) for example in examples))
+        usable += not enough
+        longest = max([longest, *(len(example.input_ids) for example in examples)])
     if not usable or (local and size is not None and rows < size):
         left_out, there = described(dropped.report()), rows + dropped.rows
         wanted = f"{setting} is {size}" if usable else "one at least is needed"
@@ -169,6 +196,8 @@ def look(
             f"{settings.source}: {form.reads}; of {'' if local else 'the first '}{there} rows {rows or 'none'} can be "
             f"trained on, and {wanted}. {f'Left out: {left_out}. ' if left_out else ''}Correct that, or give others."
         )
+    if local:
+        check_differ(copies, rows, settings.source)
     return DataCheck(
         form.reads,
         rows=rows if local else None,

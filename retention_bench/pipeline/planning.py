@@ -39,7 +39,7 @@ VERSIONS = {
     "fit": 2,
     "edit": 2,
     "unknown": 2,
-    "finetune": 4,
+    "finetune": 5,
     "score": 5,
     "results": 6,
 }
