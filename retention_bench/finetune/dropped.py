@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -61,6 +62,31 @@ class Dropped:
     def report(self) -> dict[str, Drop]:
         """What was left out so far, by reason."""
         return dict(self._drops)
+
+
+class Copies:
+    """Leaves out rows that say the same as one before them.
+
+    Attributes:
+        rows: How many it left out.
+    """
+
+    def __init__(self) -> None:
+        """Start with none seen."""
+        self.rows = 0
+        self._seen: set[bytes] = set()
+
+    def refuse(self, row: object) -> None:
+        """Look at a row, or at the tokens that it became.
+
+        Raises:
+            Unusable: An equal one was looked at before.
+        """
+        digest = hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if digest in self._seen:
+            self.rows += 1
+            raise Unusable("are copies of another row")
+        self._seen.add(digest)
 
 
 def described(drops: Mapping[str, Drop]) -> str:

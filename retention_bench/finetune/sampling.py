@@ -11,7 +11,7 @@ from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune.base import DataCheck, Example
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dataset_formats import DatasetFormat, Sample, encoder, find_format
-from retention_bench.finetune.dropped import Dropped, Unusable, described
+from retention_bench.finetune.dropped import Copies, Dropped, Unusable, described
 from retention_bench.finetune.rows import first_rows, shuffled_rows
 from retention_bench.finetune.settings import TrainingSettings
 
@@ -124,6 +124,24 @@ def draw(
     )
 
 
+def check_differ(copies: Copies, rows: int, source: object) -> None:
+    """Refuse rows that are all the same one: a run would train on it alone, and be judged by it alone.
+
+    Args:
+        copies: Saw all the rows.
+        rows: Those that can be trained on, without copies.
+        source: What the rows are from, for the error.
+
+    Raises:
+        RetentionBenchError: They are.
+    """
+    if rows == 1 and copies.rows:
+        raise RetentionBenchError(
+            f"{source} holds one row, {1 + copies.rows} times: nothing but that row could be learned, and the stop "
+            "rule would see nothing else. Give rows that differ."
+        )
+
+
 TRIED = 50
 """Rows that a first look tokenises."""
 
@@ -136,6 +154,7 @@ def look(
     size: int | None = None,
     setting: str = "train_size",
     also: str = "",
+    distinct: bool = False,
 ) -> DataCheck:
     """Look into a task's data before anything else is computed.
 
@@ -149,6 +168,7 @@ def look(
         size: How many rows are needed, where a row makes one example.
         setting: The setting that says so, for the error.
         also: As in `find_format`.
+        distinct: Whether copies of a row count once.
 
     Raises:
         UsageError: The tokenizer or the columns cannot be used.
@@ -160,19 +180,26 @@ def look(
     data_format = format_of(settings, formats, stream=True, also=also)
     local = source.is_local
     rows = tried = usable = longest = 0
+    copies = Copies()
     for place, row in first_rows(source, data_format.columns, dropped, optional=data_format.optional, hub=TRIED):
         rows += 1
-        if tried >= TRIED and usable:
+        enough = tried >= TRIED and usable > 0
+        if enough and not distinct:
             continue
-        tried += 1
+        tried += not enough
         try:
-            examples = encode(data_format.sample(row))
+            sample = data_format.sample(row)
+            examples = [] if enough else encode(sample)
+            if distinct:
+                if examples:
+                    copies.refuse(examples)
+                copies.refuse(sample)
         except Unusable as error:
             dropped.count(place, error)
             rows -= 1
             continue
-        usable += 1
-        longest = max(longest, *(len(example.input_ids) for example in examples))
+        usable += not enough
+        longest = max([longest, *(len(example.input_ids) for example in examples)])
     if not usable or (local and size is not None and rows < size):
         left_out, there = described(dropped.report()), rows + dropped.rows
         wanted = f"{setting} is {size}" if usable else "one at least is needed"
@@ -181,6 +208,8 @@ def look(
             f"can be trained on, and {wanted}. {f'Left out: {left_out}. ' if left_out else ''}Correct that, or "
             "give others."
         )
+    if local:
+        check_differ(copies, rows, settings.source)
     return DataCheck(
         data_format.reads,
         rows=rows if local else None,

@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models.adapter import WEIGHTS, adapted, adapter_config
 from retention_bench.models.delta import WeightDelta
-from retention_bench.models.loading import empty_model, load_tokenizer, read_model, weight_files
+from retention_bench.models.loading import empty_model, load_config, load_tokenizer, read_model, weight_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Checkpoint:
         model = self._model()
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
         apart = head is not None and head.weight is not embeddings.weight
-        if apart and model.config.get_text_config().tie_word_embeddings:
+        # The folder's own configuration: in the model's, peft has put that they are not tied where it merged a head.
+        if apart and load_config(self.folder).get_text_config().tie_word_embeddings:
             raise RetentionBenchError(
                 f"The output head in {self.adapter or self.folder} was trained apart from the embeddings, and "
                 "config.json says that they are tied. Set tie_word_embeddings to false there, or give --backend hf."

@@ -92,7 +92,7 @@ def test_a_templates_chance_leaves_ours_alone(own, gpt2_tokenizer):
 )
 def test_a_row_that_the_template_refuses_is_left_out_and_counted(own, gpt2_tokenizer, template, says):
     gpt2_tokenizer.chat_template = template
-    data = prepare(own([PLAIN, SYSTEM, PLAIN]), gpt2_tokenizer)
+    data = prepare(own([PLAIN, SYSTEM, chat("Say blue.", "I say blue.")]), gpt2_tokenizer)
     assert len(data.train) == 2
     drop = data.dropped["are refused by the chat template"]
     assert drop.rows == 1

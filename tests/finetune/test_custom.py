@@ -193,3 +193,52 @@ def test_a_csv_file_gives_what_the_same_rows_as_json_give(custom, gpt2_tokenizer
     ]
     assert [row.input_ids for row in one.train] == [row.input_ids for row in other.train]
     assert [row.labels for row in one.train] == [row.labels for row in other.train]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@given(numbers=st.lists(st.integers(0, 5), min_size=2, max_size=12).filter(lambda many: len(set(many)) > 1))
+def test_a_row_counts_once_however_often_it_is_there(custom, gpt2_tokenizer, numbers):
+    task = custom([{"text": f"red {n}", "id": place} for place, n in enumerate(numbers)])
+    data = task.prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
+    texts = [decoded(gpt2_tokenizer, row)[0] for row in data.train]
+    assert sorted(texts) == sorted({f"red {n}<|endoftext|>" for n in numbers})
+    assert len({tuple(row.input_ids) for row in data.validation}) == len(data.validation) == len(texts)
+    copies = len(numbers) - len(texts)
+    assert {reason: drop.rows for reason, drop in data.dropped.items()} == (
+        {"are copies of another row": copies} if copies else {}
+    )
+    found = task.check(gpt2_tokenizer)
+    assert (found.rows, found.usable, sum(drop.rows for drop in found.dropped.values())) == (*[len(texts)] * 2, copies)
+
+
+def test_copies_of_one_row_are_refused_and_one_row_is_not(custom, gpt2_tokenizer):
+    context = TuningContext(gpt2_tokenizer, Terms(), 0)
+    row = chat("Say red.", "I say red.")
+    assert len(custom([row]).prepare(context).train) == 1
+    several = custom([row | {"id": n} for n in range(70)])
+    for refused in (lambda: several.prepare(context), lambda: several.check(gpt2_tokenizer)):
+        with pytest.raises(RetentionBenchError, match="holds one row, 70 times: .* Give rows that differ"):
+            refused()
+
+
+def test_what_two_rows_have_beyond_max_length_makes_no_difference(custom, gpt2_tokenizer):
+    rows = [{"text": "red blue green " + word} for word in ("small", "large")] + [{"text": "loud"}]
+    data = custom(rows, max_length=3).prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
+    assert (len(data.train), data.dropped["are copies of another row"].rows) == (2, 1)
+
+
+def test_the_same_text_of_another_class_is_another_row(custom, gpt2_tokenizer):
+    task = custom([{"text": "red", "label": label} for label in (0, 1, 1)], classes=2, threshold=0.9)
+    data = task.prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
+    assert sorted(row.labels[0] for row in data.train) == [0, 1]
+
+
+def test_more_rows_are_asked_for_than_differ(custom, gpt2_tokenizer):
+    task = custom([{"text": f"red {n % 3}"} for n in range(90)], train_size=4, validation_size=1)
+    for refused in (
+        lambda: task.prepare(TuningContext(gpt2_tokenizer, Terms(), 0)),
+        lambda: task.check(gpt2_tokenizer),
+    ):
+        with pytest.raises(RetentionBenchError, match="train_size is 4.*") as said:
+            refused()
+        assert "87 are copies of another row" in str(said.value)

@@ -105,7 +105,7 @@ def test_of_a_prompt_in_messages_nothing_is_a_target(prepare, gpt2_tokenizer):
 
 @pytest.mark.parametrize("suffix", ["json", "json.gz"])
 def test_a_json_file_is_a_list_of_rows_or_a_row_a_line(prepare, gpt2_tokenizer, suffix):
-    chats = [{"messages": [ASKED, ANSWERED]}] * 3
+    chats = [{"messages": [ASKED | {"content": f"Say {word}."}, ANSWERED]} for word in ("red", "blue", "green")]
     assert len(prepare([chats], suffix).train) == len(prepare(chats, suffix).train) == 3
 
 
@@ -146,7 +146,7 @@ LEFT_OUT = {
 def test_a_row_that_cannot_be_used_is_left_out_and_counted(prepare, name):
     row, reason = LEFT_OUT[name]
     good = {"messages": [ASKED, ANSWERED]}
-    data = prepare([good, row, row, good])
+    data = prepare([good, row, row, {"messages": [ASKED | {"content": "Say it."}, ANSWERED]}])
     assert len(data.train) == 2
     assert list(data.dropped) == [reason]
     assert data.dropped[reason].rows == 2
@@ -159,7 +159,8 @@ def test_a_row_that_cannot_be_used_is_left_out_and_counted(prepare, name):
 
 
 def test_half_a_character_elsewhere_in_a_row_does_no_harm(prepare):
-    data = prepare([{"messages": [ASKED, ANSWERED], "id": emoji} for emoji in ("\ud83d", "\U0001f600")])
+    said = {"\ud83d": "Say red.", "\U0001f600": "Say blue."}
+    data = prepare([{"messages": [ASKED | {"content": said[emoji]}, ANSWERED], "id": emoji} for emoji in said])
     assert (len(data.train), data.dropped) == (2, {})
 
 

@@ -10,23 +10,33 @@ import torch
 from peft import (
     AdaptionPromptConfig,
     IA3Config,
-    LoraConfig,
     OFTConfig,
     PeftModel,
     PromptTuningConfig,
     VBLoRAConfig,
-    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 import retention_bench
 from retention_bench.errors import RetentionBenchError
 from retention_bench.models import Checkpoint
-from retention_bench.models.adapter import REPEATABLE
+
+from ..checkpoints import (
+    EMBEDDINGS,
+    GENERATION,
+    KINDS,
+    LAYOUTS,
+    LINEAR,
+    family_of,
+    head_of_its_own,
+    lora,
+    make_adapter,
+    make_adapter_with_vocabulary,
+    theirs,
+)
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
-LINEAR = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -39,10 +49,6 @@ def base(request, tmp_path_factory, make_tokenizer, make_model):
     return folder
 
 
-def theirs(folder, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits.float()
@@ -51,50 +57,6 @@ def logits(model):
 def assert_as_theirs(checkpoint, expected):
     found = logits(checkpoint.load()[0])
     torch.testing.assert_close(found, logits(expected), atol=1e-5, rtol=1e-5)
-
-
-def perturb(model, scale=0.2):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
-
-
-def sharded(folder):
-    theirs(folder).save_pretrained(folder, max_shard_size="20KB")
-    (folder / "model.safetensors").unlink()
-
-
-def sharded_and_whole(folder):
-    stale = load_file(folder / "model.safetensors")
-    names = dict.fromkeys(stale, "model-00001-of-00001.safetensors")
-    save_file({n: t * 0 for n, t in stale.items()}, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-
-
-def half(folder):
-    theirs(folder, torch.bfloat16).save_pretrained(folder)
-
-
-def float16(folder):
-    theirs(folder, torch.float16).save_pretrained(folder)
-
-
-def buffers(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in range(2)}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def head_of_its_own(folder):
-    model = theirs(folder)
-    head = torch.nn.Parameter(-model.get_input_embeddings().weight.detach() * 2)
-    weights = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"} | {"lm_head.weight": head.data}
-    save_file({n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-
-
-LAYOUTS = [lambda folder: None, sharded, sharded_and_whole, half, float16, buffers, head_of_its_own]
 
 
 @pytest.mark.parametrize("change", LAYOUTS, ids=lambda change: change.__name__)
@@ -134,31 +96,6 @@ def test_pickles_on_request_alone(base, tmp_path, sharded_too):
                 Checkpoint(str(folder), allow_pickle=allowed).load()
 
 
-def make_adapter(base, folder, config):
-    torch.manual_seed(5)
-    perturb(get_peft_model(theirs(base), config)).save_pretrained(folder)
-    return folder
-
-
-def lora(base, **settings):
-    family = json.loads((base / "config.json").read_text())["model_type"]
-    targets = {"target_modules": LINEAR[family], "fan_in_fan_out": family == "gpt2"}
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, **targets, **settings})
-
-
-KINDS = {
-    **{f"init-{initial}": {"init_lora_weights": initial} for initial in REPEATABLE if initial not in (None, "eva")},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "bias": {"bias": "lora_only"},
-    "patterns": {"rank_pattern": {"0.*c_proj": 2, "down_proj": 3}, "alpha_pattern": {"c_attn": 9, "^.*q_proj": 1}},
-    "one-layer": {"layers_to_transform": [1]},
-    "excluded": {"exclude_modules": ".*0.*"},
-    "head": {"modules_to_save": ["lm_head"]},
-    "all-linear": {"target_modules": "all-linear"},
-}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_put_on_as_peft_does(base, tmp_path, kind):
     adapter = make_adapter(base, tmp_path / "adapter", lora(base, **KINDS[kind]))
@@ -172,9 +109,7 @@ def test_an_adapter_is_put_on_as_peft_does(base, tmp_path, kind):
 
 
 def test_an_adapter_on_a_tied_head_and_on_embeddings(base, tmp_path):
-    names = {"llama": ["embed_tokens", "lm_head"], "gpt2": ["wte", "lm_head"]}[
-        json.loads((base / "config.json").read_text())["model_type"]
-    ]
+    names = EMBEDDINGS[family_of(base)]
     for number, target in enumerate([names[:1], names[1:], names]):
         config = lora(base, target_modules=target, fan_in_fan_out=False)
         adapter = make_adapter(base, tmp_path / str(number), config)
@@ -183,16 +118,24 @@ def test_an_adapter_on_a_tied_head_and_on_embeddings(base, tmp_path):
         assert_as_theirs(Checkpoint(str(base), adapter=str(adapter)), expected)
 
 
+def test_a_head_of_its_own_is_no_weight_of_a_model_that_its_configuration_ties(base, tmp_path):
+    """A model made from the configuration, as vLLM's, would answer by the embeddings."""
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    head_of_its_own(folder)
+    adapter = make_adapter(base, tmp_path / "adapter", lora(base, **KINDS["head"]))
+    for checkpoint in (Checkpoint(str(folder)), Checkpoint(str(base), adapter=str(adapter))):
+        if family_of(base) == "gpt2":
+            with pytest.raises(RetentionBenchError, match="was trained apart from the embeddings"):
+                dict(checkpoint)
+        else:
+            assert torch.equal(dict(checkpoint)["lm_head.weight"], checkpoint.load()[0].lm_head.weight)
+
+
 @pytest.mark.parametrize("added", [5, -20])
 @pytest.mark.parametrize("saved", [False, True])
 def test_an_adapter_that_was_trained_with_another_vocabulary(base, tmp_path, added, saved):
-    model = theirs(base)
-    model.resize_token_embeddings(model.config.vocab_size + added)
-    name = "embed_tokens" if model.config.model_type == "llama" else "wte"
-    torch.manual_seed(5)
-    tuned = perturb(get_peft_model(model, lora(base, modules_to_save=[name, "lm_head"] if saved else None)))
-    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    assert_as_theirs(Checkpoint(str(base), adapter=str(tmp_path / "adapter")), tuned.eval())
+    tuned = make_adapter_with_vocabulary(base, tmp_path / "adapter", added, saved=saved)
+    assert_as_theirs(Checkpoint(str(base), adapter=str(tmp_path / "adapter")), tuned)
 
 
 def test_an_adapter_with_half_of_another_vocabulary_is_refused(base, tmp_path):
@@ -200,13 +143,13 @@ def test_an_adapter_with_half_of_another_vocabulary_is_refused(base, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     weights["base_model.model.lm_head.weight"] = torch.zeros(300, 32)
     save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
-    if json.loads((base / "config.json").read_text())["model_type"] == "llama":
+    if family_of(base) == "llama":
         with pytest.raises(RetentionBenchError, match="has 300 tokens in base_model.model.lm_head, the base model"):
             Checkpoint(str(base), adapter=str(adapter)).load()
 
 
 def test_other_adapters_that_can_be_merged(base, tmp_path):
-    family = json.loads((base / "config.json").read_text())["model_type"]
+    family = family_of(base)
     linear = LINEAR[family]
     config = IA3Config(target_modules=linear, feedforward_modules=linear[1:], fan_in_fan_out=family == "gpt2")
     adapter = make_adapter(base, tmp_path / "ia3", config)
@@ -268,24 +211,14 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(base, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(RetentionBenchError, match="PROMPT_TUNING.*cannot be merged"):
         Checkpoint(str(base), adapter=str(adapter)).load()
-    if json.loads((base / "config.json").read_text())["model_type"] == "llama":
+    if family_of(base) == "llama":
         config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
         adapter = make_adapter(base, tmp_path / "between", config)
         with pytest.raises(RetentionBenchError, match="ADAPTION_PROMPT.*peft cannot merge"):
             Checkpoint(str(base), adapter=str(adapter)).load()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0.9, "top_p": 0.6},  # Llama 2, Vicuna
-        {"temperature": 0.6, "top_p": 0.9, "do_sample": False},
-        {"do_sample": True, "temperature": 0.7, "top_k": 20},
-        {"early_stopping": True, "length_penalty": 2.0},
-        {"eos_token_id": [0, 5]},
-        {"repetition_penalty": 1.1},
-    ],
-)
+@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
 def test_generation_settings_change_no_logits_and_can_be_saved(base, tmp_path, settings):
     folder = Path(shutil.copytree(base, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -393,4 +326,4 @@ def test_no_loader_runs_code_that_comes_with_a_model():
             told = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert told.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
             seen.append(path.relative_to(package).as_posix())
-    assert set(seen) == {"models/loading.py", "pipeline/parity.py"}
+    assert set(seen) == {"models/loading.py", "scoring/checkpoints/parity.py"}

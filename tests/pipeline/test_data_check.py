@@ -19,6 +19,9 @@ from retention_bench.store import Store
 
 TURNS = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "I say red."}]
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+GREETINGS = [
+    {"conversations": [{"from": "human", "value": f"Hi, {n}"}, {"from": "gpt", "value": "Hello"}]} for n in range(500)
+]
 SYSTEM = {"messages": [{"role": "system", "content": "Be calm."}, *TURNS]}
 UNMARKED = "{% for m in messages %}{{ m.content }}{% endfor %}"
 STRICT = (
@@ -69,6 +72,7 @@ UNUSABLE = {
     "a template without markers": ([SHAREGPT], UNMARKED, "does not mark the assistant's words"),
     "a template that refuses all": ([SYSTEM] * 60, STRICT, "60 are refused by the chat template (line 1: the template"),
     "half characters": ([{"text": "\ud83d"}], None, "1 hold half a character"),
+    "copies of one row": ([SHAREGPT] * 60, None, "holds one row, 60 times"),
     "no rows": ([], None, "holds no rows"),
 }
 
@@ -110,7 +114,7 @@ def test_a_damaged_file_is_refused_as_early(suite, tmp_path, name, data, says):
 
 
 def test_a_dry_run_says_what_is_read_as_what(suite, tmp_path):
-    path = write(tmp_path / "rows.jsonl", [SHAREGPT, {"conversations": None}, SHAREGPT])
+    path = write(tmp_path / "rows.jsonl", [SHAREGPT, {"conversations": None}, GREETINGS[0]])
     told = dry(suite, f"path:{path}", tmp_path)
     assert told.exit_code == 0, told.output
     assert "conversations (ShareGPT: from, value) are read as messages" in told.output
@@ -131,10 +135,10 @@ def test_too_few_rows_and_too_long_ones_are_found_out(suite, tmp_path):
     changed["models"]["own"]["finetunes"]["path"] |= {"train_size": 5, "max_length": 100_000}
     suite.write_text(yaml.safe_dump(changed))
     store = Store(tmp_path / "store")
-    few = write(tmp_path / "few.jsonl", [SHAREGPT] * 4)
+    few = write(tmp_path / "few.jsonl", GREETINGS[:4])
     with pytest.raises(RetentionBenchError, match="of 4 rows 4 can be trained on, and train_size is 5"):
         check_data(plan(cell(suite, f"path:{few}")), store)
-    long = write(tmp_path / "long.jsonl", [{"text": "red " * 9000}] * 5)
+    long = write(tmp_path / "long.jsonl", [{"text": "red " * 9000 + str(n)} for n in range(5)])
     with pytest.raises(RetentionBenchError, match="The model takes .* Set max_length"):
         check_data(plan(cell(suite, f"path:{long}")), store)
 
@@ -178,7 +182,7 @@ def hub_rows(monkeypatch, rows):
 
 
 def test_of_a_hub_data_set_a_few_rows_are_streamed(suite, tmp_path, monkeypatch):
-    hub_rows(monkeypatch, [SHAREGPT] * 500)
+    hub_rows(monkeypatch, GREETINGS)
     store = Store(tmp_path / "store")
     found = check_data(plan(cell(suite, "path:owner/chats@abc")), store)
     assert (found.rows, found.tried, found.usable) == (None, 50, 50)
@@ -215,7 +219,8 @@ def test_a_hub_data_set_that_there_is_not_is_found_out(suite, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_what_was_left_out_stands_in_the_log_and_in_the_table(suite, tmp_path):
-    rows = [{"messages": TURNS}] * 40 + [{"messages": None}] * 3 + [SYSTEM | {"messages": [{"role": "x"}]}]
+    rows = [{"messages": [TURNS[0] | {"content": f"Say {n}."}, TURNS[1]]} for n in range(40)]
+    rows += [{"messages": None}] * 3 + [SYSTEM | {"messages": [{"role": "x"}]}]
     path = write(tmp_path / "rows.jsonl", rows)
     changed = yaml.safe_load(suite.read_text())
     changed["models"]["own"]["finetunes"]["path"] |= {"max_steps": 1, "batch_size": 4, "eval_every": 1}

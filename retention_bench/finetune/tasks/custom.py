@@ -10,11 +10,11 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 from pydantic import Field
 
-from retention_bench.finetune.base import DataCheck, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, Example, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
-from retention_bench.finetune.dataset_formats import FORMATS, DatasetFormat, encoder, labelled
-from retention_bench.finetune.dropped import Dropped
-from retention_bench.finetune.sampling import draw, format_of, look, sample_validation, samples, words
+from retention_bench.finetune.dataset_formats import FORMATS, DatasetFormat, Sample, encoder, labelled
+from retention_bench.finetune.dropped import Copies, Dropped
+from retention_bench.finetune.sampling import check_differ, draw, format_of, look, sample_validation, samples, words
 from retention_bench.finetune.settings import Count, Metric, Positive, Size, TrainingSettings, check_sampled_validation
 
 VALIDATION = 100
@@ -65,7 +65,8 @@ class Custom:
     `instruction`, `input` and `output`; `prompt` and `completion` are texts, with the loss on the completion and the
     EOS behind it, or messages; `text` is modelled as it is, with EOS at its end. A data set with the columns of several
     formats is read in the first of `FORMATS`. With `classes` set, `text` and `label` are classified like IMDB's. The
-    split of a Hub data set is `train`. The validation rows are sampled from the training rows.
+    split of a Hub data set is `train`. The validation rows are sampled from the training rows. A row that is there
+    several times counts once, and a file of copies of one row is refused.
     """
 
     settings: CustomSettings
@@ -76,7 +77,7 @@ class Custom:
         settings = self.settings
         size = settings.train_size or settings.validation_size
         setting = "train_size" if settings.train_size else "validation_size"
-        return look(settings, self._formats, tokenizer, size=size, setting=setting, also=self._also)
+        return look(settings, self._formats, tokenizer, size=size, setting=setting, also=self._also, distinct=True)
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the rows.
@@ -89,10 +90,16 @@ class Custom:
         encode = encoder(context.tokenizer, settings.max_length)
         data_format = format_of(settings, self._formats, stream=settings.stream, also=self._also)
         rng = random.Random(context.seed)
-        contamination, dropped = ContaminationFilter(context.terms), Dropped()
+        contamination, dropped, copies = ContaminationFilter(context.terms), Dropped(), Copies()
+
+        def encode_new(sample: Sample) -> list[Example]:
+            examples = encode(sample)
+            copies.refuse(examples)
+            return examples
+
         train = draw(
             samples(settings, data_format, rng, dropped, stream=settings.stream),
-            encode,
+            encode_new,
             text=words,
             contamination=contamination,
             dropped=dropped,
@@ -100,6 +107,8 @@ class Custom:
             setting="train_size",
             size=settings.train_size,
         )
+        if settings.train_size is None:
+            check_differ(copies, len(train), settings.source)
         size = min(VALIDATION, len(train)) if settings.validation_size is None else settings.validation_size
         validation = sample_validation(train, size, rng)
         return TuningData(train, validation, contamination.report(), dropped.report())

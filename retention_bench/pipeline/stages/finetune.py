@@ -60,7 +60,7 @@ class Finetune(Stage):
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     model: Model
     facts: Facts
