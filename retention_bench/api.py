@@ -15,6 +15,7 @@ from retention_bench.facts import FactSet, load_pool
 from retention_bench.pipeline.cell import Cell, plan
 from retention_bench.pipeline.folder import default_folder
 from retention_bench.pipeline.run import evaluate as run
+from retention_bench.pipeline.stage import Bench
 from retention_bench.pipeline.suite import Suite, load_suite, suite_names
 from retention_bench.registry import EDITORS, FINETUNES
 from retention_bench.results.compare import compared
@@ -94,10 +95,11 @@ def evaluate(
     planned = plan(cell)
     written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
     folder = default_folder(cell, planned) if out is None else Path(out)
-    with _progress(len(planned.plan()) + written, quiet) as (announce, progress):
+    kept = _store(store)
+    with _progress(Bench(kept).ahead(planned) + written, quiet) as (announce, progress):
         return run(
             planned,
-            store=_store(store),
+            store=kept,
             out=folder,
             progress=progress,
             announce=announce,

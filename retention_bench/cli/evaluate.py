@@ -145,7 +145,7 @@ def evaluate(
     """
     from retention_bench.display.progress import show_progress
     from retention_bench.display.results import print_plan, print_results, print_tokens
-    from retention_bench.pipeline import Cell, load_suite, plan
+    from retention_bench.pipeline import Bench, Cell, load_suite, plan
     from retention_bench.pipeline.folder import default_folder
     from retention_bench.pipeline.plan_file import write_plan
     from retention_bench.pipeline.run import evaluate as run
@@ -188,7 +188,7 @@ def evaluate(
             print_plan(found["stages"], store.root, found["estimate"], found["data"])
         return
     written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
-    with show_progress(len(planned.plan()) + written) as (announce, progress):
+    with show_progress(Bench(store).ahead(planned) + written) as (announce, progress):
         results = run(
             planned, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
         ).to_dict()

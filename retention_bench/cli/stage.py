@@ -32,8 +32,9 @@ def stage(plan: Path, key: str, as_json: bool) -> None:
     if len(fitting) != 1:
         raise unknown_name("key" if not fitting else "key, of several that begin so,", key, stages)
     [chosen] = fitting
-    with show_progress(len(chosen.plan())) as (announce, progress):
-        folder = Bench(Store(default_root()), progress, announce).get(chosen)
+    store = Store(default_root())
+    with show_progress(Bench(store).ahead(chosen)) as (announce, progress):
+        folder = Bench(store, progress, announce).get(chosen)
     if as_json:
         say_json({"stage": chosen.name, "key": chosen.key, "folder": str(folder)})
     else:

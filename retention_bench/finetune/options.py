@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from retention_bench.errors import UsageError
+from retention_bench.errors import UsageError, unknown_name
 from retention_bench.finetune.freezing import parse_freeze
 
 ADAPTERS = ("none", "lora", "dora")
@@ -35,6 +35,6 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         parse_freeze(self.freeze)
         if self.adapter not in ADAPTERS:
-            raise UsageError(f"--adapter {self.adapter!r} is not known. Allowed: {', '.join(ADAPTERS)}.")
+            raise unknown_name("adapter", self.adapter, ADAPTERS)
         if self.track_every < 0:
             raise UsageError(f"--track-every {self.track_every} is below 0. Give steps, or 0 for no trajectory.")

@@ -153,6 +153,17 @@ class Bench:
             self._announce(stage.title(), found is not None)
         return found or self.store.get(stage, lambda folder: stage.run(folder, self))
 
+    def ahead(self, stage: Stage) -> int:
+        """How many stages `get` will announce: not those that only stages need which the store holds."""
+        seen: set[str] = set()
+        waiting = [stage]
+        while waiting:
+            one = waiting.pop()
+            if one.key not in seen:
+                seen.add(one.key)
+                waiting += () if self.store.holds(one) else one.needs
+        return len(seen)
+
     def tell(self, title: str) -> None:
         """Announce work that is no stage."""
         self._announce(title, False)

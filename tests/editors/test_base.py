@@ -21,7 +21,7 @@ def test_names_are_listed_without_importing_torch():
 def test_settings_become_fields_and_the_rest_keep_their_defaults():
     editor = make_editor("alphaedit", {"layers": [1, 3], "L2": 1})
     assert (editor.name, editor.layers, editor.L2, editor.edits_per_model) == ("alphaedit", (1, 3), 1.0, None)
-    assert editor.statistics_layers == (1, 3)
+    assert editor.covariance_layers == (1, 3)
     ft = make_editor("ft", {})
     assert dataclasses.asdict(ft) == {  # the paper's
         "edits_per_model": 1,
@@ -34,7 +34,7 @@ def test_settings_become_fields_and_the_rest_keep_their_defaults():
         "norm_constraint": None,
         "batch_size": 128,
     }
-    assert ft.statistics_layers == ()
+    assert ft.covariance_layers == ()
     assert make_editor("ft", {"edits_per_model": None}).edits_per_model is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         ft.lr = 1.0

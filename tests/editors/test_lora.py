@@ -183,7 +183,7 @@ def test_what_cannot_be_edited_is_refused(gpt2, golden):
         ({"modules": "all"}, "setting 'modules': .*'projection' or 'all-linear', got 'all'"),
         ({"r": 0}, "setting 'r'"),
         ({"lora_dropout": 1.0}, "setting 'lora_dropout'"),
-        ({"alpha": 16}, "Unknown setting of editor 'lora': 'alpha'"),
+        ({"alpha": 16}, "Unknown setting of the editor 'lora': 'alpha'"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
