@@ -10,14 +10,14 @@ Everything here is imported when it is first asked for.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from retention_bench.version import __version__
+
 if TYPE_CHECKING:
     from retention_bench.api import compare, editors, evaluate, finetunes, score, suites
     from retention_bench.errors import RetentionBenchError, UsageError
     from retention_bench.facts import Fact, FactSet
     from retention_bench.pipeline.suite import Suite, load_suite
     from retention_bench.results import Rate, Results, Sample
-
-__version__ = "0.1.0"
 
 _PLACES = {
     "Fact": "facts",

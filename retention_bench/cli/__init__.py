@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from retention_bench import __version__
 from retention_bench.cli.group import Commands
+from retention_bench.version import __version__
 
 __all__ = ["main"]
 

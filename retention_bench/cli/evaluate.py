@@ -135,9 +135,9 @@ def evaluate(
     from retention_bench.display.results import print_plan, print_results, print_tokens
     from retention_bench.pipeline import Cell, load_suite, plan
     from retention_bench.pipeline.folder import default_folder
+    from retention_bench.pipeline.plan_file import write_plan
     from retention_bench.pipeline.run import evaluate as run
     from retention_bench.pipeline.run import preview
-    from retention_bench.pipeline.stage import write_plan
     from retention_bench.store import Store, default_root
     from retention_bench.store.store import read_jsonl
 

@@ -23,7 +23,7 @@ def stage(plan: Path, key: str, as_json: bool) -> None:
     """
     from retention_bench.display.progress import show_progress
     from retention_bench.pipeline import Bench
-    from retention_bench.pipeline.stage import read_plan
+    from retention_bench.pipeline.plan_file import read_plan
     from retention_bench.pipeline.stages import STAGES
     from retention_bench.store import Store, default_root
 

@@ -17,11 +17,10 @@ from retention_bench.data import checked, find_file, is_local, read_json, shorte
 from retention_bench.data.durable import file_sha256
 from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.bench import Announce, Bench
 from retention_bench.pipeline.cell import model_of
 from retention_bench.pipeline.loading import load
 from retention_bench.pipeline.rows import Texts
-from retention_bench.pipeline.stage import Rows
+from retention_bench.pipeline.stage import Announce, Bench, Rows
 from retention_bench.pipeline.stages.covariance import FILE, Covariance
 from retention_bench.pipeline.suite import CovarianceConfig, ModelConfig
 from retention_bench.store import Entry, Input, Store

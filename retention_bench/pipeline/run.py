@@ -10,11 +10,11 @@ from retention_bench.data.durable import DamagedError, check, remove, seal
 from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import UsageError
 from retention_bench.facts import FactSet
-from retention_bench.pipeline.bench import Announce, Bench
 from retention_bench.pipeline.cell import Cell, plan
 from retention_bench.pipeline.data_check import check_data
 from retention_bench.pipeline.estimate import estimate
 from retention_bench.pipeline.loading import save
+from retention_bench.pipeline.stage import Announce, Bench
 from retention_bench.pipeline.stages import Gather, Score
 from retention_bench.results import Results
 from retention_bench.store import Store

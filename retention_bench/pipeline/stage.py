@@ -1,28 +1,29 @@
 """A stage: plain values that say what is computed, from which it is computed, and under which key it is kept.
 
 A stage holds the stages that it needs, so the last one of a cell is the whole plan. It pickles, it can be written as
-JSON and read back in another process, and its key follows from its values alone: nothing is loaded to make a plan.
+JSON and read back in another process, and its key follows from its values alone: nothing is loaded to make a plan. A
+bench computes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Iterator, Mapping
+import gc
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
-import pydantic
-
-from retention_bench.data import checked, read_json
-from retention_bench.data.durable import write_text
-from retention_bench.errors import UsageError
-from retention_bench.store import OUTSIDE, Input
+from retention_bench.display.progress import Progress, silent
+from retention_bench.pipeline.loading import load
+from retention_bench.store import OUTSIDE, Input, Store
 from retention_bench.store.store import key_of
 
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
+T = TypeVar("T")
+
+Announce = Callable[[str, bool], None]
+"""Called with a stage's title as it comes up, and whether the store held it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Stage:
     @functools.cached_property
     def inputs(self) -> Mapping[str, Any]:
         """Everything that its result depends on, as JSON values; a stage stands there by its key."""
-        return {"version": self.version, **_values(self, inside=True)}
+        return {"version": self.version, **values_of(self, inside=True)}
 
     @property
     def needs(self) -> tuple[Stage, ...]:
@@ -118,6 +119,83 @@ class Stage:
         return list(ordered.values())
 
 
+class Bench:
+    """Computes stages, those first that one needs, and lends them what several of them use.
+
+    Args:
+        store: Where results are kept.
+        progress: Told how far the running stage is.
+        announce: Told each stage as it comes up, once.
+    """
+
+    def __init__(
+        self, store: Store, progress: Progress = silent, announce: Announce = lambda title, cached: None
+    ) -> None:
+        self.store = store
+        self.progress = progress
+        self._announce = announce
+        self._announced: set[str] = set()
+        self._base: tuple[str, tuple[Any, Any]] | None = None
+        self._kept: dict[Hashable, Any] = {}
+
+    def get(self, stage: Stage) -> Path:
+        """The folder of a stage's result, from the store or computed now, what it needs first.
+
+        Raises:
+            RetentionBenchError: As the stage, or the store.
+        """
+        found = self.store.find(stage)
+        if found is None:
+            for need in stage.needs:
+                self.get(need)
+        if stage.key not in self._announced:
+            self._announced.add(stage.key)
+            self._announce(stage.title(), found is not None)
+        return found or self.store.get(stage, lambda folder: stage.run(folder, self))
+
+    def tell(self, title: str) -> None:
+        """Announce work that is no stage."""
+        self._announce(title, False)
+
+    def base(self, model: Model) -> tuple[Any, Any]:
+        """A base model and its tokenizer, loaded once; whoever changes its weights puts them back."""
+        key = f"{model.path} {model.fingerprint} {model.dtype} {model.device}"
+        if self._base is None or self._base[0] != key:
+            self.release()
+            # Training keeps the dtype; the recipes' mixed precision is the fine-tune's own affair.
+            self._base = key, load(model.path, model.revision, dtype=model.dtype, device=model.device)
+        return self._base[1]
+
+    def release(self) -> None:
+        """Drop the base model, so that its memory is free for training."""
+        self._base = None
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # other processes cannot use what torch keeps for later
+
+    @contextlib.contextmanager
+    def edited(self, model: Model, delta: Path) -> Iterator[tuple[Any, Any]]:
+        """The base model with a delta applied; afterwards it has its own bits back."""
+        from retention_bench.models import WeightDelta
+
+        base, tokenizer = self.base(model)
+        with WeightDelta.load(delta).applied(base):
+            yield base, tokenizer
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What several stages of this run read or sample alike, such as a pool of facts; made when it is first asked.
+
+        Args:
+            key: What tells it from everything else: what it is, and the keys of the stages that it is made from.
+            make: Makes it.
+        """
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
 def _found(value: Any, kind: type) -> Iterator[Any]:
     """What of a kind stands in the fields of a stage, also within dataclasses and tuples; not within other stages."""
     parts = [getattr(value, field.name) for field in dataclasses.fields(value)] if _is_record(value) else value
@@ -132,7 +210,7 @@ def _is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _values(record: Any, *, inside: bool) -> dict[str, Any]:
+def values_of(record: Any, *, inside: bool) -> dict[str, Any]:
     """The fields of a dataclass as JSON values; with `inside` those alone that a key is made of."""
     fields = [f for f in dataclasses.fields(record) if not (inside and f.metadata == OUTSIDE)]
     return {f.name: _plain(getattr(record, f.name), inside=inside) for f in fields}
@@ -142,79 +220,9 @@ def _plain(value: Any, *, inside: bool) -> Any:
     if isinstance(value, Stage):
         return value.key
     if _is_record(value):
-        return _values(value, inside=inside)
+        return values_of(value, inside=inside)
     if isinstance(value, Mapping):
         return {str(name): _plain(part, inside=inside) for name, part in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(part, inside=inside) for part in value]
     return value
-
-
-class _Entry(pydantic.BaseModel, extra="forbid"):
-    stage: str
-    values: dict[str, Any]
-
-
-def write_plan(stage: Stage, path: Path) -> None:
-    """Write a stage and all that it needs as JSON, from which `read_plan` makes the same again.
-
-    Args:
-        stage: The last stage.
-        path: The file.
-    """
-    entries = {s.key: {"stage": s.name, "values": _values(s, inside=False)} for s in stage.plan()}
-    write_text(path, json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def read_plan(path: Path, stages: Mapping[str, type[Stage]]) -> dict[str, Stage]:
-    """The stages of a plan by key.
-
-    Args:
-        path: A file that `write_plan` wrote.
-        stages: All kinds of stage by name.
-
-    Raises:
-        UsageError: There is no such file.
-        RetentionBenchError: It is no plan.
-    """
-    made: dict[str, Stage] = {}
-    for key, entry in read_json(path, dict[str, _Entry], "plan").items():
-        place = f"{path}, {key}"
-        if entry.stage not in stages:
-            raise UsageError(f"{place}: there is no stage {entry.stage!r}. Allowed: {', '.join(stages)}.")
-        kind = stages[entry.stage]
-        stage = _made(kind, entry.values, made, place)
-        if stage.key != key:
-            raise UsageError(
-                f"{place}: this version makes the key {stage.key} of that stage. Make the plan with the versions that "
-                "it is run with."
-            )
-        made[key] = stage
-    return made
-
-
-def _made(kind: type[Any], values: Mapping[str, Any], made: Mapping[str, Stage], place: str) -> Any:
-    """A dataclass from its fields as `_values` wrote them."""
-    hints = get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if values.keys() != fields.keys():
-        odd = min(values.keys() ^ fields.keys())
-        raise UsageError(f"{place}: {kind.__name__} and its values differ in {odd!r}. Make the plan anew.")
-    return kind(**{name: _typed(hints[name], value, made, f"{place}, {name}") for name, value in values.items()})
-
-
-def _typed(hint: Any, value: Any, made: Mapping[str, Stage], place: str) -> Any:
-    """A value as the annotation of its field has it."""
-    options = [hint, *getattr(hint, "__args__", ())]
-    records = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
-    if value is None or not records:
-        return checked(hint, value, place)
-    [record, *_] = records
-    if isinstance(value, list):
-        return tuple(_typed(record, part, made, place) for part in value)
-    for one in records:
-        if issubclass(one, Stage) and isinstance(value, str):
-            if value not in made:
-                raise UsageError(f"{place}: the plan has no stage {value!r} before this one. Make the plan anew.")
-            return made[value]
-    return _made(record, value, made, place)

@@ -24,7 +24,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from retention_bench import __version__
 from retention_bench.data.durable import (
     DamagedError,
     canonical,
@@ -38,6 +37,7 @@ from retention_bench.display import plain
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.store.disk import InUseError, disk_errors, held
 from retention_bench.store.fingerprints import Input, InputChangedError, unchanged
+from retention_bench.version import __version__
 
 _log = logging.getLogger("retention_bench")
 

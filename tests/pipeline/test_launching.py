@@ -19,7 +19,8 @@ from retention_bench.models import load_model
 from retention_bench.pipeline import Bench, Cell, load_suite, plan
 from retention_bench.pipeline.distributed import launching, worker
 from retention_bench.pipeline.distributed.launching import CONFIGS, launcher
-from retention_bench.pipeline.stage import Model, Rows, write_plan
+from retention_bench.pipeline.plan_file import write_plan
+from retention_bench.pipeline.stage import Model, Rows
 from retention_bench.pipeline.stages import Facts, Finetune, Knowledge
 from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Tracked
@@ -273,7 +274,7 @@ def test_no_process_outlives_the_one_that_was_killed(finetune, tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
         "from retention_bench.pipeline import Bench\n"
-        "from retention_bench.pipeline.stage import read_plan\n"
+        "from retention_bench.pipeline.plan_file import read_plan\n"
         "from retention_bench.pipeline.stages import STAGES\n"
         "from retention_bench.store import Store\n"
         "say = lambda stage, done, *rest: print(done, flush=True)\n"

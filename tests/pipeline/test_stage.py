@@ -11,7 +11,7 @@ from retention_bench import facts
 from retention_bench.cli import main
 from retention_bench.errors import UsageError
 from retention_bench.pipeline import Bench, Cell, load_suite, plan
-from retention_bench.pipeline.stage import read_plan, write_plan
+from retention_bench.pipeline.plan_file import read_plan, write_plan
 from retention_bench.pipeline.stages import STAGES, knowledge
 from retention_bench.store import Store
 

@@ -72,7 +72,7 @@ def test_paths_are_seen_from_the_suites_file():
         (lambda s: s["covariance"].update(texts=10**30), "an integer is larger than any here may be"),
         (
             lambda s: s.update(statistics=s.pop("covariance")),
-            "section `statistics` is now called `covariance`. Rename it",
+            "`statistics` is now called `covariance`",
         ),
         (lambda s: s["covariance"].update(file=""), "covariance.file: a path or a Hub id must not be empty, got ''"),
         (lambda s: s.update(directory="/"), "unknown key 'directory'"),

@@ -18,7 +18,8 @@ from retention_bench.data import checked, find_file, shortened
 from retention_bench.data.yaml_files import read_yaml
 from retention_bench.display.progress import Progress
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.stage import Stage, write_plan
+from retention_bench.pipeline.plan_file import write_plan
+from retention_bench.pipeline.stage import Stage
 from retention_bench.store import Input, Store
 from retention_bench.store.fingerprints import source_fingerprint
 

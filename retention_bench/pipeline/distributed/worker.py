@@ -19,8 +19,8 @@ from typing import Any
 
 from retention_bench.display.progress import silent
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.pipeline.bench import Bench
-from retention_bench.pipeline.stage import read_plan
+from retention_bench.pipeline.plan_file import read_plan
+from retention_bench.pipeline.stage import Bench
 from retention_bench.pipeline.stages import STAGES, Finetune
 from retention_bench.processes import end_with_parent
 from retention_bench.store import Store

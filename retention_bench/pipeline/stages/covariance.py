@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from retention_bench.data import is_local, read_json
 from retention_bench.pipeline.rows import Texts
-from retention_bench.pipeline.stage import Model, Rows, Stage
+from retention_bench.pipeline.stage import Bench, Model, Rows, Stage
 from retention_bench.store import OUTSIDE, Input
 from retention_bench.store.fingerprints import config_file, source_fingerprint
 from retention_bench.store.store import versions
 
 if TYPE_CHECKING:
     from retention_bench.editors.covariance import Covariance as Moments
-    from retention_bench.pipeline.bench import Bench
 
 FILE = "covariance.safetensors"
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from retention_bench.editors import EditContext, EditRequest, make_editor, sample_context_templates
-from retention_bench.pipeline.stage import Model, Stage
+from retention_bench.pipeline.stage import Bench, Model, Stage
 from retention_bench.pipeline.stages.covariance import Covariance, CovarianceFile
 from retention_bench.pipeline.stages.facts import Facts, Group
 from retention_bench.pipeline.stages.fit import Fit
 from retention_bench.pipeline.stages.paraphrases import Paraphrases
 from retention_bench.store import OUTSIDE
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from retention_bench.data.durable import write_text
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import FactSet, Pool, disjoint_split, known_facts, load_pool
-from retention_bench.pipeline.stage import Stage
+from retention_bench.pipeline.stage import Bench, Stage
 from retention_bench.pipeline.stages.knowledge import Knowledge
 from retention_bench.store import Input
 
 if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
     from retention_bench.scoring import LeftOut
 
 

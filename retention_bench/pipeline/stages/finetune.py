@@ -13,7 +13,7 @@ from retention_bench.finetune import Finetune as Task
 from retention_bench.finetune import Terms, make_finetune
 from retention_bench.pipeline.distributed.launching import Launcher, launch
 from retention_bench.pipeline.loading import load, save
-from retention_bench.pipeline.stage import Model, Rows, Stage
+from retention_bench.pipeline.stage import Bench, Model, Rows, Stage
 from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Facts, Group
 from retention_bench.pipeline.stages.paraphrases import Paraphrases, asked
@@ -22,7 +22,6 @@ from retention_bench.store import OUTSIDE, Input
 
 if TYPE_CHECKING:
     from retention_bench.finetune import Watch
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)

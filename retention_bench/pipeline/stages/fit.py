@@ -6,17 +6,14 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from retention_bench.editors import EditContext, FittedEditor, make_editor
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import FactSet
-from retention_bench.pipeline.stage import Stage
+from retention_bench.pipeline.stage import Bench, Stage
 from retention_bench.pipeline.stages.facts import Facts
 from retention_bench.store import OUTSIDE, Input
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)

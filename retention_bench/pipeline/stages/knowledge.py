@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet, knowledge, read_pool
 from retention_bench.facts.known import Knowledge as Known
-from retention_bench.pipeline.stage import Model, Rows, Stage
+from retention_bench.pipeline.stage import Bench, Model, Rows, Stage
 from retention_bench.store.store import read_jsonl
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from retention_bench.data.durable import write_text
 from retention_bench.facts import MODEL, FactSet, augment, unseen
-from retention_bench.pipeline.stage import Model, Stage
+from retention_bench.pipeline.stage import Bench, Model, Stage
 from retention_bench.pipeline.stages.facts import Facts
 from retention_bench.store import OUTSIDE
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)

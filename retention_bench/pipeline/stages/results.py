@@ -7,12 +7,11 @@ import json
 import subprocess
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import retention_bench
 from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet
-from retention_bench.pipeline.stage import Stage
+from retention_bench.pipeline.stage import Bench, Stage
 from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Finetune
@@ -21,9 +20,7 @@ from retention_bench.results.aggregate import aggregate, rates, summarise
 from retention_bench.results.schema import SCHEMA_VERSION, Results, Sample
 from retention_bench.store import OUTSIDE
 from retention_bench.store.store import Store, manifest, read_jsonl, versions
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
+from retention_bench.version import PACKAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +208,7 @@ def _paraphrase_questions(facts: FactSet, asked: FactSet) -> dict[str, int]:
 
 def _git() -> dict[str, Any] | None:
     """Commit of the checkout that the package runs from; None for an installed wheel."""
-    root = Path(retention_bench.__file__).resolve().parent.parent
+    root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
 

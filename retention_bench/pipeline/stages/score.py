@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet
 from retention_bench.pipeline.loading import load
-from retention_bench.pipeline.stage import Model, Stage
+from retention_bench.pipeline.stage import Bench, Model, Stage
 from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Facts, Group
 from retention_bench.pipeline.stages.finetune import Finetune
@@ -19,9 +19,6 @@ from retention_bench.pipeline.stages.paraphrases import Paraphrases, asked
 from retention_bench.results import Sample
 from retention_bench.store import OUTSIDE, Input
 from retention_bench.store.store import read_jsonl
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)

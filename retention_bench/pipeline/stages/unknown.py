@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import FactSet
-from retention_bench.pipeline.stage import Stage
+from retention_bench.pipeline.stage import Bench, Stage
 from retention_bench.pipeline.stages.knowledge import Knowledge
-
-if TYPE_CHECKING:
-    from retention_bench.pipeline.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)
