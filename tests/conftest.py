@@ -1,5 +1,6 @@
 """Small tokenizers trained on the spot and tiny random models, for all folders."""
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -65,6 +66,13 @@ def train_tokenizer(
         unk_token=end if family == "gpt2" else None,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_searched_for_garbage() -> None:
+    """What was imported stays. Without this, each full collection, as after every fine-tune, searches all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -182,6 +182,7 @@ class Source:
             RetentionBenchError: The data cannot be read, there are no rows, or no such column or split.
             RowError: A row is malformed or too long.
         """
+        assert shuffle is None or (self.stream and not self.is_local)
         none, checked = True, required is None
         for place, cells, half in self._cells(required, optional, unique_keys=unique_keys, shuffle=shuffle):
             none = False

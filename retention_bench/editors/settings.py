@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, FailFast, Field
 
 MOST_LAYERS = 10_000
 """More layers than any model has."""
@@ -23,7 +23,9 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
     return layers
 
 
-Layers = Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS), AfterValidator(_ascending)]
+Layers = Annotated[
+    tuple[Layer, ...], FailFast(), Field(min_length=1, max_length=MOST_LAYERS), AfterValidator(_ascending)
+]
 """One or more layers, ascending."""
 
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]

@@ -325,7 +325,7 @@ def test_facts_are_not_asked_in_the_words_they_were_edited_with(finished, small_
     assert titles[:3] == [
         "known-fact filter and split", "paraphrases for the edits, 4 a fact (own)", "score the base model"
     ]  # fmt: skip
-    assert len(titles) == len(set(titles)) == len(plan(asked, store).stages()) + 4  # and the four checkpoints
+    assert len(titles) == len(set(titles)) == len(plan(asked).plan()) + 4  # and the four checkpoints
     facts = FactSet.read(tmp_path / "out" / "facts.jsonl")
     assert facts == FactSet.read(out / "facts.jsonl")  # whole, whatever is asked
     assert [[p.replace("{}", r.subject) for p in r.paraphrases] for r in seen] == [

@@ -198,16 +198,18 @@ def test_the_commands_print_and_write_json(runs, scores, monkeypatch):
     printed = run("compare", *runs, str(scores), "--kind", "edited")
     assert "Left out, as it could not be scored" in printed
     (line, below, *_) = (
-        li.split() for li in printed[printed.index("From A to B") :].splitlines() if "edited f" in li or "8 facts" in li
+        li.split()
+        for li in printed[printed.index("From A to B") :].splitlines()
+        if li.startswith("edited") or "8 facts" in li
     )
-    assert line == ["edited", "facts", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "80"]
-    assert "lost, edited facts: f1, f2, f3, f4, f5, f6, f7" in printed
+    assert line == ["edited", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "80"]
+    assert "lost, edited: f1, f2, f3, f4, f5, f6, f7" in printed
     assert below[-1] == "0.094"  # Holm's, for six pairs
     table = [li for li in printed.splitlines() if not li.lstrip().startswith(("A ", "B ", "C ", "D ", "Left", "lost"))]
     assert max(len(li.rstrip()) for li in table) <= 80
     assert "…" not in printed
     shown = run("inspect", "f2", runs[1], f"{scores}:step-10")
-    assert "edited facts: Town 2 lies in -> Utah" in shown
+    assert "edited: Town 2 lies in -> Utah" in shown
     assert "the [red]sea" in shown
     refused = CliRunner().invoke(main, ["compare", runs[0]])
     assert refused.exit_code == 2

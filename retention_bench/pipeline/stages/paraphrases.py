@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,17 +65,15 @@ class Paraphrases(Stage):
 
 
 def _loader(writer: Model | None) -> Callable[[str], tuple[Any, Any]]:
-    """What loads the model that writes."""
+    """What loads the model that writes; no other source loads one."""
+    import torch
 
-    def read(path: str) -> tuple[Any, Any]:
-        import torch
+    from retention_bench.models import load_model
 
-        from retention_bench.models import load_model
-
-        assert writer is not None  # no other source loads a model
-        return load_model(path, device=writer.device, dtype=getattr(torch, writer.dtype), revision=writer.revision)
-
-    return read
+    if writer is None:
+        return load_model
+    dtype = getattr(torch, writer.dtype)
+    return functools.partial(load_model, device=writer.device, dtype=dtype, revision=writer.revision)
 
 
 def asked(facts: Facts, paraphrases: Paraphrases | None, bench: Bench) -> FactSet:
