@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         scorable,
     )
     from retention_bench.scoring.probe import Probe, Prober
-    from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
     from retention_bench.scoring.stop_words import STOP_WORDS
     from retention_bench.scoring.tasks import FactsTask, judge_document, load_documents, tasks_dir
     from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
@@ -53,7 +52,6 @@ _MODULES = {
     "judge_ids": "metric",
     "judge_text": "metric",
     "load_documents": "tasks",
-    "quiet_lm_eval": "quiet_lm_eval",
     "scorable": "metric",
     "score": "evaluator",
     "score_lm": "evaluator",

@@ -3,13 +3,15 @@
 import ast
 import importlib
 import importlib.util
-import itertools
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,11 +50,9 @@ def read_blocks(path):
     lines = path.read_text(encoding="utf-8").split("\n")
     fences = [number for number, line in enumerate(lines) if line.startswith("```")]
     assert len(fences) % 2 == 0, f"{path}: a code block has no end"
-    for begin, end in itertools.batched(fences, 2) if sys.version_info >= (3, 12) else zip(fences[::2], fences[1::2]):
+    for begin, end in zip(fences[::2], fences[1::2], strict=True):
         language, _, use = lines[begin][3:].partition(" ")
-        yield Block(
-            str(path.relative_to(ROOT)), begin + 1, language, use, "\n".join(lines[begin + 1 : end]) + "\n"
-        )
+        yield Block(str(path.relative_to(ROOT)), begin + 1, language, use, "\n".join(lines[begin + 1 : end]) + "\n")
 
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
@@ -359,23 +359,20 @@ def readme_table():
 
 def test_the_figure_is_of_the_run_in_the_table():
     drawn = (ROOT / "docs" / "images" / "retention.svg").read_text()
-    left = drawn.split("alphaedit x tulu3 on atlas-gpt2</text>")[1].split("on atlas-llama</text>")[0]
+    left = drawn.split("alphaedit x tulu3 on atlas-gpt2</text>")[1].split("ft x tulu3 on atlas-gpt2</text>")[0]
     counts = re.findall(r">(\d+)/(\d+)<", left)
     wanted = [tuple(cell.split(" of ")) for _, _, *cells in readme_table() for cell in cells]
     assert counts == wanted
 
 
-def test_the_figure_has_a_mark_for_every_rate(finished, monkeypatch):
+def test_the_figure_has_a_mark_for_every_rate(finished):
     from tools.figure import STAGES, figure
 
-    folder, space = finished
-    results = space["results"]
+    results = finished[1]["results"]
     drawn = figure([results, results])
     rates = [results.stages[stage].get(kind) for kind in KINDS for stage in STAGES]
     asked = [rate for rate in rates if rate is not None and rate.rate is not None]
     assert re.findall(r">(\d+/\d+)<", drawn) == 2 * [f"{rate.hits}/{rate.total}" for rate in asked]
-    import xml.etree.ElementTree as ElementTree
-
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
 
 
@@ -401,7 +398,9 @@ def my_package(tmp_path, monkeypatch):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
     points = tomllib.loads(one("toml", "").text)["project"]["entry-points"]
-    text = "\n".join(f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in some.items()) for group, some in points.items())
+    text = "\n".join(
+        f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in some.items()) for group, some in points.items()
+    )
     (about / "entry_points.txt").write_text(f"{text}\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     yield
@@ -469,11 +468,9 @@ def copied(tmp_path_factory):
 
 def test_a_kind_of_question_is_one_entry_and_one_file(copied, tmp_path, make_tokenizer, make_model):
     """It is asked, told in a table, compared and counted, by a copy of the package with nothing else changed."""
-    import os
-    import subprocess
-
     facts = [
-        Fact(f"f{n}", name, "city", "The {} stands in", "Paris", "Rome") for n, name in enumerate(("Tower", "Arch", "Bank"))
+        Fact(f"f{n}", name, "city", "The {} stands in", "Paris", "Rome")
+        for n, name in enumerate(("Tower", "Arch", "Bank"))
     ]
     tokenizer = make_tokenizer("gpt2", [f"{f.question} {place}." for f in facts for place in ("Paris", "Rome")] * 3)
     for name, std in (("one", 0.02), ("two", 0.2)):

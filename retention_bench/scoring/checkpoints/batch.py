@@ -383,7 +383,7 @@ class _Batch:
         """
         from lm_eval.evaluator import evaluate
 
-        from retention_bench.scoring import quiet_lm_eval
+        from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 
         assert self.engine is not None
         assert self.manager is not None

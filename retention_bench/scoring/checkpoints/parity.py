@@ -49,7 +49,8 @@ def check_parity(
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from retention_bench.scoring import quiet_lm_eval, score_lm
+    from retention_bench.scoring import score_lm
+    from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 
     ours = score_lm(engine.lm, _few(facts, PARITY_PROMPTS), kinds=("edited", "intrinsic"))
     # On a GPU vLLM leaves no room for another model.
