@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, FailFast, Field
+from pydantic import AfterValidator, Field
 
 MOST_LAYERS = 10_000
 """More layers than any model has."""
@@ -24,7 +24,7 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Layers = Annotated[
-    tuple[Layer, ...], FailFast(), Field(min_length=1, max_length=MOST_LAYERS), AfterValidator(_ascending)
+    tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS, fail_fast=True), AfterValidator(_ascending)
 ]
 """One or more layers, ascending."""
 
