@@ -445,7 +445,7 @@ def test_the_pages_editor_leaves_the_model_as_it_was(my_package, make_tokenizer,
 
 
 def test_the_pages_kind_is_one():
-    [kind] = eval(one("python", "kind").text, {"Kind": Kind})
+    kind = eval(one("python", "kind").text, {"Kind": Kind})
     task = yaml.safe_load(one("yaml", "task").text)
     assert task["task"] == kind.task
     assert task["dataset_kwargs"] == {"kind": kind.name}
@@ -461,7 +461,7 @@ def copied(tmp_path_factory):
     shutil.copytree(ROOT / "tasks", root / "tasks", ignore=unused)
     schema = root / "retention_bench" / "results" / "schema.py"
     last = re.search(r"^        Kind\(\"locality\".*\n", schema.read_text(), re.MULTILINE)[0]
-    schema.write_text(schema.read_text().replace(last, f"{last}        {one('python', 'kind').text.strip()}\n"))
+    schema.write_text(schema.read_text().replace(last, f"{last}        {one('python', 'kind').text.strip()},\n"))
     (root / "tasks" / "retention_reverted.yaml").write_text(one("yaml", "task").text)
     return root
 
