@@ -83,10 +83,10 @@ def main(name: str, table: str, editors: str = "", seeds: str = "0,1,2,3,4") -> 
     suite = load_suite("atlas")
     name, config = suite.model(name)
     model, tokenizer = load_model(config.path)
-    pool, _ = scorable(read_pool(suite.locate(suite.facts.source)), tokenizer)
+    pool, _ = scorable(read_pool(suite.facts.source), tokenizer)
     known = FactSet.of(k.fact for k in knowledge(model, tokenizer, pool) if k.margin >= suite.facts.margin)
     print(f"{name}: {len(known)} of {len(pool)} facts known")
-    texts = Texts(suite.locate(suite.covariance.source), None, None, suite.covariance.texts)
+    texts = Texts(suite.covariance.source, None, None, suite.covariance.texts)
     covariance = collect_covariance(model, tokenizer, texts, range(4), max_length=suite.covariance.max_length)
     for layer, moment in covariance.mom2.items():
         values = torch.linalg.eigvalsh(moment.double())

@@ -1,6 +1,7 @@
 """What a step of a fine-tune costs beside bare TRL, and what following the facts adds; ratios of one run.
 
     python benchmarks/finetuning.py [--rounds 3] [--steps 40] [--model atlas-gpt2|gpt2-xl] [--device cpu|cuda]
+        [--lengths whole|mixed]
 
 Suite `atlas`, fine-tune `tulu3`. Bare TRL is an `SFTTrainer` with the same rows in the same order and the same
 arguments, which evaluates and saves a checkpoint every 20 steps as ours does. "Followed" is ours with 50 edited and 100
@@ -8,9 +9,11 @@ intrinsic facts asked every 20 steps. The ways take turns, so that what else the
 A step is the median over those without evaluation, checkpoint or look; the whole run has them all.
 
 With `--model gpt2-xl` the settings are suite `gpt2-xl`'s, for a model of that shape with random weights. The chats are
-of random words and fill all of `max_length`, the longest that a row can be. No facts are followed. Ours goes first, and
-where `micro_batch_size` rows do not fit the memory it finds how many do; bare TRL gets as many. Give fewer than 20
-steps, and no checkpoint is written: it would have 19 GB.
+of random words and fill all of `max_length`, the longest that a row can be, or have any length up to it with
+`--lengths mixed`. No facts are followed. Ours goes first, and where `micro_batch_size` rows do not fit the memory it
+finds how many do; bare TRL gets as many. Nothing is evaluated between, and no checkpoint is written: it would have
+19 GB. Beside the table stand the losses of the last step, the GPU's memory, tokens a second, and their share of what
+the GPU could do in bfloat16: 6 operations a token and parameter, over an H100's (and H200's) 989 TFLOP/s.
 """
 
 import argparse
@@ -36,13 +39,15 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from retention_bench.facts import FactSet, disjoint_split, read_pool
-from retention_bench.finetune import Terms, TuningContext, Watch, make_finetune, train
+from retention_bench.finetune import FinetuneOptions, Terms, TuningContext, make_finetune, train
 from retention_bench.finetune.training import _order
 from retention_bench.models import load_model
 from retention_bench.pipeline import load_suite
 from retention_bench.scoring import Prober
 
 EVERY = 20
+PEAK = 989e12
+"""Operations a second in bfloat16, of an H100's or an H200's data sheet."""
 
 
 class Clock(TrainerCallback):
@@ -50,6 +55,11 @@ class Clock(TrainerCallback):
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
+        self.losses: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Note the loss."""
+        self.losses += [logs["loss"]] if "loss" in logs else []
 
     def on_step_end(self, args, state, control, **kwargs):
         """Note it."""
@@ -64,34 +74,35 @@ def begin_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def bare(model, tokenizer, task, data, device, folder) -> list[float]:
-    """TRL alone; when each step ended."""
+def bare(model, tokenizer, task, data, device, folder) -> tuple[list[float], list[float]]:
+    """TRL alone; when each step ended, and the steps' losses."""
     config = SFTConfig(
         output_dir=folder,
-        max_steps=task.max_steps,
-        per_device_train_batch_size=task.micro_batch_size,
+        max_steps=task.settings.max_steps,
+        per_device_train_batch_size=task.settings.micro_batch_size,
         per_device_eval_batch_size=8,
-        gradient_accumulation_steps=task.batch_size // task.micro_batch_size,
-        learning_rate=task.lr,
+        gradient_accumulation_steps=task.settings.batch_size // task.settings.micro_batch_size,
+        learning_rate=task.settings.lr,
         lr_scheduler_type="constant",
         optim="adamw_torch",
-        weight_decay=task.weight_decay,
+        weight_decay=task.settings.weight_decay,
         use_cpu=device == "cpu",
         bf16=device != "cpu",
         gradient_checkpointing=False,
         train_sampling_strategy="sequential",
         dataloader_pin_memory=device != "cpu",
         eval_strategy="steps",
-        eval_steps=EVERY,
-        save_strategy="steps" if task.max_steps >= EVERY else "no",  # it would save at the end too, as ours does not
-        save_steps=EVERY,
+        eval_steps=task.settings.eval_every,
+        # Else it would save at the end too, as ours does not.
+        save_strategy="steps" if task.settings.max_steps >= task.settings.eval_every else "no",
+        save_steps=task.settings.eval_every,
         save_total_limit=1,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    order = _order([len(row.input_ids) for row in data.train], task.batch_size, task.max_steps, 0)
+    order = _order([len(row.input_ids) for row in data.train], task.settings.batch_size, task.settings.max_steps, 0)
     clock = Clock()
     trainer = SFTTrainer(
         model=model,
@@ -105,28 +116,31 @@ def bare(model, tokenizer, task, data, device, folder) -> list[float]:
     trainer.remove_callback(PrinterCallback)
     clock.times = [time.perf_counter()]
     trainer.train()
-    return [*clock.times, time.perf_counter()]
+    return [*clock.times, time.perf_counter()], clock.losses
 
 
-def ours(model, tokenizer, task, terms, device, folder, watch=None) -> tuple[list[float], int]:
-    """Our own; when each step ended, and the rows in a forward pass."""
+def ours(model, tokenizer, task, terms, device, folder, track=None) -> tuple[list[float], int, list[float]]:
+    """Our own; when each step ended, the rows in a forward pass, and the steps' losses."""
     times: dict[int, float] = {}
+    losses: dict[int, float] = {}
 
     def progress(stage, done, total, figures=None):
         if "loss" in (figures or {}):
             times[done] = time.perf_counter()
+            losses[done] = figures["loss"]
             if done == 1:
                 begin_peak()
         elif done == 0:  # the evaluation before the first step, which bare TRL does not make
             times[0] = time.perf_counter()
 
-    options = {"output_dir": folder, "device": device, "progress": progress, "watch": watch}
+    options = {"output_dir": folder, "device": device, "progress": progress, "track": track}
+    options["options"] = FinetuneOptions(track_every=EVERY if track else 0)
     log = train(model, tokenizer, task, terms=terms, seed=0, **options)
-    return [*(times[step] for step in sorted(times)), time.perf_counter()], log.micro_batch_size
+    return [*(times[step] for step in sorted(times)), time.perf_counter()], log.micro_batch_size, [*losses.values()]
 
 
-def write_chats(path: Path, count: int, length: int) -> None:
-    """Chats whose answers alone are longer than a row may be."""
+def write_chats(path: Path, count: int, length: int, mixed: bool) -> None:
+    """Chats whose answers alone are longer than a row may be, or of any length up to that."""
     rng = random.Random(0)
 
     def words(number: int) -> str:
@@ -134,7 +148,10 @@ def write_chats(path: Path, count: int, length: int) -> None:
 
     with path.open("w") as file:
         for _ in range(count):
-            chat = [{"role": "user", "content": words(8)}, {"role": "assistant", "content": words(length)}]
+            chat = [
+                {"role": "user", "content": words(8)},
+                {"role": "assistant", "content": words(rng.randrange(16, length) if mixed else length)},
+            ]
             file.write(json.dumps({"messages": chat}) + "\n")
 
 
@@ -144,7 +161,8 @@ def prepare(options: argparse.Namespace, folder: Path):
     if options.model == "gpt2-xl":
         settings = load_suite("gpt2-xl").model("gpt2-xl")[1].finetunes["tulu3"]
         rows = 2 * settings["batch_size"]
-        write_chats(folder / "chats.jsonl", rows, settings["max_length"])
+        write_chats(folder / "chats.jsonl", rows, settings["max_length"], options.lengths == "mixed")
+        changed["eval_every"] = options.steps + 1
         changed |= {"source": str(folder / "chats.jsonl"), "revision": None, "train_size": rows, "validation_size": 8}
         tokenizer, _, _ = make_facts(0)
         tokenizer.add_special_tokens({"eos_token": ".", "pad_token": "."})
@@ -153,9 +171,9 @@ def prepare(options: argparse.Namespace, folder: Path):
     suite = load_suite("atlas")
     _, config = suite.model(options.model)
     settings = config.finetunes["tulu3"]
-    task = make_finetune("tulu3", settings | changed | {"source": suite.locate(settings["source"])})
+    task = make_finetune("tulu3", settings | changed | {"source": settings["source"]})
     base, tokenizer = load_model(config.path, device=options.device)
-    pool = read_pool(suite.locate(suite.facts.source))
+    pool = read_pool(suite.facts.source)
     facts = disjoint_split(pool, edited=suite.facts.edited, intrinsic=suite.facts.intrinsic, seed=0)
     objects = defaultdict(set)
     for fact in pool:
@@ -170,6 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--model", default="atlas-gpt2")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--lengths", choices=["whole", "mixed"], default="whole", help="of gpt2-xl's chats")
     options = parser.parse_args()
     if options.steps < 3:
         parser.error("--steps must be at least 3: the first and the last are not counted")
@@ -188,26 +207,35 @@ def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> Non
     runs: dict[str, list[float]] = defaultdict(list)
     looks: list[float] = []
     peaks: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
+    parameters = 0
     for _ in range(options.rounds):
         for way in ("bare TRL", "ours", "ours, followed") if facts else ("ours", "bare TRL"):
             model = fresh()
+            parameters = model.num_parameters()
             with tempfile.TemporaryDirectory() as folder:
                 if way == "bare TRL":
-                    times = bare(model, tokenizer, task, data, options.device, folder)
+                    times, losses[way] = bare(model, tokenizer, task, data, options.device, folder)
                 else:
                     prober = Prober(model, tokenizer, facts, objects)
 
-                    def look(step, prober=prober):
+                    def track(step, prober=prober):
                         began = time.perf_counter()
                         prober.look()
                         looks.append(time.perf_counter() - began)
 
-                    watch = Watch(EVERY, look) if "followed" in way else None
-                    times, rows = ours(model, tokenizer, task, terms, options.device, Path(folder), watch)
-                    task = dataclasses.replace(task, micro_batch_size=rows)
+                    followed = track if "followed" in way else None
+                    times, rows, losses[way] = ours(
+                        model, tokenizer, task, terms, options.device, Path(folder), followed
+                    )
+                    task = make_finetune("tulu3", dataclasses.asdict(task.settings) | {"micro_batch_size": rows})
             spans = [after - before for before, after in itertools.pairwise(times)][: options.steps]
             # An interval that begins or ends with an evaluation has it inside, on one side or the other.
-            quiet = [span for number, span in enumerate(spans, 1) if number % EVERY > 1 and number < options.steps]
+            quiet = [
+                span
+                for number, span in enumerate(spans, 1)
+                if number % task.settings.eval_every > 1 and number < options.steps
+            ]
             steps[way].append(statistics.median(quiet))
             runs[way].append(times[-1] - times[0])
             if options.device == "cuda":
@@ -226,10 +254,13 @@ def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> Non
         look = statistics.median(looks)
         share = look / (EVERY * statistics.median(steps["ours"]))
         print(f"\nA look at {len(facts)} facts takes {look:.2f} s, {100 * share:.1f} % of {EVERY} steps.")
-    tokens = sum(len(row.input_ids) for row in data.train) / len(data.train) * task.batch_size
-    print(
-        f"\nA step has {task.batch_size} rows, {tokens:.0f} tokens on average, {task.micro_batch_size} rows in a pass."
-    )
+    size, rows = task.settings.batch_size, task.settings.micro_batch_size
+    tokens = sum(len(row.input_ids) for row in data.train) / len(data.train) * size
+    print(f"\nA step has {size} rows, {tokens:.0f} tokens on average, {rows} rows in a pass.")
+    for way, found in steps.items():
+        rate = tokens / statistics.median(found)
+        share = f", {100 * 6 * parameters * rate / PEAK:.1f} % of the peak" if options.device == "cuda" else ""
+        print(f"{way}: the last step's loss {losses[way][-1]:.4f}, {rate:.0f} tokens a second{share}")
     print(json.dumps({"steps": steps, "runs": runs, "looks": looks, "peak GiB on the GPU": peaks}))
 
 

@@ -60,7 +60,7 @@ def noisy(base: Path, path: Path) -> str:
 def answers(options: argparse.Namespace, folder: Path) -> None:
     """Every question on the CPU and on the device."""
     suite = load_suite("atlas")
-    pool = list(read_pool(suite.locate(suite.facts.source), None, None))[: options.facts]
+    pool = list(read_pool(suite.facts.source, None, None))[: options.facts]
     facts = [dataclasses.replace(f, target_new=None) if n % 2 else f for n, f in enumerate(pool)]
     FactSet.of(facts).write(folder / "facts.jsonl")
     names = []

@@ -36,7 +36,7 @@ KINDS = ("edited", "intrinsic")
 def make(folder: Path, model: str, checkpoints: int, count: int) -> list[Path]:
     """Write the facts and the checkpoints."""
     suite = load_suite("atlas")
-    pool = list(read_pool(suite.locate(suite.facts.source), None, None))
+    pool = list(read_pool(suite.facts.source, None, None))
     pool = [dataclasses.replace(fact, paraphrases=(), neighborhood=()) for fact in pool]
     facts = {fact.question: fact for fact in pool[:count]}
     templates = {fact.prompt: fact for fact in pool}.values()

@@ -16,6 +16,7 @@ from retention_bench.pipeline.cell import Cell, plan
 from retention_bench.pipeline.folder import default_folder
 from retention_bench.pipeline.run import evaluate as run
 from retention_bench.pipeline.suite import Suite, load_suite, suite_names
+from retention_bench.registry import EDITORS, FINETUNES
 from retention_bench.results.compare import compared
 from retention_bench.results.schema import KINDS, Results
 from retention_bench.store import Store, default_root
@@ -28,6 +29,7 @@ def evaluate(
     editor: str,
     finetune: str,
     suite: str | Suite = "atlas",
+    overrides: Sequence[str] = (),
     model: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -35,7 +37,7 @@ def evaluate(
     paraphrase_source: str = "own",
     freeze: str = "none",
     adapter: str = "none",
-    probe_every: int = 0,
+    track_every: int = 0,
     accelerate_config: str | None = None,
     covariance: str | None = None,
     out: PathLike | None = None,
@@ -51,6 +53,7 @@ def evaluate(
         editor: The editor, by its name in the suite.
         finetune: The downstream fine-tune; or `path:` and a data set of one's own, see `parse_finetune`.
         suite: A suite, its name, or a YAML file.
+        overrides: Other values for keys of the suite, as `"facts.edited=25"`.
         model: A model of the suite, a folder or a Hub id; None for the suite's first.
         seed: Seed of the facts drawn, the edits and the fine-tunes.
         device: `"auto"`, `"cpu"` or `"cuda"`.
@@ -58,7 +61,7 @@ def evaluate(
         paraphrase_source: Where those come from: `"own"`, `"template"` or `"model:NAME"`.
         freeze: What the fine-tunes leave as it is, see `parse_freeze`.
         adapter: What they train in the weights' place: `"none"`, `"lora"` or `"dora"`.
-        probe_every: Also ask all facts every so many steps of the fine-tunes.
+        track_every: Also ask all facts every so many steps of the fine-tunes.
         accelerate_config: How fine-tunes are started on several GPUs: `"ddp"`, `"fsdp"` or a file.
         covariance: A file of the covariance of the keys, in place of one that is collected.
         out: Folder for the results; None for one below `runs/`.
@@ -74,7 +77,7 @@ def evaluate(
         RetentionBenchError: A stage cannot go on; everything computed before is kept.
     """
     cell = Cell(
-        suite if isinstance(suite, Suite) else load_suite(suite),
+        suite if isinstance(suite, Suite) else load_suite(suite, overrides),
         model=model,
         editor=editor,
         finetune=finetune,
@@ -84,7 +87,7 @@ def evaluate(
         paraphrase_source=paraphrase_source,
         freeze=freeze,
         adapter=adapter,
-        probe_every=probe_every,
+        track_every=track_every,
         accelerate_config=accelerate_config,
         covariance=covariance,
     )
@@ -189,16 +192,12 @@ def compare(*sides: PathLike, stage: str = "post_finetune", kinds: Collection[st
 
 def editors() -> list[str]:
     """Names of the editors that can be used."""
-    from retention_bench.editors import editor_names
-
-    return editor_names()
+    return EDITORS.names()
 
 
 def finetunes() -> list[str]:
     """Names of the fine-tunes that can be used."""
-    from retention_bench.finetune import finetune_names
-
-    return finetune_names()
+    return FINETUNES.names()
 
 
 def suites() -> list[str]:

@@ -14,6 +14,8 @@ from click.testing import CliRunner
 import retention_bench
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError
+from retention_bench.pipeline import Cell, load_suite, plan
+from retention_bench.pipeline.folder import default_folder
 from retention_bench.pipeline.suite import PACKAGED
 
 
@@ -47,7 +49,8 @@ def test_the_forms_of_a_command_stand_on_lines_of_their_own(command, line):
 @pytest.mark.parametrize(("what", "one"), [("editors", "alphaedit"), ("finetunes", "tulu3"), ("suites", "atlas")])
 def test_what_there_is_can_be_listed(what, one):
     assert one in run("list", what).output.split()
-    assert one in json.loads(run("list", what, "--json").output)
+    listed = json.loads(run("list", what, "--json").output)
+    assert one in (listed if what == "suites" else [entry["name"] for entry in listed])
 
 
 @pytest.fixture
@@ -85,7 +88,6 @@ def test_a_suites_editors_are_listed_by_the_name_they_go_by(own_suite):
     ("editor", "says"),
     [
         ("ft-papr", "Unknown editor 'ft-papr'. Did you mean 'ft-paper'? Allowed: alphaedit, ft, ft-l, ft-paper"),
-        ("lora", "has no settings for the editor 'lora'; it has them for alphaedit, ft, ft-l"),
         ("wrong", "editors.wrong: Unknown editor 'ftt'. Did you mean 'ft'?"),
         ("romee", "editors.romee: Unknown editor 'romee'."),
     ],
@@ -95,6 +97,44 @@ def test_an_editor_is_looked_up_in_the_suite(own_suite, tmp_path, editor, says):
     result = run("evaluate", *words, env={"RETENTION_BENCH_STORE": str(tmp_path / "s")})
     assert result.exit_code == 2
     assert says in result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "models"),
+    [
+        ([], 50),  # LoRA's own default, a fact a model
+        (["--set", "editors.lora.edits_per_model=25"], 2),
+        (["--set", "editors.lora.edits_per_model=25", "--set", "facts.edited=75"], 3),
+        (["--set", "models.atlas-gpt2.editors.lora.edits_per_model=null"], 1),
+    ],
+)
+def test_an_editor_that_the_suite_does_not_name_has_its_own_defaults_and_what_is_set(own_suite, tmp_path, more, models):
+    words = ["--editor", "lora", "--finetune", "tulu3", "--suite", own_suite, "--dry-run", "--json", *more]
+    result = run("evaluate", *words, env={"RETENTION_BENCH_STORE": str(tmp_path / "s")})
+    assert result.exit_code == 0, result.output
+    assert sum(stage["stage"] == "edit" for stage in json.loads(result.output)["stages"]) == models
+
+
+def test_what_is_set_is_checked_and_the_results_go_into_a_folder_of_their_own(tmp_path):
+    words = ["--editor", "ft", "--finetune", "tulu3", "--dry-run"]
+    result = run("evaluate", *words, "--set", "facts.edted=3")
+    assert result.exit_code == 2
+    assert "unknown key 'facts.edted'. Did you mean 'edited'?" in result.output
+    cells = (
+        Cell(load_suite("atlas", given), None, "ft", "tulu3", 0, "cpu")
+        for given in ((), ["facts.edited=25"], {"facts.edited": 25})
+    )
+    plain, other, same = (default_folder(cell, plan(cell)) for cell in cells)
+    assert plain == Path("runs/atlas/atlas-gpt2/ft/tulu3/seed-0")
+    assert other == same != plain
+    assert other.parent.name.startswith("set-")
+
+
+def test_the_old_name_of_track_every_still_works():
+    words = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--dry-run", "--json"]
+    old, new = (run(*words, option, "30").output for option in ("--probe-every", "--track-every"))
+    assert old == new != run(*words).output
+    assert "--probe-every" not in run("evaluate", "--help").output
 
 
 @pytest.mark.parametrize(
@@ -181,7 +221,7 @@ def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
 def test_a_fact_is_not_followed_without_probing():
     result = run("evaluate", "--editor", "ft", "--finetune", "tulu3", "--probe-fact", "x")
     assert result.exit_code == 2
-    assert "--probe-fact goes with --probe-every N" in result.output
+    assert "--probe-fact goes with --track-every N" in result.output
 
 
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
@@ -338,7 +378,7 @@ LONG = "x" * 300
         (CELL, ["--seed", "-1"], "'--seed': -1 is not in the range 0<=x<=4294967295", 2),
         (CELL, ["--seed", "4294967296"], "'--seed': 4294967296 is not in the range", 2),
         (CELL, ["--seed", "9" * 5000], "'--seed'", 2),
-        (CELL, ["--probe-every", "9" * 30], "'--probe-every'", 2),
+        (CELL, ["--track-every", "9" * 30], "'--track-every'", 2),
         (CELL, ["--paraphrases", "1001"], "1001 is not in the range 0<=x<=1000", 2),
         (CELL, ["--freeze", "window:0:999999999"], "--freeze window:0:999999999", 0),
         (CELL, ["--freeze", "below:99999999999"], "--freeze 'below:99999999999' is not known", 2),
@@ -369,7 +409,7 @@ LONG = "x" * 300
         (CELL, ["--paraphrases", "27", "--paraphrase-source", "template"], "has 26 openings, and 27 paraphrases", 2),
         (
             CELL,
-            ["--probe-every", "1", "--probe-fact", "city_country-00"],
+            ["--track-every", "1", "--probe-fact", "city_country-00"],
             "suite: 'city_country-00'. Did you mean 'city_country-",
             2,
         ),

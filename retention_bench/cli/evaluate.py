@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @click.option(
     "--editor",
     required=True,
-    help="The editor, by its name in the suite; see `retention-bench list editors --suite NAME`.",
+    help="The editor, by its name in the suite or in `retention-bench list editors`; one that the suite does not name "
+    "has its own defaults.",
 )
 @click.option(
     "--finetune",
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     "data of your own.",
 )
 @click.option("--suite", default="atlas", show_default=True, help="A suite's name, or a YAML file of your own.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value for a key of the suite, such as facts.edited=25, editors.alphaedit.layers=3-8 or "
+    "finetunes.tulu3.source=chats.jsonl; can be given several times.",
+)
 @click.option(
     "--model", type=Filled(), help="A model of the suite, a folder, or a Hub id.  [default: the suite's first]"
 )
@@ -68,17 +77,18 @@ if TYPE_CHECKING:
     help="Train adapters, merged for scoring, and not the weights.",
 )
 @click.option(
-    "--probe-every",
+    "--track-every",
     type=count(0),
     default=0,
     metavar="N",
     help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
 )
+@click.option("--probe-every", type=count(0), hidden=True, help="The old name of --track-every.")
 @click.option(
     "--probe-fact",
     multiple=True,
     metavar="ID",
-    help="With --probe-every: also print this fact's most probable tokens, step by step.",
+    help="With --track-every: also print this fact's most probable tokens, step by step.",
 )
 @click.option(
     "--accelerate-config",
@@ -109,13 +119,15 @@ def evaluate(
     editor: str,
     finetune: str,
     suite: str,
+    overrides: tuple[str, ...],
     model: str | None,
     seed: int,
     paraphrases: int,
     paraphrase_source: str,
     freeze: str,
     adapter: str,
-    probe_every: int,
+    track_every: int,
+    probe_every: int | None,
     probe_fact: tuple[str, ...],
     accelerate_config: str | None,
     covariance: str | None,
@@ -141,11 +153,12 @@ def evaluate(
     from retention_bench.store import Store, default_root
     from retention_bench.store.store import read_jsonl
 
-    if probe_fact and not probe_every:
-        raise UsageError("--probe-fact goes with --probe-every N, which says how often the facts are asked.")
+    track_every = probe_every if probe_every is not None else track_every
+    if probe_fact and not track_every:
+        raise UsageError("--probe-fact goes with --track-every N, which says how often the facts are asked.")
     store = Store(default_root())
     cell = Cell(
-        load_suite(suite),
+        load_suite(suite, overrides),
         model=model,
         editor=editor,
         finetune=finetune,
@@ -155,7 +168,7 @@ def evaluate(
         paraphrase_source=paraphrase_source,
         freeze=freeze,
         adapter=adapter,
-        probe_every=probe_every,
+        track_every=track_every,
         accelerate_config=accelerate_config,
         covariance=covariance,
     )
@@ -198,7 +211,7 @@ def _check_known(suite: Suite, facts: Collection[str]) -> None:
     from retention_bench.facts import load_pool
 
     source = suite.facts
-    pool = load_pool(suite.locate(source.source), source.revision, source.config).facts
+    pool = load_pool(source.source, source.revision, source.config).facts
     ids = [fact.id for fact in pool]
     for fact in set(facts) - set(ids):
         raise unknown_name("fact of this suite:", fact, ids)

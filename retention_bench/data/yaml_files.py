@@ -45,14 +45,27 @@ def read_yaml(path: Path | str, what: str = "YAML file") -> Any:
         raise UsageError(str(error)) from error
     if len(text) > MOST_CHARACTERS:
         raise UsageError(f"{path} has {len(text):,} characters; a {what} has {MOST_CHARACTERS:,} at most.")
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value in a text of YAML.
+
+    Args:
+        text: The text.
+        name: Where it is from, for the error.
+
+    Raises:
+        UsageError: As `read_yaml`, but for what may be wrong with a file.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {error.problem or error.context}.") from error
+        raise UsageError(f"{name}{where}: not valid YAML: {error.problem or error.context}.") from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from error
 
 
 class _Loader(yaml.SafeLoader):

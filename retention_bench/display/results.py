@@ -110,6 +110,10 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         "are answered with their own object.\n"
     )
     console.print(_drawn_from(results["facts"]), soft_wrap=True)
+    for what in results["defaults"]:
+        console.print(
+            f"The suite has no settings for the {line(what)}, which ran with its own defaults.", soft_wrap=True
+        )
     if results["paraphrases"]:
         console.print(_augmented(results), soft_wrap=True)
     if results["freeze"] != "none" or results["adapter"] != "none":

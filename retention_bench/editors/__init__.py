@@ -4,6 +4,7 @@ What needs torch is imported when it is first asked for, so that listing the edi
 """
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.editors.base import (
@@ -11,9 +12,8 @@ from retention_bench.editors.base import (
     Editor,
     EditRequest,
     FittedEditor,
-    editor_names,
-    make_editor,
 )
+from retention_bench.registry import EDITORS
 
 if TYPE_CHECKING:
     from retention_bench.editors.alphaedit import AlphaEdit
@@ -55,11 +55,15 @@ __all__ = [
     "LoRA",
     "collect_covariance",
     "edit_sequentially",
-    "editor_names",
     "make_editor",
     "null_space_projector",
     "sample_context_templates",
 ]
+
+
+def make_editor(name: str, settings: Mapping[str, Any]) -> Editor:
+    """Make an editor of its settings; see `Registry.make`."""
+    return EDITORS.make(name, settings)
 
 
 def __getattr__(name: str) -> Any:

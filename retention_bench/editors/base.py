@@ -1,20 +1,14 @@
-"""What an editor is: requests and context in, a `WeightDelta` out; and the registry by name.
-
-Nothing here imports torch, so that listing the editors is quick.
-"""
+"""What an editor is: requests and context in, a `WeightDelta` out."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from retention_bench.data import shortened
 from retention_bench.display.progress import Progress, silent
-from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.errors import UsageError
 from retention_bench.facts.fact import Fact, FactSet
 
 if TYPE_CHECKING:
@@ -23,17 +17,6 @@ if TYPE_CHECKING:
 
     from retention_bench.editors.covariance import Covariance
     from retention_bench.models import WeightDelta
-
-ENTRY_POINTS = "retention_bench.editors"
-
-_BUILT_IN = {
-    "alphaedit": "retention_bench.editors.alphaedit:AlphaEdit",
-    "ft": "retention_bench.editors.ft:FT",
-    "lora": "retention_bench.editors.lora:LoRA",
-    "malmen": "retention_bench.editors.malmen:MALMEN",
-    "memit": "retention_bench.editors.memit:MEMIT",
-    "rome": "retention_bench.editors.rome:ROME",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,61 +205,3 @@ class FittedEditor(Protocol):
         Raises:
             RetentionBenchError: The facts cannot be trained on, or the training diverges.
         """
-
-
-def editor_names() -> list[str]:
-    """Names of the editors: the built-in ones and those of installed packages (entry-point group `ENTRY_POINTS`)."""
-    return sorted({*_BUILT_IN, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
-
-
-def make_editor(name: str, settings: Mapping[str, Any]) -> Editor:
-    """Make an editor from its settings.
-
-    Args:
-        name: A name from `editor_names()`. A built-in editor goes before a package's of the same name.
-        settings: The editor's fields; those with a default may be left out.
-
-    Raises:
-        UsageError: An unknown name or setting, a missing one, or a value of the wrong kind or out of range.
-        RetentionBenchError: The package that registers the editor cannot be imported.
-    """
-    editor: Any = _load(name)
-    if not dataclasses.is_dataclass(editor):
-        raise RetentionBenchError(
-            f"The editor {name!r} is registered as {editor!r}, which is no dataclass. Repair or uninstall the package "
-            "that registers it."
-        )
-    fields = {field.name: field for field in dataclasses.fields(editor) if field.init}
-    for setting in settings:
-        if setting not in fields:
-            raise unknown_name(f"setting of editor {name!r}:", str(setting), fields)
-    import pydantic
-
-    try:
-        return pydantic.TypeAdapter(editor).validate_python(dict(settings))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] in ("missing", "missing_argument"):
-            raise UsageError(f"Editor {name!r} needs the setting {place!r}, which was not given.") from error
-        number_as_text = first["type"] == "float_type" and isinstance(first["input"], str)
-        hint = " YAML reads 5e-5 as text; write 5.0e-5." if number_as_text else ""
-        raise UsageError(
-            f"Editor {name!r}, setting {place!r}: {first['msg']}, got {shortened(first['input'])}.{hint}"
-        ) from error
-
-
-def _load(name: str) -> type:
-    """The class that a name stands for."""
-    if name in _BUILT_IN:
-        module, _, attribute = _BUILT_IN[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-        try:
-            return point.load()
-        except (ImportError, AttributeError) as error:
-            raise RetentionBenchError(
-                f"The editor {name!r} is registered as {point.value}, which cannot be imported ({error}). "
-                "Repair or uninstall the package that registers it."
-            ) from error
-    raise unknown_name("editor", name, editor_names())

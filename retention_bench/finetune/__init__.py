@@ -1,28 +1,29 @@
 """Fine-tunes: what is done to an edited model downstream, trained with TRL until a stop rule holds.
 
-A task (`Tulu3`) is plain settings plus its data and its metric; `train` runs any of them. Nothing here imports torch
-until `train` is asked for.
+A task (`Tulu3`) is its rows and one object of plain settings; `train` runs any of them, with `FinetuneOptions`. Nothing
+here imports torch until `train` is asked for.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.finetune.base import (
-    ADAPTERS,
     CheckedFinetune,
     DataCheck,
     Example,
     Finetune,
     TuningContext,
     TuningData,
-    finetune_names,
-    make_finetune,
     parse_finetune,
 )
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
 from retention_bench.finetune.freezing import Freeze, parse_freeze
+from retention_bench.finetune.options import ADAPTERS, FinetuneOptions
+from retention_bench.finetune.settings import TrainingSettings
+from retention_bench.registry import FINETUNES
 
 if TYPE_CHECKING:
-    from retention_bench.finetune.training import FinetuneLog, Watch, train
+    from retention_bench.finetune.training import FinetuneLog, Track, train
 
 __all__ = [
     "ADAPTERS",
@@ -32,15 +33,16 @@ __all__ = [
     "Example",
     "Finetune",
     "FinetuneLog",
+    "FinetuneOptions",
     "Freeze",
     "Matcher",
     "Mention",
     "Removed",
     "Terms",
+    "Track",
+    "TrainingSettings",
     "TuningContext",
     "TuningData",
-    "Watch",
-    "finetune_names",
     "make_finetune",
     "parse_finetune",
     "parse_freeze",
@@ -48,9 +50,13 @@ __all__ = [
 ]
 
 
+def make_finetune(name: str, settings: Mapping[str, Any]) -> Finetune:
+    """Make a fine-tune of its settings; see `Registry.make`."""
+    return FINETUNES.make(name, settings)
+
+
 def __getattr__(name: str) -> Any:
-    # `retention-bench list finetunes` names the tasks without waiting for torch and TRL.
-    if name in ("FinetuneLog", "Watch", "train"):
+    if name in ("FinetuneLog", "Track", "train"):
         from retention_bench.finetune import training
 
         return getattr(training, name)

@@ -13,25 +13,25 @@ from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dataset_formats import DatasetFormat, Sample, encoder, find_format
 from retention_bench.finetune.dropped import Dropped, Unusable, described
 from retention_bench.finetune.rows import first_rows, shuffled_rows
-from retention_bench.finetune.settings import Recipe
+from retention_bench.finetune.settings import TrainingSettings
 
 T = TypeVar("T")
 
 
-def source_of(settings: Recipe, split: str = "train", *, stream: bool = False) -> Source:
+def source_of(settings: TrainingSettings, split: str = "train", *, stream: bool = False) -> Source:
     """Where a task's rows come from."""
     return Source(settings.source, settings.revision, settings.config, split, stream)
 
 
 def format_of(
-    settings: Recipe, formats: Sequence[DatasetFormat], *, stream: bool = False, also: str = ""
+    settings: TrainingSettings, formats: Sequence[DatasetFormat], *, stream: bool = False, also: str = ""
 ) -> DatasetFormat:
     """The format of a task's data set; see `find_format`."""
     return find_format(settings.source, source_of(settings, stream=stream).columns(), formats, also)
 
 
 def samples(
-    settings: Recipe,
+    settings: TrainingSettings,
     data_format: DatasetFormat,
     rng: random.Random,
     dropped: Dropped,
@@ -129,7 +129,7 @@ TRIED = 50
 
 
 def look(
-    settings: Recipe,
+    settings: TrainingSettings,
     formats: Sequence[DatasetFormat],
     tokenizer: Any,
     *,

@@ -1,11 +1,11 @@
-"""The settings that all tasks have, checked once; a task adds its data and may have defaults of its own."""
+"""The settings that all tasks have, checked once."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
@@ -19,13 +19,19 @@ Size = Annotated[int, Field(strict=True, ge=1, le=100_000_000)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
-ROWS = 100_000_000
-"""Rows that all steps of a run together may have."""
+MOST_ROWS = 100_000_000
+"""Rows that all steps of a run together may have: they are put in order before the first."""
+
+Metric = Literal["validation_loss", "validation_accuracy"]
+"""What ends a run: the mean loss of a target token in nats, once it is below the threshold; or the share of validation
+rows whose every target is the most probable token or class, once it is above."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How rows are trained on; the paper's numbers are the defaults where it has the same for all tasks.
+class TrainingSettings:
+    """How a task's rows are trained on; the paper's numbers are the defaults where it has the same for all tasks.
+
+    A task adds its own settings in a subclass. They stand side by side in a suite.
 
     Attributes:
         source: A local file or a Hub data set id.
@@ -37,9 +43,11 @@ class Recipe:
         lr: Learning rate, constant.
         weight_decay: AdamW's weight decay; biases and norms are not decayed.
         betas: AdamW's betas.
-        eval_every: Optimiser steps between two evaluations.
         max_length: Tokens of a row that count; the rest is cut off.
-        adapter_rank: Rank of LoRA and DoRA adapters. This and the two below are own choices.
+        eval_every: Optimiser steps between two evaluations.
+        threshold: The value of the metric that ends the run. It depends on the model and has no default.
+        max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
+        adapter_rank: Rank of LoRA and DoRA adapters. This and the two below are our choices.
         adapter_alpha: Their change is scaled by alpha over the rank.
         adapter_lr: Their learning rate.
     """
@@ -52,8 +60,10 @@ class Recipe:
     lr: Positive = 2e-5
     weight_decay: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.01
     betas: tuple[Share, Share] = (0.9, 0.999)
-    eval_every: Count = 20
     max_length: Annotated[int, Field(strict=True, ge=2, le=10_000_000)] = 1024
+    eval_every: Count = 20
+    threshold: Positive
+    max_steps: Count
     adapter_rank: Annotated[int, Field(strict=True, ge=1, le=16_384)] = 16
     adapter_alpha: Count = 32
     adapter_lr: Positive = 2e-4
@@ -62,27 +72,50 @@ class Recipe:
         _check_source(self.source)
         if self.batch_size % min(self.micro_batch_size, self.batch_size):
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.batch_size * self.max_steps > MOST_ROWS:
+            raise ValueError(
+                f"batch_size {self.batch_size:,} times max_steps {self.max_steps:,} is more than {MOST_ROWS:,}, the "
+                "most rows of a run"
+            )
+        if self.metric == "validation_accuracy" and self.threshold >= 1:
+            raise ValueError(
+                f"threshold {self.threshold:g} is not below 1: it is a share of rows, which a run ends above"
+            )
+
+    @property
+    def metric(self) -> Metric:
+        """What the stop rule compares with the threshold; a task may have another one."""
+        return "validation_loss"
+
+    @property
+    def classes(self) -> int | None:
+        """For a classification task, how many classes a linear head on the last token's state tells apart.
+
+        None for the others: they train the model's own head.
+        """
+        return None
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether the source is a fact pool, and the rows are the facts in it that the base model does not answer."""
+        return False
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Recipe):
-    """A recipe, and how many rows it takes and when it ends, which depends on the model and has no default.
+class SampledSettings(TrainingSettings):
+    """Settings of a task whose validation rows are sampled from its training rows.
 
     Attributes:
         train_size: Training rows, sampled by seed from the rows that pass the contamination filter.
         validation_size: Validation rows.
-        threshold: The value of the task's metric that ends the run.
-        max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
     """
 
     train_size: Size
     validation_size: Size
-    threshold: Positive
-    max_steps: Count
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self.batch_size, self.max_steps)
+        check_sampled_validation(self.train_size, self.validation_size)
 
 
 def _check_source(source: str) -> None:
@@ -102,18 +135,6 @@ def _check_source(source: str) -> None:
         raise ValueError(f"source is neither a file nor a Hub data set id (owner/name): {shown(source)}")
 
 
-def check_steps(batch_size: int, max_steps: int) -> None:
-    """Refuse more rows than can be put in an order before the first step.
-
-    Raises:
-        ValueError: There are.
-    """
-    if batch_size * max_steps > ROWS:
-        raise ValueError(
-            f"batch_size {batch_size:,} times max_steps {max_steps:,} is more than {ROWS:,}, the most rows of a run"
-        )
-
-
 def check_sampled_validation(train_size: int, validation_size: int) -> None:
     """Refuse more validation rows than there are training rows that they are sampled from.
 
@@ -125,13 +146,3 @@ def check_sampled_validation(train_size: int, validation_size: int) -> None:
             f"validation_size {validation_size} is larger than train_size {train_size}, "
             "and the validation rows are sampled from the training rows"
         )
-
-
-def check_share(threshold: float) -> None:
-    """Refuse a threshold that an accuracy, which must be above it to end the run, cannot pass.
-
-    Raises:
-        ValueError: It is 1 or more.
-    """
-    if threshold >= 1:
-        raise ValueError(f"threshold {threshold:g} is not below 1: it is a share of rows, which a run ends above")

@@ -18,7 +18,7 @@ from retention_bench.display import plain
 from retention_bench.display.progress import Progress
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune import processes
-from retention_bench.finetune.base import Metric
+from retention_bench.finetune.settings import Metric
 from retention_bench.finetune.validation import Measured, reached
 
 StoppedBy = Literal["threshold", "budget", "diverged"]
@@ -29,8 +29,8 @@ DIVERGED = 3.0
 CHECKPOINT_SHARE = 0.05
 """Writing checkpoints takes this share of a run's time at most: one that took long is not soon followed by another."""
 
-LOOKS = "probe-*.jsonl"
-"""Files beside the checkpoints that belong to them: what was seen of the model on the way there."""
+TRAJECTORY = "trajectory-*.jsonl"
+"""Files beside the checkpoints that belong to them: the points of the trajectory up to there."""
 
 _CURVE, _SEAL = "curve.json", "retention-bench.json"
 _log = logging.getLogger("retention_bench")
@@ -170,9 +170,9 @@ class StopRule(TrainerCallback):
         if processes.index():
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        looks = [f"../{path.name}" for path in folder.parent.glob(LOOKS)]
+        points = [f"../{path.name}" for path in folder.parent.glob(TRAJECTORY)]
         (folder / _CURVE).write_text(json.dumps(self.curve), encoding="utf-8")
-        seal(folder, _SEAL, {}, beside=looks)
+        seal(folder, _SEAL, {}, beside=points)
         self._saved = time.monotonic()
         self._cost = self._saved - self._asked
 

@@ -2,7 +2,8 @@
 
 What the paper leaves open is the same for every run. Our choice: the learning rate is constant, without warm-up. TRL's
 defaults: gradients are clipped at norm 1, biases and norms are not decayed, dropout is the model's own. On a CPU
-everything is float32; on a GPU the weights are float32 and the forward pass runs in bfloat16 autocast.
+everything is float32; on a GPU the weights are float32 and the forward pass runs in bfloat16 autocast, through the
+kernels of `kernels.py`.
 """
 
 from __future__ import annotations
@@ -26,27 +27,24 @@ from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact
 from retention_bench.finetune import processes
 from retention_bench.finetune.adapters import adapted
-from retention_bench.finetune.base import ADAPTERS, Finetune, TuningContext, TuningData
+from retention_bench.finetune.base import Finetune, TuningContext, TuningData
 from retention_bench.finetune.cleanup import given_back, quiet
 from retention_bench.finetune.contamination import Terms
 from retention_bench.finetune.freezing import parse_freeze
 from retention_bench.finetune.heads import Classifier, collator
+from retention_bench.finetune.kernels import faster_steps
 from retention_bench.finetune.log import FinetuneLog
+from retention_bench.finetune.options import FinetuneOptions
+from retention_bench.finetune.settings import TrainingSettings
 from retention_bench.finetune.stopping import StopRule
 from retention_bench.finetune.validation import ROWS, measure
 
+_DEFAULTS = FinetuneOptions()
 
-@dataclasses.dataclass(frozen=True)
-class Watch:
-    """Something that looks at the model while it is trained, and leaves it and the random states as they are.
-
-    Attributes:
-        every: Optimiser steps between two looks; the first is before the first step.
-        look: Called with the steps done. A run that was killed may call it again for steps that it has seen.
-    """
-
-    every: int
-    look: Callable[[int], None]
+Track = Callable[[int], None]
+"""Takes a point of a trajectory, given the optimiser steps done: it may run the model, and leaves it and the random
+states as they are. It is called before the first step and every `track_every` steps, in every process; by a run that
+goes on after a kill perhaps again for the same steps."""
 
 
 def train(
@@ -59,10 +57,9 @@ def train(
     output_dir: Path | str,
     device: str = "cpu",
     unknown: Sequence[Fact] = (),
-    freeze: str = "none",
-    adapter: str = "none",
+    options: FinetuneOptions = _DEFAULTS,
     edited: Collection[int] = (),
-    watch: Watch | None = None,
+    track: Track | None = None,
     progress: Progress = silent,
 ) -> FinetuneLog:
     """Fine-tune a model in place.
@@ -87,11 +84,10 @@ def train(
         device: `"cpu"` or `"cuda"`; the model is moved there and stays. A single process must see a single GPU, or the
             trainer would copy the model to all of them in every step.
         unknown: As in `TuningContext`.
-        freeze: What is kept from changing, see `parse_freeze`. With `none`, parameters that do not require a gradient
-            stay as they are.
-        adapter: `none`, or `lora` or `dora` on every linear map of the layers that are trained.
-        edited: The layers that an edit changed, for `freeze`.
-        watch: Looks at the model now and then; with several processes in all of them.
+        options: What is frozen, which adapter is trained, and how often `track` is called. `accelerate` is for whoever
+            starts the processes.
+        edited: The layers that an edit changed, for `options.freeze`.
+        track: Takes a point of the facts' trajectory, see `Track`; given with `options.track_every`, and not without.
         progress: Called at every step with the loss.
 
     Raises:
@@ -100,46 +96,53 @@ def train(
         torch.OutOfMemoryError: Memory ran out in one of several processes, which cannot go on together then. What a
             single process does about it, a smaller `micro_batch_size`, the caller may do by starting them again.
     """
-    if adapter not in ADAPTERS:
-        raise UsageError(f"--adapter {adapter!r} is not known. Allowed: {', '.join(ADAPTERS)}.")
+    if (track is None) == bool(options.track_every):
+        raise UsageError(
+            f"track_every is {options.track_every}, and {'no ' if track is None else ''}track is given. Give both, or "
+            "neither."
+        )
+    settings = task.settings
     with quiet(), given_back(model):
-        layers = parse_freeze(freeze).apply(model, edited)
+        layers = parse_freeze(options.freeze).apply(model, edited)
         _check_model(list(model.parameters()))
-        share = _share(task.batch_size)
+        share = _share(settings.batch_size)
         # Not what the configuration says: a head may have been trained apart under one that ties it.
         head = model.get_output_embeddings()
         tied = head is not None and head.weight is model.get_input_embeddings().weight
         data = task.prepare(TuningContext(tokenizer, terms, seed, unknown))
         _check_length(model, data)
-        with adapted(model, adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=seed):
-            trained = model if task.classes is None else Classifier(model, task.classes, seed)
+        rank, alpha = settings.adapter_rank, settings.adapter_alpha
+        with adapted(model, options.adapter, layers, rank=rank, alpha=alpha, seed=seed):
+            trained = model if settings.classes is None else Classifier(model, settings.classes, seed)
             model.to(device)
             trained.to(device)  # the head too, where it is another
-            if watch is not None and trained is not model and processes.sharded():
+            if track is not None and trained is not model and processes.sharded():
                 raise UsageError(
                     f"Under FSDP a model cannot be asked while {task.name} trains its backbone below another head. "
-                    "Leave --probe-every out, or give --accelerate-config ddp."
+                    "Leave --track-every out, or give --accelerate-config ddp."
                 )
-            watch = _in_its_own_precision(model, watch)
-            micro_batch = _largest_divisor(share, task.micro_batch_size)
+            if track is not None:
+                track = _without_autocast(model, track)
+            micro_batch = _largest_divisor(share, settings.micro_batch_size)
             # Several processes can only begin again with a smaller micro-batch, so this must follow it.
             size = ROWS if processes.count() == 1 else min(ROWS, micro_batch)
             rule = StopRule(
-                lambda: measure(trained, data.validation, task.classes, size),
-                metric=task.metric,
-                threshold=task.threshold,
-                every=task.eval_every,
-                budget=task.max_steps,
+                lambda: measure(trained, data.validation, settings.classes, size),
+                metric=settings.metric,
+                threshold=settings.threshold,
+                every=settings.eval_every,
+                budget=settings.max_steps,
                 progress=progress,
             )
             count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
             checkpoint = rule.resume(Path(output_dir))
-            if checkpoint is None and watch is not None:
-                watch.look(0)
+            if checkpoint is None and track is not None:
+                track(0)
             started_below = checkpoint is None and rule.evaluate(step=0)
             if not started_below:
-                run = _Run(trained, tokenizer, task, data, rule, watch, seed, Path(output_dir), device, adapter)
-                micro_batch = run.fit(micro_batch, checkpoint)
+                run = _Run(trained, tokenizer, settings, data, rule, options, track, seed, Path(output_dir), device)
+                with faster_steps(model, device):
+                    micro_batch = run.fit(micro_batch, checkpoint)
             if processes.count() > 1:
                 processes.unshard(trained)
                 if tied:  # a head that is the embedding matrix is no part of a `Classifier`
@@ -150,18 +153,18 @@ def train(
         steps=last.step,
         stopped_by=rule.stopped_by,
         learned=rule.stopped_by == "threshold" and not started_below,
-        why_not=_why_not(rule, task, started_below),
-        metric=task.metric,
+        why_not=_why_not(rule, settings, started_below),
+        metric=settings.metric,
         value=last.value,
-        threshold=task.threshold,
+        threshold=settings.threshold,
         curve=tuple(rule.curve),
         started_below=started_below,
         train_rows=len(data.train),
         validation_rows=len(data.validation),
         removed=data.removed,
         dropped=data.dropped,
-        freeze=freeze,
-        adapter=adapter,
+        freeze=options.freeze,
+        adapter=options.adapter,
         trained_layers=layers,
         trainable_parameters=count,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -170,35 +173,33 @@ def train(
     )
 
 
-def _in_its_own_precision(model: Any, watch: Watch | None) -> Watch | None:
-    """The same watch, without the autocast that the trainer puts around the model on a GPU: as scores are taken.
+def _without_autocast(model: Any, track: Track) -> Track:
+    """The same, without the autocast that the trainer puts around the model on a GPU: scores are taken without it.
 
-    What FSDP has spread it puts together in bfloat16 for every pass, also for this one.
+    The parameters of an FSDP model are gathered in bfloat16 for every forward pass, also for this one.
     """
-    if watch is None:
-        return None
 
-    def look(step: int) -> None:
+    def tracked(step: int) -> None:
         wrapped = model.__dict__.pop("forward", None)
         try:
-            watch.look(step)
+            track(step)
         finally:
             if wrapped is not None:
                 model.forward = wrapped
 
-    return Watch(watch.every, look)
+    return tracked
 
 
-def _why_not(rule: StopRule, task: Finetune, started_below: bool) -> str | None:
-    last = rule.curve[-1]
+def _why_not(rule: StopRule, settings: TrainingSettings, started_below: bool) -> str | None:
+    metric, value, threshold = settings.metric, rule.curve[-1].value, settings.threshold
     if started_below:
-        return f"the {task.metric} was {last.value:.4g} before the first step, beyond the threshold {task.threshold:g}"
+        return f"the {metric} was {value:.4g} before the first step, beyond the threshold {threshold:g}"
     if rule.stopped_by == "diverged":
         return f"the run diverged: {rule.diverged}"
     if rule.stopped_by == "budget":
         return (
-            f"after the {task.max_steps} steps of its budget the {task.metric} was {last.value:.4g}, and the threshold "
-            f"{task.threshold:g} was not reached"
+            f"after the {settings.max_steps} steps of its budget the {metric} was {value:.4g}, and the threshold "
+            f"{threshold:g} was not reached"
         )
     return None
 
@@ -209,14 +210,14 @@ class _Run:
 
     trained: Any
     tokenizer: Any
-    task: Finetune
+    settings: TrainingSettings
     data: TuningData
     rule: StopRule
-    watch: Watch | None
+    options: FinetuneOptions
+    track: Track | None
     seed: int
     output_dir: Path
     device: str
-    adapter: str
 
     def fit(self, micro_batch: int, checkpoint: Path | None) -> int:
         """Train.
@@ -246,10 +247,10 @@ class _Run:
             except torch.OutOfMemoryError as error:
                 if micro_batch == 1:
                     raise RetentionBenchError(
-                        f"A single row of up to {self.task.max_length} tokens does not fit the memory of "
+                        f"A single row of up to {self.settings.max_length} tokens does not fit the memory of "
                         f"{self.device}. Lower max_length, train an adapter, or take a larger device."
                     ) from error
-            micro_batch = _largest_divisor(self.task.batch_size, micro_batch // 2)
+            micro_batch = _largest_divisor(self.settings.batch_size, micro_batch // 2)
             gc.collect()
             torch.cuda.empty_cache()
             checkpoint = self.rule.resume(self.output_dir)
@@ -258,19 +259,21 @@ class _Run:
                 self.rule.evaluate(step=0)
 
     def _train(self, micro_batch: int, checkpoint: Path | None) -> None:
-        task, on_cpu = self.task, self.device == "cpu"
-        order = _order([len(row.input_ids) for row in self.data.train], task.batch_size, task.max_steps, self.seed)
+        settings, on_cpu = self.settings, self.device == "cpu"
+        order = _order(
+            [len(row.input_ids) for row in self.data.train], settings.batch_size, settings.max_steps, self.seed
+        )
         arguments: Mapping[str, Any] = {
             "output_dir": str(self.output_dir),
-            "max_steps": task.max_steps,
+            "max_steps": settings.max_steps,
             "per_device_train_batch_size": micro_batch,
-            "gradient_accumulation_steps": task.batch_size // (micro_batch * processes.count()),
-            "learning_rate": task.lr if self.adapter == "none" else task.adapter_lr,
+            "gradient_accumulation_steps": settings.batch_size // (micro_batch * processes.count()),
+            "learning_rate": settings.lr if self.options.adapter == "none" else settings.adapter_lr,
             "lr_scheduler_type": "constant",
-            "optim": "adamw_torch",
-            "adam_beta1": task.betas[0],
-            "adam_beta2": task.betas[1],
-            "weight_decay": task.weight_decay,
+            "optim": "adamw_torch" if on_cpu else "adamw_torch_fused",
+            "adam_beta1": settings.betas[0],
+            "adam_beta2": settings.betas[1],
+            "weight_decay": settings.weight_decay,
             "seed": self.seed,
             "use_cpu": on_cpu,
             "bf16": not on_cpu,
@@ -281,18 +284,18 @@ class _Run:
             "dataloader_pin_memory": not on_cpu,
             "eval_strategy": "no",  # the stop rule evaluates: see `Measured` for why
             "save_strategy": "steps",
-            "save_steps": task.eval_every,  # the stop rule says where not
+            "save_steps": settings.eval_every,  # the stop rule says where not
             "logging_steps": 1,
             "logging_nan_inf_filter": False,
             "report_to": "none",
             "disable_tqdm": True,
         }
         common: Mapping[str, Any] = {
-            "data_collator": collator(task.classes),
+            "data_collator": collator(settings.classes),
             "train_dataset": datasets.Dataset.from_list([row._asdict() for row in self.data.train]).select(order),
-            "callbacks": [self.rule, *([_Look(self.watch)] if self.watch else [])],
+            "callbacks": [self.rule, *([_Tracker(self.track, self.options.track_every)] if self.track else [])],
         }
-        if task.classes is None:
+        if settings.classes is None:
             config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
             trainer: Trainer = SFTTrainer(self.trained, config, processing_class=self.tokenizer, **common)
         else:
@@ -306,15 +309,15 @@ class _Run:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-class _Look(TrainerCallback):
-    """Calls a `Watch` where it is due."""
+class _Tracker(TrainerCallback):
+    """Calls `track` every few steps."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, track: Track, every: int) -> None:
+        self._track, self._every = track, every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self._watch.every == 0:
-            self._watch.look(state.global_step)
+        if state.global_step % self._every == 0:
+            self._track(state.global_step)
 
 
 def _order(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[int]:

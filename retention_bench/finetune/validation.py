@@ -10,15 +10,16 @@ from torch import Tensor
 
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune import processes
-from retention_bench.finetune.base import Example, Metric
+from retention_bench.finetune.base import Example
 from retention_bench.finetune.heads import collator
+from retention_bench.finetune.settings import Metric
 
 ROWS = 8
 """Rows in a forward pass, if they fit."""
 
 
 class Measured(NamedTuple):
-    """What validation rows say.
+    """Loss and accuracy on validation rows.
 
     Attributes:
         loss: The mean over the target tokens of all rows, in nats; NaN where the logits are. Each token weighs the

@@ -66,14 +66,16 @@ def last_hidden(
         [rows, length, d_model] in the model's dtype.
     """
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    own = f"{model.base_model_prefix}."
-    inner = {name.removeprefix(own): weight for name, weight in (weights or {}).items()}
     replaced: dict[torch.nn.Module, Callable[..., Tensor]] = {}
     if start is not None:
         layer, output = start
         replaced = {block(model, below): hand_through for below in range(layer)}
         replaced[block(model, layer)] = lambda *args, **kwargs: output
     with replaced_forwards(model, replaced):
+        if not weights:  # `functional_call` looks at every module, which a GPU waits for
+            return model.base_model(**inputs).last_hidden_state
+        own = f"{model.base_model_prefix}."
+        inner = {name.removeprefix(own): weight for name, weight in weights.items()}
         return torch.func.functional_call(model.base_model, inner, kwargs=inputs).last_hidden_state
 
 

@@ -9,23 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from retention_bench.data import find_file, read_json
-from retention_bench.editors import Editor, FittedEditor, editor_names, make_editor
-from retention_bench.errors import UsageError, unknown_name
+from retention_bench.editors import Editor, FittedEditor
+from retention_bench.errors import UsageError
 from retention_bench.facts import MODEL, check_source, load_pool
-from retention_bench.finetune import (
-    ADAPTERS,
-    Freeze,
-    finetune_names,
-    make_finetune,
-    parse_finetune,
-    parse_freeze,
-)
 from retention_bench.finetune import Finetune as Task
+from retention_bench.finetune import FinetuneOptions, Freeze, parse_freeze
 from retention_bench.pipeline.distributed.launching import Launcher, check_one_gpu, launcher
 from retention_bench.pipeline.stage import Model, Rows
 from retention_bench.pipeline.stages import (
@@ -45,6 +37,7 @@ from retention_bench.pipeline.stages import (
 from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Tracked
 from retention_bench.pipeline.suite import ModelConfig, Source, Suite
+from retention_bench.registry import EDITORS, FINETUNES
 from retention_bench.results import KINDS
 from retention_bench.store.fingerprints import config_file, model_fingerprint, source_fingerprint
 
@@ -69,7 +62,7 @@ class Cell:
         paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
         freeze: What the fine-tunes must not change, see `parse_freeze`.
         adapter: What they train in the weights' place: `none`, `lora` or `dora`.
-        probe_every: Optimiser steps between two looks at all facts while a model is trained; 0 for none.
+        track_every: Optimiser steps between two points of the trajectory of all facts; 0 for no trajectory.
         accelerate_config: How fine-tunes are started on several GPUs, see `launcher`; None for one, in this process.
         covariance: A file of the covariance of the keys, in place of one that is collected.
     """
@@ -84,7 +77,7 @@ class Cell:
     paraphrase_source: str = "own"
     freeze: str = "none"
     adapter: str = "none"
-    probe_every: int = 0
+    track_every: int = 0
     accelerate_config: str | None = None
     covariance: str | None = None
 
@@ -105,13 +98,16 @@ def plan(cell: Cell) -> Gather:
     suite = cell.suite
     model_name, config = suite.model(cell.model)
     registered, editor = _editor(cell, config)
+    given_by = {
+        f"editor {cell.editor}": suite.editor(cell.editor, config).given_by,
+        f"fine-tune {cell.finetune}": suite.finetune(cell.finetune, config).given_by,
+    }
     task, finetune, data, finetune_name = _finetune(cell, config)
+    options = FinetuneOptions(cell.freeze, cell.adapter, cell.track_every)
     freeze = parse_freeze(cell.freeze)
     _check_trainable(config, freeze)
-    if cell.adapter not in ADAPTERS:
-        raise unknown_name("adapter", cell.adapter, ADAPTERS)
     start = _launcher(cell, finetune)
-    model, pool = model_of(config, cell.device), rows_of(suite.facts, suite)
+    model, pool = model_of(config, cell.device), rows_of(suite.facts)
     _check_pool(suite)
     if suite.facts.keywords:
         load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
@@ -123,7 +119,7 @@ def plan(cell: Cell) -> Gather:
     elif editor.covariance_layers:
         covariance = Covariance.of(
             model,
-            rows_of(corpus, suite),
+            rows_of(corpus),
             editor.covariance_layers,
             texts=corpus.texts,
             max_length=corpus.max_length,
@@ -131,7 +127,7 @@ def plan(cell: Cell) -> Gather:
     settings = _plain(editor)
     fit = Fit(facts, registered, settings, cell.seed, cell.editor) if isinstance(editor, FittedEditor) else None
     paraphrases = _paraphrases(cell, facts)
-    unknown = Unknown(Knowledge(model, data)) if finetune.asks_base else None
+    unknown = Unknown(Knowledge(model, data)) if finetune.settings.asks_base else None
 
     def score(called: str, checkpoint: Edit | Finetune | None, group: Group) -> Score:
         return Score(model, facts, group, paraphrases, checkpoint, tuple(KINDS), called)
@@ -144,12 +140,11 @@ def plan(cell: Cell) -> Gather:
             edit=edit,
             frozen_by=frozen_by,
             task=task,
-            settings=_plain(finetune),
+            settings=_plain(finetune.settings),
             data=data,
             unknown=unknown,
-            freeze=cell.freeze,
-            adapter=cell.adapter,
-            tracked=Tracked(cell.probe_every, group, paraphrases) if cell.probe_every else None,
+            options=options,
+            tracked=Tracked(group, paraphrases) if cell.track_every else None,
             launcher=start,
             seed=cell.seed,
             called=(finetune_name, label),
@@ -194,6 +189,7 @@ def plan(cell: Cell) -> Gather:
         base=score("the base model", None, everyone),
         experiments=tuple(experiments),
         control=score("the control", tuned("unedited control", everyone, None, edits), everyone),
+        defaults=tuple(what for what, by in given_by.items() if by != "suite"),
         seed=cell.seed,
         real=suite.real,
     )
@@ -208,14 +204,14 @@ def model_of(config: ModelConfig, device: str) -> Model:
     return Model(config.path, model_fingerprint(config.path, config.revision), config.dtype, device, config.revision)
 
 
-def rows_of(source: Source, suite: Suite) -> Rows:
+def rows_of(source: Source) -> Rows:
     """A suite's rows as stages read them.
 
     Raises:
         UsageError: There is no such file, or a Hub data set has no revision.
     """
-    path = suite.locate(source.source)
-    return Rows(path, source_fingerprint(path, source.revision), source.config, source.revision)
+    fingerprint = source_fingerprint(source.source, source.revision)
+    return Rows(source.source, fingerprint, source.config, source.revision)
 
 
 def _covariance_file(cell: Cell) -> str | None:
@@ -223,42 +219,39 @@ def _covariance_file(cell: Cell) -> str | None:
     if cell.covariance is not None:
         return str(find_file(cell.covariance, "covariance file").resolve())
     file = cell.suite.covariance.file
-    return None if file is None else str(find_file(cell.suite.locate(file), "covariance file"))
+    return None if file is None else str(find_file(file, "covariance file"))
 
 
 def _editor(cell: Cell, config: ModelConfig) -> tuple[str, Editor]:
-    """The editor's registered name, and the editor with the suite's settings."""
-    settings = _settings("editor", cell.editor, editor_names(), config.editors, cell.suite)
-    settings.pop("editor", None)
-    registered = _registered(cell.editor, config, cell.suite)
-    return registered, make_editor(registered, settings)
+    """The editor's registered name, and the editor with the suite's settings or its own defaults."""
+    found = cell.suite.editor(cell.editor, config)
+    editor: Editor = EDITORS.make(found.registered, found.settings, entry=cell.editor)
+    return found.registered, editor
 
 
 def _finetune(cell: Cell, config: ModelConfig) -> tuple[str, Task, Rows, str]:
-    """The fine-tune's registered name, the fine-tune with the suite's settings, its data, its name in the results."""
-    task, given = parse_finetune(cell.finetune)
-    # A data set of one's own needs no entry in the suite; where there is one it says how it is trained on.
-    entry = (
-        {}
-        if given and task not in config.finetunes
-        else _settings("fine-tune", task, finetune_names(), config.finetunes, cell.suite)
-    )
-    finetune = make_finetune(task, {**entry, **given})
-    fingerprint = source_fingerprint(finetune.source, finetune.revision)
-    data = Rows(finetune.source, fingerprint, finetune.config, finetune.revision)
+    """The fine-tune's registered name, the fine-tune with its settings, its data, and its name in the results."""
+    found = cell.suite.finetune(cell.finetune, config)
+    task = found.registered
+    finetune: Task = FINETUNES.make(task, found.settings)
+    settings = finetune.settings
+    fingerprint = source_fingerprint(settings.source, settings.revision)
+    data = Rows(settings.source, fingerprint, settings.config, settings.revision)
+    if cell.finetune == task:
+        return task, finetune, data, task
     # Files of one name in two folders are told apart by what is in them.
-    told_apart = str(fingerprint.get("sha256", finetune.revision))[:8]
-    return task, finetune, data, f"{task}:{Path(finetune.source).name}@{told_apart}" if given else task
+    told_apart = str(fingerprint.get("sha256", settings.revision))[:8]
+    return task, finetune, data, f"{task}:{Path(settings.source).name}@{told_apart}"
 
 
 def _launcher(cell: Cell, finetune: Task) -> Launcher | None:
     start = launcher(cell.accelerate_config, cell.device) if cell.accelerate_config is not None else None
     if start is None and cell.device != "cpu":
         check_one_gpu()
-    if start and finetune.batch_size % start.processes:
+    if start and finetune.settings.batch_size % start.processes:
         raise UsageError(
-            f"{start.processes} processes cannot share the {finetune.batch_size} rows of a step equally. Set "
-            f"num_processes, in a file for --accelerate-config, to a divisor of {finetune.batch_size}."
+            f"{start.processes} processes cannot share the {finetune.settings.batch_size} rows of a step equally. Set "
+            f"num_processes, in a file for --accelerate-config, to a divisor of {finetune.settings.batch_size}."
         )
     return start
 
@@ -283,7 +276,7 @@ def _check_pool(suite: Suite) -> None:
     Raises:
         UsageError: The pool is a local file of a fact a line, with fewer lines than facts are wanted.
     """
-    path, wanted = Path(suite.locate(suite.facts.source)), suite.facts.edited + suite.facts.intrinsic
+    path, wanted = Path(suite.facts.source), suite.facts.edited + suite.facts.intrinsic
     if path.suffix != ".jsonl" or not path.is_file():
         return
     lines = 0
@@ -315,39 +308,6 @@ def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
 
 def _config(model: ModelConfig) -> dict[str, Any]:
     return read_json(config_file(model.path, model.revision), dict[str, Any], "model's configuration")
-
-
-def _settings(
-    kind: str, name: str, registered: Collection[str], given: Mapping[str, dict[str, Any]], suite: Suite
-) -> dict[str, Any]:
-    """The suite's settings for an editor or a fine-tune, its paths made absolute."""
-    if name not in given:
-        if name not in registered:
-            raise unknown_name(kind, name, given)
-        raise UsageError(
-            f"The suite {suite.name!r} has no settings for the {kind} {name!r}; it has them for "
-            f"{', '.join(sorted(given)) or 'none'}. Add them to a copy of its YAML file and give that with --suite."
-        )
-    settings = dict(given[name])
-    if isinstance(settings.get("source"), str):
-        settings["source"] = suite.locate(settings["source"])
-    return settings
-
-
-def _registered(name: str, model: ModelConfig, suite: Suite) -> str:
-    """The registered editor that goes by a name in the suite.
-
-    Raises:
-        UsageError: There is no such editor; the entry is named.
-    """
-    registered = model.registered[name]
-    if registered not in editor_names():
-        error = unknown_name("editor", registered, editor_names())
-        raise UsageError(
-            f"The suite {suite.name!r}, editors.{name}: {error} An entry that goes by another name than its editor "
-            "names that with the key `editor`."
-        )
-    return registered
 
 
 def _plain(settings: Any) -> dict[str, Any]:

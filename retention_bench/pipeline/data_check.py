@@ -35,8 +35,8 @@ def check_data(plan: Gather, store: Store) -> DataCheck | None:
     limit = _positions(model)
     if limit is not None and found.longest > limit:
         raise UsageError(
-            f"The model takes {limit} tokens, and a row of {task.source} has {found.longest}. Set max_length to "
-            f"{limit}."
+            f"The model takes {limit} tokens, and a row of {task.settings.source} has {found.longest}. Set "
+            f"max_length to {limit}."
         )
     return found
 

@@ -56,7 +56,7 @@ def estimate(plan: Gather, store: Store) -> Estimate:
     control = plan.tuned_control
     start, task = control.launcher, control.made()
     parameters, trainable = _count(control, task)
-    adapters = trainable if control.adapter != "none" else 0
+    adapters = trainable if control.options.adapter != "none" else 0
     memory = _FLOAT * (parameters + adapters) + _ADAM * trainable
     if control.model.device != "cpu":
         memory += 2 * parameters  # bfloat16 autocast keeps the weights in that dtype for a pass
@@ -71,7 +71,7 @@ def estimate(plan: Gather, store: Store) -> Estimate:
         parameters=parameters,
         trainable=trainable,
         finetunes=missing,
-        steps=missing * task.max_steps,
+        steps=missing * task.settings.max_steps,
         memory_bytes=memory,
         disk_bytes=missing * _FLOAT * parameters + (2 * checkpoint if missing else 0),
     )
@@ -85,11 +85,18 @@ def _count(stage: Finetune, task: Task) -> tuple[int, int]:
     from retention_bench.models import empty_model, load_config, num_layers
 
     config = load_config(stage.model.path, stage.model.revision)
-    freeze = parse_freeze(stage.freeze)
+    freeze = parse_freeze(stage.options.freeze)
     model: Any = empty_model(config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in model.parameters())
         layers = tuple(range(num_layers(model))) if freeze.needs_edit else freeze.apply(model)
-        with adapted(model, stage.adapter, layers, rank=task.adapter_rank, alpha=task.adapter_alpha, seed=0):
+        with adapted(
+            model,
+            stage.options.adapter,
+            layers,
+            rank=task.settings.adapter_rank,
+            alpha=task.settings.adapter_alpha,
+            seed=0,
+        ):
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return parameters, trainable

@@ -21,6 +21,9 @@ def default_folder(cell: Cell, plan: Gather) -> Path:
     """
     named = _model(plan.model, cell.model, plan.base.model, cell)
     folder = Path("runs") / cell.suite.name / named / _part(cell.editor) / _part(plan.finetune)
+    if cell.suite.overrides:
+        told_apart = hashlib.sha256(canonical(dict(cell.suite.overrides)).encode()).hexdigest()
+        folder /= f"set-{told_apart[:8]}"
     if (paraphrases := plan.base.paraphrases) is not None:
         source = paraphrases.shown
         if paraphrases.writer:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import importlib.resources
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from retention_bench.data import find_file, locate, shortened
+from retention_bench.data.source import SUFFIXES
 from retention_bench.data.yaml_files import read_yaml
 from retention_bench.display import cut, line
 from retention_bench.errors import UsageError, unknown_name
+from retention_bench.finetune import parse_finetune
+from retention_bench.pipeline.overrides import is_place, override, parse_overrides
+from retention_bench.registry import EDITORS, FINETUNES
 
 PACKAGED = Path(str(importlib.resources.files("retention_bench") / "suites"))
 
@@ -64,7 +71,7 @@ class Source(_Strict):
     """Where rows come from: a local file or a Hub data set.
 
     Attributes:
-        source: A path (absolute, or starting with `./` or `../`: seen from the suite's file), or a Hub data set id.
+        source: A local file, or a Hub data set id.
         revision: The Hub revision; pin it.
         config: The Hub data set's configuration.
     """
@@ -108,7 +115,7 @@ class ModelConfig(_Strict):
     """A model of the suite, with the settings of the editors and fine-tunes on it.
 
     Attributes:
-        path: A local folder (as in `Source`) or a Hub model id.
+        path: A local folder, or a Hub model id.
         revision: The Hub revision; pin it.
         dtype: The dtype that the base model is edited, trained and scored in.
         editors: Settings by the name that an editor goes by in this suite, checked by the editor. The key `editor` in
@@ -133,14 +140,34 @@ class ModelConfig(_Strict):
                     raise ValueError(f"the source of {name}: {error}") from error
         return entries
 
+    _added: frozenset[tuple[str, str]] = pydantic.PrivateAttr(frozenset())
+
     @property
     def registered(self) -> dict[str, str]:
         """The registered editor of each entry of `editors`."""
         return {name: str(settings.get("editor", name)) for name, settings in self.editors.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """An editor or a fine-tune that was asked for by name.
+
+    Attributes:
+        name: The name that it was asked for by.
+        registered: Its name in the registry.
+        settings: What to make it of, see `Registry.make`.
+        given_by: Where the settings are from: the suite, or the editor or fine-tune itself, which the suite does not
+            name. Overrides go over both.
+    """
+
+    name: str
+    registered: str
+    settings: Mapping[str, Any]
+    given_by: Literal["suite", "its own defaults"]
+
+
 class Suite(_Strict):
-    """A whole suite.
+    """A whole suite; its local paths are absolute.
 
     Attributes:
         name: The suite's name, as results carry it.
@@ -150,7 +177,6 @@ class Suite(_Strict):
         facts: The fact pool.
         covariance: The corpus of the covariance of the keys.
         real: The suite to name as the real one to go on to, where this one is a stand-in.
-        directory: The folder of the suite's file; relative paths are seen from it. Not part of the YAML.
     """
 
     name: Name
@@ -160,20 +186,13 @@ class Suite(_Strict):
     facts: FactsConfig
     covariance: CovarianceConfig
     real: str | None = None
-    directory: Path = pydantic.Field(exclude=True)
 
-    def locate(self, source: str) -> str:
-        """A path seen from the suite's file made absolute; a Hub id as it is.
+    _overrides: dict[str, Any] = pydantic.PrivateAttr(default_factory=dict)
 
-        Raises:
-            UsageError: No file can have such a name, or it begins with `~` and there is no home folder.
-        """
-        if source.startswith("~"):
-            locate(source)
-            return str(Path(source).expanduser())
-        if source.startswith(("./", "../")):
-            return os.path.realpath(self.directory / source)  # unlike Path.resolve, also where links go in circles
-        return source
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """The values that it was loaded with in the place of its file's, by dotted key."""
+        return self._overrides
 
     def model(self, name: str | None) -> tuple[str, ModelConfig]:
         """The model to use: one of the suite's, or a folder or Hub id in the default model's place.
@@ -182,15 +201,14 @@ class Suite(_Strict):
             name: A model's name in the suite, a path, a Hub id, or None for the default.
 
         Returns:
-            The name for results and the model's configuration with its path made absolute.
+            The name for results and the model's configuration.
 
         Raises:
             UsageError: The name is none of these.
         """
         if name is None or name in self.models:
             name = name or self.default_model
-            config = self.models[name]
-            return name, config.model_copy(update={"path": self.locate(config.path)})
+            return name, self.models[name]
         default = self.models[self.default_model]
         folder = locate(name)
         if folder is not None and folder.is_dir():
@@ -201,17 +219,66 @@ class Suite(_Strict):
         error = unknown_name("model", name, self.models)
         raise UsageError(f"{error} A folder that exists or a Hub id (owner/name) can be given too.")
 
+    def editor(self, name: str, model: ModelConfig) -> Resolved:
+        """An editor and its settings for a model.
+
+        Args:
+            name: An entry of the suite, or a registered editor, which then has its own defaults.
+            model: The model.
+
+        Raises:
+            UsageError: There is no such editor.
+        """
+        if name not in model.editors and name not in EDITORS.names():
+            raise unknown_name("editor", name, {*model.editors, *EDITORS.names()})
+        registered = model.registered.get(name, name)
+        if registered not in EDITORS.names():
+            error = unknown_name("editor", registered, EDITORS.names())
+            raise UsageError(
+                f"The suite {self.name!r}, editors.{name}: {error} An entry that goes by another name than its editor "
+                "names that with the key `editor`."
+            )
+        settings = {key: value for key, value in model.editors.get(name, {}).items() if key != "editor"}
+        return Resolved(name, registered, settings, _given_by(model, "editors", name))
+
+    def finetune(self, text: str, model: ModelConfig) -> Resolved:
+        """A fine-tune and its settings for a model.
+
+        Args:
+            text: A fine-tune's name, or `path:` and a data set, see `parse_finetune`.
+            model: The model.
+
+        Raises:
+            UsageError: There is no such fine-tune.
+        """
+        name, given = parse_finetune(text)
+        if name not in FINETUNES.names():
+            raise unknown_name("fine-tune", name, FINETUNES.names())
+        settings = {**model.finetunes.get(name, {}), **given}
+        return Resolved(name, name, settings, _given_by(model, "finetunes", name))
+
+
+def _given_by(model: ModelConfig, section: str, name: str) -> Literal["suite", "its own defaults"]:
+    named = name in getattr(model, section) and (section, name) not in model._added
+    return "suite" if named else "its own defaults"
+
 
 def suite_names() -> list[str]:
     """Names of the suites that come with the package."""
     return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
 
 
-def load_suite(name: str) -> Suite:
+def load_suite(name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Suite:
     """Read a suite by name, or from a YAML file of one's own.
+
+    Relative paths in the file are seen from the file's folder, those of overrides from the working folder. A path
+    begins with `./`, `../`, `~` or `/`, ends like a data file, or is the name of something there; all else is a Hub id.
 
     Args:
         name: A packaged suite's name, or a path that ends in `.yaml`.
+        overrides: Other values for some of its keys: `key=value` texts, or values by key. Keys are dotted:
+            `facts.edited`, `models.NAME.path`; `editors.NAME.lr` and `finetunes.NAME.source` go for every model, below
+            `models.NAME.` for one. A text is read as YAML.
 
     Raises:
         UsageError: No such suite, unreadable YAML, an unknown key (with a suggestion) or a value of the wrong kind.
@@ -229,15 +296,55 @@ def load_suite(name: str) -> Suite:
         )
     if "statistics" in parsed:
         raise UsageError(f"{path}: the section `statistics` is now called `covariance`. Rename it.")
-    if "directory" in parsed:
-        raise UsageError(f"{path}: unknown key 'directory'. Allowed here: {', '.join(_keys(Suite))}.")
+    parsed = _located(parsed, functools.partial(_place, path.resolve().parent))
+    suite = _validated(parsed, str(path))
+    given = parse_overrides(overrides)
+    if not given:
+        return suite
+    # The editor that an entry names is known before its settings are looked at.
+    for key in sorted(given, key=lambda key: not key.endswith(".editor")):
+        parsed = override(parsed, key, given[key], _keys(Suite), functools.partial(_place, Path.cwd()))
+    changed = _validated(parsed, f"suite {suite.name} with --set")
+    changed._overrides = given
+    for name, model in changed.models.items():
+        before = suite.models[name]
+        model._added = frozenset(
+            [("editors", entry) for entry in model.editors if entry not in before.editors]
+            + [("finetunes", entry) for entry in model.finetunes if entry not in before.finetunes]
+        )
+    return changed
+
+
+def _validated(parsed: Mapping[str, Any], where: str) -> Suite:
     try:
-        suite = Suite.model_validate({**parsed, "directory": path.resolve().parent})
+        suite = Suite.model_validate(parsed)
     except pydantic.ValidationError as error:
-        raise UsageError(f"{path}: {_explain(error)}") from error
+        raise UsageError(f"{where}: {_explain(error)}") from error
     if suite.default_model not in suite.models:
-        raise UsageError(f"{path}: default_model: {unknown_name('model', suite.default_model, suite.models)}")
+        raise UsageError(f"{where}: default_model: {unknown_name('model', suite.default_model, suite.models)}")
     return suite
+
+
+def _place(folder: Path, text: str) -> str:
+    """A path that is seen from a folder made absolute; a Hub id as it is.
+
+    Raises:
+        UsageError: No file can have such a name, or it begins with `~` and there is no home folder.
+    """
+    if text.startswith("~"):
+        locate(text)
+        return str(Path(text).expanduser())
+    there = os.path.join(folder, text)
+    if text.startswith(("./", "../")) or text.endswith(SUFFIXES) or (text.strip() and os.path.lexists(there)):
+        return os.path.abspath(there)
+    return text
+
+
+def _located(value: Any, place: Callable[[str], str], path: tuple[str, ...] = ()) -> Any:
+    """A suite's values, or those below some keys, with their paths made absolute."""
+    if isinstance(value, dict):
+        return {key: _located(inner, place, (*path, key)) for key, inner in value.items()}
+    return place(value) if isinstance(value, str) and is_place(path) else value
 
 
 _PARTS: dict[str, type[pydantic.BaseModel]] = {
@@ -248,7 +355,7 @@ _PARTS: dict[str, type[pydantic.BaseModel]] = {
 
 
 def _keys(model: type[pydantic.BaseModel]) -> list[str]:
-    return [name for name in model.model_fields if name != "directory"]
+    return list(model.model_fields)
 
 
 def _explain(error: pydantic.ValidationError) -> str:

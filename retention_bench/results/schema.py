@@ -268,6 +268,7 @@ class Results(_Typed):
         paraphrases: How many more prompts each fact was edited with.
         paraphrase_source: Where they came from.
         paraphrase_questions: How many paraphrases were asked, and how many not, since edits were made with them.
+        defaults: What the suite has no settings for, so that its own defaults were used.
         seed: The seed.
         key: The key of the results in the store.
         stages: Hit rates of all models together.
@@ -295,6 +296,7 @@ class Results(_Typed):
     paraphrases: int
     paraphrase_source: str | None
     paraphrase_questions: dict[str, int]
+    defaults: list[str]
     seed: int
     key: str
     stages: Rates

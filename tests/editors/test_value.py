@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_bench.editors import EditRequest
+from retention_bench.editors.locate import value as module
 from retention_bench.editors.locate.value import optimise_values
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import frozen
@@ -121,3 +122,40 @@ def test_a_loss_that_is_not_finite_names_the_fact(llama, llama_requests, untouch
 def test_a_layer_that_is_not_there_is_refused(llama, llama_requests):
     with pytest.raises(UsageError, match="no layer 4"):
         optimise(llama, llama_requests, (), 4, **SHIPPED)
+
+
+@pytest.mark.parametrize("every", [3, 5, 100])
+def test_how_often_losses_are_looked_at_has_no_part(gpt2, golden, monkeypatch, every):
+    """A GPU looks now and then. What has converged between two looks stays where it is."""
+    run = golden.expected["early_stop"]["hparams"]
+    settings = {
+        "site": "block",
+        "lr": run["v_lr"],
+        "steps": run["v_num_grad_steps"],
+        "weight_decay": run["v_weight_decay"],
+        "clamp_norm_factor": run["clamp_norm_factor"],
+        "kl_factor": run["kl_factor"],
+    }
+    expected = optimise(gpt2, golden.requests, golden.templates, 2, **settings)
+    monkeypatch.setitem(module._LOOK_EVERY, "cpu", every)
+    steps = []
+    found = optimise(
+        gpt2, golden.requests, golden.templates, 2, **settings, progress=lambda *args: steps.append(args[1])
+    )
+    assert len(steps) <= 2 + settings["steps"] / every
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_found_at_the_next_look(llama, llama_requests, untouched, monkeypatch):
+    monkeypatch.setitem(module._LOOK_EVERY, "cpu", 5)
+    model, _ = llama
+    weight = model.get_parameter("model.embed_tokens.weight")
+    rare = llama[1].encode("zither", add_special_tokens=False)[0]
+    with untouched(model):
+        saved = weight.detach().clone()
+        weight.data[rare] = float("nan")
+        try:
+            with pytest.raises(RetentionBenchError, match="Fact 'c': the loss became nan"):
+                optimise(llama, llama_requests, (), 1, **SHIPPED)
+        finally:
+            weight.data.copy_(saved)

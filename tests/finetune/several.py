@@ -14,7 +14,7 @@ import accelerate.state
 import torch
 from accelerate import PartialState
 
-from retention_bench.finetune import Terms, Watch, make_finetune, processes, train
+from retention_bench.finetune import FinetuneOptions, Terms, make_finetune, processes, train
 from retention_bench.models import load_model
 from retention_bench.scoring import RetentionHFLM
 
@@ -31,25 +31,34 @@ def pretend_accelerators() -> None:
 
 
 def fine_tune(run: Mapping[str, Any], work: str) -> tuple[Any, Any, dict[str, Any], list[tuple[int, float]]]:
-    """The model, its tokenizer, the log, and what a watch saw."""
+    """The model, its tokenizer, the log, and the points of its trajectory."""
     model, tokenizer = load_model(run["model"])
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # each process draws its own
-    looks = []
+    points = []
 
-    def look(step: int) -> None:
+    def track(step: int) -> None:
         def keep(prompts: Any, logits: torch.Tensor) -> None:
-            looks.extend((step, row.log_softmax(-1).max().item()) for row in logits)
+            points.extend((step, row.log_softmax(-1).max().item()) for row in logits)
 
         RetentionHFLM(model.eval(), tokenizer).answer([(5, 6, 7), (5, 6, 8, 9)], keep)
         model.train()
 
     task = make_finetune(run["task"], run["settings"])
-    watch = Watch(2, look) if run["watch"] else None
-    out = Path(run["folder"]) / work
-    log = train(model, tokenizer, task, terms=Terms(), seed=0, output_dir=out, watch=watch, **run["given"])
-    return model, tokenizer, log.to_json(), looks
+    tracked = run["tracked"]
+    options = FinetuneOptions(**run["options"], track_every=2 if tracked else 0)
+    log = train(
+        model,
+        tokenizer,
+        task,
+        terms=Terms(),
+        seed=0,
+        output_dir=Path(run["folder"]) / work,
+        options=options,
+        track=track if tracked else None,
+    )
+    return model, tokenizer, log.to_json(), points
 
 
 def main() -> None:
@@ -59,11 +68,11 @@ def main() -> None:
         pretend_accelerators()
     PartialState(cpu=True)
     for run in given["runs"]:
-        model, tokenizer, log, looks = fine_tune(run, "work")
+        model, tokenizer, log, points = fine_tune(run, "work")
         if processes.index() == 0:
             model.save_pretrained(Path(run["folder"]) / "model")
             tokenizer.save_pretrained(Path(run["folder"]) / "model")
-            (Path(run["folder"]) / "log.json").write_text(json.dumps({"log": log, "looks": looks}))
+            (Path(run["folder"]) / "log.json").write_text(json.dumps({"log": log, "points": points}))
         processes.gathered(None)
     os._exit(0)  # as the worker does, see there
 

@@ -54,7 +54,7 @@ def test_the_columns_say_what_is_trained(custom, gpt2_tokenizer, row, text, targ
 def test_labels_count_where_the_settings_say_so(custom, gpt2_tokenizer):
     rows = [{"text": f"red {n}", "label": n % 3} for n in range(9)]
     task = custom(rows, classes=3, threshold=0.9)
-    assert (task.metric, task.classes) == ("validation_accuracy", 3)
+    assert (task.settings.metric, task.settings.classes) == ("validation_accuracy", 3)
     data = task.prepare(TuningContext(gpt2_tokenizer, Terms(), 0))
     assert sorted(row.labels[0] for row in data.train) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert all(row.input_ids[-1] == gpt2_tokenizer.eos_token_id for row in data.train)

@@ -20,7 +20,7 @@ from retention_bench.pipeline.distributed.launching import CONFIGS
 SEVERAL = Path(__file__).with_name("several.py")
 fine_tune = runpy.run_path(str(SEVERAL))["fine_tune"]
 
-# family, task, what else `train` is given
+# family, task, options
 RUNS = {
     "plain": ("gpt2", "tulu3", {}),
     "head": ("gpt2", "imdb", {}),
@@ -62,7 +62,7 @@ def prepared(source, request, tmp_path):
 
     def runs(where):
         made = []
-        for name, (family, task, given) in RUNS.items():
+        for name, (family, task, options) in RUNS.items():
             chats = task == "tulu3"
             settings = {**SETTINGS, "source": str(source if chats else reviews), "threshold": 0.01 if chats else 0.999}
             folder = tmp_path / where / name
@@ -73,8 +73,8 @@ def prepared(source, request, tmp_path):
                     "model": str(tmp_path / family),
                     "task": task,
                     "settings": settings,
-                    "given": given,
-                    "watch": task != "imdb",  # FSDP cannot serve that
+                    "options": options,
+                    "tracked": task != "imdb",  # FSDP cannot serve that
                 }
             )
         return made
@@ -98,7 +98,7 @@ def test_two_processes_train_what_one_does(prepared, tmp_path, shard):
     in_two_processes(runs, tmp_path, shard=shard)
     for run in runs:
         start = load_model(run["model"])[0].state_dict()
-        expected, _, log, looks = fine_tune(run, "alone")
+        expected, _, log, points = fine_tune(run, "alone")
         shared, _ = load_model(str(Path(run["folder"]) / "model"))
         assert type(shared) is type(expected)
         moved = 0.0
@@ -112,9 +112,9 @@ def test_two_processes_train_what_one_does(prepared, tmp_path, shard):
         assert found["log"] | {"curve": None} == log | {"curve": None, "value": found["log"]["value"], "processes": 2}
         [checkpoint] = (Path(run["folder"]) / "work").glob("checkpoint-*")
         assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == shard
-        if run["watch"]:
-            assert [step for step, _ in found["looks"]] == [0, 0, 2, 2, 4, 4]  # two prompts
-            assert [value for _, value in found["looks"]] == pytest.approx([value for _, value in looks], abs=1e-3)
+        if run["tracked"]:
+            assert [step for step, _ in found["points"]] == [0, 0, 2, 2, 4, 4]  # two prompts
+            assert [value for _, value in found["points"]] == pytest.approx([value for _, value in points], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -129,10 +129,10 @@ def test_a_run_that_shards_goes_on_from_its_checkpoint_with_the_same_bits(prepar
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_look_that_sharding_cannot_serve_is_refused(prepared, monkeypatch):
+def test_a_trajectory_that_sharding_cannot_serve_is_refused(prepared, monkeypatch):
     monkeypatch.setattr(processes, "sharded", lambda: True)
-    with pytest.raises(UsageError, match="Leave --probe-every out, or give --accelerate-config ddp"):
-        fine_tune({**prepared("runs")[1], "watch": True}, "alone")
+    with pytest.raises(UsageError, match="Leave --track-every out, or give --accelerate-config ddp"):
+        fine_tune({**prepared("runs")[1], "tracked": True}, "alone")
 
 
 def test_a_process_alone_has_what_it_has():

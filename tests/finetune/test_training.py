@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -13,17 +14,17 @@ from retention_bench.display.progress import silent
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.finetune import (
     Example,
+    FinetuneOptions,
     Removed,
     Terms,
     TuningContext,
     TuningData,
-    Watch,
     processes,
     stopping,
     train,
 )
 from retention_bench.finetune.heads import Classifier, collator
-from retention_bench.finetune.settings import Settings
+from retention_bench.finetune.settings import SampledSettings
 from retention_bench.finetune.stopping import StopRule
 from retention_bench.finetune.validation import Measured, measure
 
@@ -33,7 +34,7 @@ def tune(task, tmp_path):
     """Fine-tune a model on a small task with some settings changed, each time in another folder unless one is given."""
     count = itertools.count()
 
-    def run(model, tokenizer, *, made=None, out=None, terms=None, seed=0, given=None, **settings):
+    def run(model, tokenizer, *, made=None, out=None, terms=None, seed=0, given=None, options=None, **settings):
         return train(
             model,
             tokenizer,
@@ -41,6 +42,7 @@ def tune(task, tmp_path):
             terms=terms or Terms(),
             seed=seed,
             output_dir=out or tmp_path / f"work-{next(count)}",
+            options=FinetuneOptions(**(options or {})),
             **(given or {}),
         )
 
@@ -355,24 +357,28 @@ def every_checkpoint(monkeypatch):
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class Colours(Settings):
-    """Whether a row has an even number of tokens: a task with classes."""
-
-    name = "colours"
+class ColourSettings(SampledSettings):
     metric = "validation_accuracy"
     classes = 2
-    asks_base = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    """Whether a row has an even number of tokens: a task with classes."""
+
+    settings: ColourSettings
+    name = "colours"
 
     def prepare(self, context):
-        ids = range(5, 5 + self.train_size)
+        ids = range(5, 5 + self.settings.train_size)
         rows = [Example([*range(3, 4 + number % 5), number, 2], [number % 2]) for number in ids]
-        return TuningData(rows, rows[: self.validation_size], Removed(0, 0, {}, ()))
+        return TuningData(rows, rows[: self.settings.validation_size], Removed(0, 0, {}, ()))
 
 
 def colours(**changes):
     settings = {"source": "x", "train_size": 32, "validation_size": 16, "threshold": 0.99, "max_steps": 4}
     settings |= {"batch_size": 8, "micro_batch_size": 4, "lr": 5e-3, "eval_every": 2}
-    return Colours(**settings | changes)
+    return Colours(ColourSettings(**settings | changes))
 
 
 @pytest.mark.parametrize(
@@ -382,9 +388,9 @@ def colours(**changes):
 @pytest.mark.usefixtures("every_checkpoint")
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tune, gpt2, gpt2_tokenizer, tmp_path, kind, moment):
     made = colours(max_steps=6) if kind == "classes" else None
-    given = {"adapter": kind} if kind in ("lora", "dora") else {"freeze": "below:1"} if kind == "frozen" else {}
+    options = {"adapter": kind} if kind in ("lora", "dora") else {"freeze": "below:1"} if kind == "frozen" else {}
     start, heard = weights(gpt2), []
-    log = tune(gpt2, gpt2_tokenizer, made=made, given=given, max_steps=6)
+    log = tune(gpt2, gpt2_tokenizer, made=made, options=options, max_steps=6)
     expected = weights(gpt2)
     assert not same(start, expected)
 
@@ -395,10 +401,10 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tune, gpt2, gpt2_tokeni
     gpt2.load_state_dict(start)
     out = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        tune(gpt2, gpt2_tokenizer, made=made, out=out, given={**given, "progress": cut}, max_steps=6)
+        tune(gpt2, gpt2_tokenizer, made=made, out=out, given={"progress": cut}, options=options, max_steps=6)
     gpt2.load_state_dict(start)
     hear = {"progress": lambda stage, done, total, figures=None: heard.append(done)}
-    again = tune(gpt2, gpt2_tokenizer, made=made, out=out, given={**given, **hear}, max_steps=6)
+    again = tune(gpt2, gpt2_tokenizer, made=made, out=out, given=hear, options=options, max_steps=6)
     assert min(heard) == (0 if moment == 1 else 2 * moment - 1)  # what the last evaluation had seen is not done again
     assert same(expected, weights(gpt2))
     assert again == log
@@ -425,8 +431,8 @@ def cut_off(make_tokenizer, make_model, tmp_path_factory):
         model = make_model("gpt2", tokenizer)
         out.mkdir(exist_ok=True)
 
-        def look(step):
-            (out / f"probe-{step:09}.jsonl").write_text(f"seen at {step}\n")
+        def track(step):
+            (out / f"trajectory-{step:09}.jsonl").write_text(f"seen at {step}\n")
 
         def progress(stage, done, total, figures=None):
             if start is not None:
@@ -441,7 +447,8 @@ def cut_off(make_tokenizer, make_model, tmp_path_factory):
             terms=Terms(),
             seed=0,
             output_dir=out,
-            watch=Watch(1, look),
+            options=FinetuneOptions(track_every=1),
+            track=track,
             progress=progress,
         )
         return log, weights(model)
@@ -521,7 +528,7 @@ def test_where_no_checkpoint_is_whole_the_fine_tune_begins_anew(cut_off, tmp_pat
         for name in ("checkpoint-2", "checkpoint-4"):
             flip(out / name / "model.safetensors")
     elif what == "a look":  # seen on the way to both
-        flip(out / "probe-000000001.jsonl")
+        flip(out / "trajectory-000000001.jsonl")
     elif what == "half written":
         for name in ("checkpoint-2", "checkpoint-4"):
             (out / name / "retention-bench.json").unlink()
@@ -536,7 +543,7 @@ def test_where_no_checkpoint_is_whole_the_fine_tune_begins_anew(cut_off, tmp_pat
     assert ("begins anew" in caplog.text) is (what in ("both", "a look"))
     assert again == log
     assert same(expected, trained)
-    assert (out / "probe-000000001.jsonl").read_text() == "seen at 1\n"
+    assert (out / "trajectory-000000001.jsonl").read_text() == "seen at 1\n"
 
 
 @pytest.mark.usefixtures("every_checkpoint")
@@ -635,7 +642,7 @@ def test_a_row_that_does_not_fit_is_an_error(tune, gpt2, gpt2_tokenizer):
 def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(tune, request, family, freeze, layers, outside):
     model, tokenizer = request.getfixturevalue(family), request.getfixturevalue(f"{family}_tokenizer")
     before = weights(model)
-    log = tune(model, tokenizer, given={"freeze": freeze, "edited": {0}})
+    log = tune(model, tokenizer, options={"freeze": freeze}, given={"edited": {0}})
     parts = {"transformer.wte": "embeddings", "transformer.wpe": "embeddings", "model.embed_tokens": "embeddings"}
     parts |= {"transformer.ln_f": "norm", "model.norm": "norm", "lm_head": "head"}
     tied = model.config.tie_word_embeddings
@@ -664,7 +671,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(tune, request, family,
 )
 def test_a_freeze_that_makes_no_sense_is_refused(tune, gpt2, gpt2_tokenizer, freeze, message):
     with pytest.raises(UsageError, match=message):
-        tune(gpt2, gpt2_tokenizer, given={"freeze": freeze})
+        tune(gpt2, gpt2_tokenizer, options={"freeze": freeze})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -674,14 +681,14 @@ def test_a_merged_adapter_gives_the_logits_of_the_adapter(tune, request, family,
     start, ids, seen = weights(model), torch.tensor([[5, 6, 7, 8, 9]]), {}
     names = [name for name, _ in model.named_modules()]
 
-    def look(step):
+    def track(step):
         training = model.training
         with torch.no_grad():
             seen[step] = model.eval()(ids).logits
         model.train(training)
 
-    given = {"adapter": adapter, "freeze": "below:1", "watch": Watch(2, look)}
-    log = tune(model, tokenizer, given=given, adapter_lr=1e-2)
+    options = {"adapter": adapter, "freeze": "below:1", "track_every": 2}
+    log = tune(model, tokenizer, options=options, given={"track": track}, adapter_lr=1e-2)
     assert list(seen) == [0, 2, 4]
     with torch.no_grad():
         merged = model(ids).logits
@@ -694,17 +701,31 @@ def test_a_merged_adapter_gives_the_logits_of_the_adapter(tune, request, family,
     assert log.trainable_parameters < sum(p.numel() for p in model.parameters())
 
 
-def test_an_adapter_that_does_not_exist_is_refused(tune, gpt2, gpt2_tokenizer):
-    with pytest.raises(UsageError, match="'prefix' is not known. Allowed: none, lora, dora"):
-        tune(gpt2, gpt2_tokenizer, given={"adapter": "prefix"})
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"adapter": "prefix"}, "--adapter 'prefix' is not known. Allowed: none, lora, dora"),
+        ({"freeze": "above:1"}, "--freeze 'above:1' is not known"),
+        ({"track_every": -1}, "--track-every -1 is below 0"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_refused(option, message):
+    with pytest.raises(UsageError, match=message):
+        FinetuneOptions(**option)
 
 
-def test_looking_changes_nothing(tune, gpt2, gpt2_tokenizer):
+@pytest.mark.parametrize(("every", "given"), [(3, {}), (0, {"track": print})])
+def test_a_trajectory_needs_both_its_steps_and_what_takes_a_point(tune, gpt2, gpt2_tokenizer, every, given):
+    with pytest.raises(UsageError, match="Give both, or neither"):
+        tune(gpt2, gpt2_tokenizer, options={"track_every": every}, given=given)
+
+
+def test_a_trajectory_changes_nothing(tune, gpt2, gpt2_tokenizer):
     start, steps = weights(gpt2), []
     log = tune(gpt2, gpt2_tokenizer)
     expected = weights(gpt2)
     gpt2.load_state_dict(start)
-    assert tune(gpt2, gpt2_tokenizer, given={"watch": Watch(3, steps.append)}) == log
+    assert tune(gpt2, gpt2_tokenizer, options={"track_every": 3}, given={"track": steps.append}) == log
     assert same(expected, weights(gpt2))
     assert steps == [0, 3]
 

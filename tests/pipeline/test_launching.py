@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
+from retention_bench.finetune import FinetuneOptions
 from retention_bench.models import load_model
 from retention_bench.pipeline import Bench, Cell, load_suite, plan
 from retention_bench.pipeline.distributed import launching, worker
@@ -166,9 +167,8 @@ def finetune(make_tokenizer, make_model, tmp_path):
         settings=settings,
         data=Rows(texts, source_fingerprint(texts, None)),
         unknown=None,
-        freeze="none",
-        adapter="none",
-        tracked=Tracked(2, Group(0, 1), None),
+        options=FinetuneOptions(track_every=2),
+        tracked=Tracked(Group(0, 1), None),
         launcher=launcher(config(tmp_path), "cpu"),
         seed=0,
         called=("commoncrawl", "model 1 of 1"),
@@ -206,10 +206,10 @@ def test_a_launched_fine_tune_is_the_one_in_this_process(finetune, tmp_path):
 PLUGIN = """
 import dataclasses, os, sys
 import torch
-from retention_bench.finetune.commoncrawl import CommonCrawl
+from retention_bench.finetune.tasks.commoncrawl import CommonCrawl
 
 def fits(self, context):
-    if self.micro_batch_size > int(os.environ["FITS"]):
+    if self.settings.micro_batch_size > int(os.environ["FITS"]):
         raise torch.OutOfMemoryError
     return CommonCrawl.prepare(self, context)
 

@@ -119,7 +119,7 @@ def finetune_keys(planned):
 def test_what_is_trained_changes_the_fine_tunes_and_no_edit(small_suite, tmp_path):
     plans = [plan(cell(small_suite))]
     plans += [plan(cell(small_suite, freeze=freeze)) for freeze in ("edited", "below:2")]
-    plans += [plan(cell(small_suite, adapter="lora")), plan(cell(small_suite, probe_every=3))]
+    plans += [plan(cell(small_suite, adapter="lora")), plan(cell(small_suite, track_every=3))]
     assert len({planned.experiments[0].edit.key for planned in plans}) == 1
     keys = [finetune_keys(planned) for planned in plans]
     assert len({key for own in keys for key in own}) == 3 * len(plans)
@@ -142,7 +142,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(small_suite, tmp
 
 def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite, tmp_path, capsys):
     store, _, _ = finished
-    planned = cell(small_suite, freeze="edited", probe_every=3)
+    planned = cell(small_suite, freeze="edited", track_every=3)
     results = evaluate(planned, store=store, out=tmp_path, save_checkpoints=True)
     assert (results["freeze"], results["adapter"]) == ("edited", "none")
     logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
@@ -180,7 +180,7 @@ def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, t
     for model in suite["models"].values():
         model["finetunes"]["tulu3"] |= {"lr": 1e30}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    results = evaluate(cell(tmp_path / "suite.yaml", probe_every=1), store=store, out=tmp_path / "out")
+    results = evaluate(cell(tmp_path / "suite.yaml", track_every=1), store=store, out=tmp_path / "out")
     assert results["learned"] is False
     assert all("diverged: after 2 steps the training loss is" in why for why in results["not_learned"])
     assert results["stages"]["post_finetune"]["edited"]["hits"] == 0
@@ -486,7 +486,7 @@ def micro(small_suite, tmp_path_factory):
     settings["finetunes"]["tulu3"] |= {"train_size": 16, "validation_size": 4, "batch_size": 8, "max_steps": 2}
     settings["finetunes"]["tulu3"] |= {"eval_every": 1, "max_length": 48, "micro_batch_size": 8}
     (root / "suite.yaml").write_text(yaml.safe_dump(suite))
-    asked, store = cell(root / "suite.yaml", editor="ft", probe_every=1), Store(root / "store")
+    asked, store = cell(root / "suite.yaml", editor="ft", track_every=1), Store(root / "store")
     results = evaluate(asked, store=store, out=root / "out")
     return asked, store, results
 
@@ -593,7 +593,7 @@ def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, 
     source = tmp_path / "chats.jsonl"
     rows = [json.dumps({"prompt": f"Say {n}.", "completion": f" {n}"}) + "\n" for n in range(60)]
     source.write_text("".join(rows))
-    asked = dataclasses.replace(asked, finetune=f"path:{source}", probe_every=0)
+    asked = dataclasses.replace(asked, finetune=f"path:{source}", track_every=0)
     store = Store(tmp_path / "store")
 
     def replace(title, cached):

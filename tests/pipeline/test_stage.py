@@ -18,7 +18,7 @@ from retention_bench.store import Store
 
 @pytest.fixture(scope="module")
 def planned(small_suite):
-    cell = Cell(load_suite(str(small_suite)), None, "alphaedit", "tulu3", 0, "cpu", paraphrases=1, probe_every=2)
+    cell = Cell(load_suite(str(small_suite)), None, "alphaedit", "tulu3", 0, "cpu", paraphrases=1, track_every=2)
     return plan(cell)
 
 

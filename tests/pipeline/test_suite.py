@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.pipeline import Cell, plan
-from retention_bench.pipeline.suite import PACKAGED, load_suite, suite_names
+from retention_bench.pipeline.suite import PACKAGED, Resolved, load_suite, suite_names
+from retention_bench.registry import EDITORS
 from retention_bench.store.fingerprints import model_fingerprint, source_fingerprint
 
 
@@ -28,10 +29,143 @@ def test_every_packaged_suite_is_valid(name):
     assert load_suite(name).name == name
 
 
-def test_paths_are_seen_from_the_suites_file():
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("./x", "suites/x"),
+        ("../x", "x"),
+        ("x.jsonl", "suites/x.jsonl"),
+        ("data/x.csv.zst", "suites/data/x.csv.zst"),
+        ("there", "suites/there"),
+        ("link.jsonl", "suites/link.jsonl"),  # and not what it leads to, which may have another suffix
+        ("/x", "/x"),
+        ("~/x", "home/x"),
+        ("owner/name", None),
+        ("name", None),
+    ],
+)
+def test_paths_are_seen_from_the_suites_file_and_those_that_are_set_from_here(tmp_path, monkeypatch, given, found):
+    for folder in ("suites", "here"):
+        (tmp_path / folder / "there").mkdir(parents=True)
+        (tmp_path / folder / "link.jsonl").symlink_to("nothing")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def change(suite):
+        suite["facts"]["source"] = suite["covariance"]["source"] = given
+        for model in suite["models"].values():
+            model["path"] = model["finetunes"]["tulu3"]["source"] = given
+
+    def places(suite):
+        models = [place for m in suite.models.values() for place in (m.path, m.finetunes["tulu3"]["source"])]
+        return {suite.facts.source, suite.covariance.source, *models}
+
+    path = changed(tmp_path / "suites", change)
+    expected = given if found is None else str(tmp_path / found)
+    assert places(load_suite(path)) == {expected}
+    keys = ["facts.source", "covariance.source", "finetunes.tulu3.source"]
+    keys += [f"models.{name}.path" for name in ("atlas-gpt2", "atlas-llama")]
+    plain = changed(tmp_path / "suites", lambda suite: None)
+    suite = load_suite(plain, [f"{key}={given}" for key in keys])
+    assert places(suite) == {expected.replace("/suites/", "/here/")}
+
+
+def test_what_is_set_goes_over_the_file_for_every_model_or_for_one():
+    plain = load_suite("atlas")
+    suite = load_suite("atlas", ["editors.ft.lr=1.0e-4", "models.atlas-llama.editors.ft.layer=2", "facts.edited=25"])
+    assert (suite.facts.edited, suite.facts.intrinsic) == (25, plain.facts.intrinsic)
+    gpt2, llama = (suite.models[name].editors["ft"] for name in ("atlas-gpt2", "atlas-llama"))
+    before = plain.models["atlas-gpt2"].editors["ft"]
+    assert gpt2 == before | {"lr": 1e-4}
+    assert llama == before | {"lr": 1e-4, "layer": 2}
+    assert suite.overrides == {"editors.ft.lr": 1e-4, "models.atlas-llama.editors.ft.layer": 2, "facts.edited": 25}
+    assert not plain.overrides
+    assert load_suite("atlas", {"facts.edited": "25"}).facts == load_suite("atlas", {"facts.edited": 25}).facts
+    assert load_suite("atlas", ["facts.edited=3", "facts.edited=4"]).facts.edited == 4
+    layers = load_suite("atlas", ["editors.alphaedit.layers=3-8"])
+    found = layers.editor("alphaedit", layers.model(None)[1])
+    assert EDITORS.make(found.registered, found.settings).layers == (3, 4, 5, 6, 7, 8)
+
+
+def test_an_entry_can_be_added_and_names_may_have_dots(tmp_path):
+    def change(suite):
+        suite["models"]["llama-3.1"] = suite["models"].pop("atlas-llama")
+
+    path = changed(tmp_path, change)
+    given = ["editors.ft-l.norm_constraint=0.001", "editors.ft-l.editor=ft", "models.llama-3.1.dtype=bfloat16"]
+    suite = load_suite(path, [*given, "models.llama-3.1.editors.ft.layer=0"])
+    name, model = suite.model("llama-3.1")
+    assert (name, model.dtype, model.editors["ft"]["layer"]) == ("llama-3.1", "bfloat16", 0)
+    found = suite.editor("ft-l", model)
+    assert (found.name, found.registered, found.given_by) == ("ft-l", "ft", "its own defaults")
+    assert found.settings == {"norm_constraint": 0.001}
+
+
+def test_what_runs_with_its_own_defaults_says_so():
     suite = load_suite("atlas")
-    assert suite.locate("../atlas/x") == str(PACKAGED.parent / "atlas" / "x")
-    assert suite.locate("owner/name") == "owner/name"
+    _, model = suite.model(None)
+    assert suite.editor("r-rome", model).registered == "rome"
+    assert suite.editor("r-rome", model).given_by == suite.finetune("tulu3", model).given_by == "suite"
+    bare = model.model_copy(update={"editors": {}, "finetunes": {}})
+    assert suite.editor("ft", bare) == Resolved("ft", "ft", {}, "its own defaults")
+    found = suite.finetune("path:owner/rows@abc", bare)
+    assert found == Resolved("path", "path", {"source": "owner/rows", "revision": "abc"}, "its own defaults")
+    with pytest.raises(
+        UsageError, match="needs the setting 'layers', which has no default.*--set editors.alphaedit.la"
+    ):
+        EDITORS.make("alphaedit", suite.editor("alphaedit", bare).settings)
+    with pytest.raises(UsageError, match="Unknown editor 'r-rme'. Did you mean 'r-rome'"):
+        suite.editor("r-rme", model)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("x", "--set 'x' is no KEY=VALUE. Write it as in --set editors.alphaedit.layers=3-8"),
+        ("=3", "is no KEY=VALUE"),
+        ("facts.edited=", "--set facts.edited= has no value"),
+        ("facts.edited=[", "--set facts.edited, line 1: not valid YAML"),
+        ("facts.edited=lots", "facts.edited: Input should be a valid integer, got 'lots'"),
+        ("facts.edted=3", "unknown key 'facts.edted'. Did you mean 'edited'?"),
+        ("fact.edited=3", "Unknown key of a suite 'fact'. Did you mean 'facts'?"),
+        ("facts=3", "facts: Input should be a valid dictionary"),
+        ("facts.edited.x=3", "--set facts.edited.x: there is no 'x' in 50"),
+        ("models.atlas-gtp2.path=x", "Unknown model of the suite 'atlas-gtp2'. Did you mean 'atlas-gpt2'"),
+        ("models.atlas-gpt2=3", "--set models.atlas-gpt2 names no setting"),
+        ("models.atlas-gpt2.pth=x", "unknown key 'models.atlas-gpt2.pth'. Did you mean 'path'?"),
+        ("models.atlas-gpt2.editors=3", "names no setting"),
+        ("editors.ft=3", "--set editors.ft names no setting"),
+        ("editors.ftt.lr=3", "--set editors.ftt.lr: Unknown editor 'ftt'. Did you mean 'ft'?"),
+        ("editors.ft.lrr=3", "Unknown setting of the editor 'ft': 'lrr'. Did you mean 'lr'?"),
+        ("editors.mine.editor=ftt", "Unknown editor 'ftt'. Did you mean 'ft'?"),
+        ("finetunes.tulu3.tresh=3", "Unknown setting of the fine-tune 'tulu3': 'tresh'. Did you mean 'threshold'?"),
+        ("finetunes.tulu.lr=3", "Unknown fine-tune 'tulu'. Did you mean 'tulu3'?"),
+        ("default_model=atlas", "default_model: Unknown model 'atlas'. Did you mean"),
+    ],
+)
+def test_what_is_wrong_with_what_is_set_is_said_in_one_line(given, says):
+    with pytest.raises(UsageError) as caught:
+        load_suite("atlas", [given])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    st.sampled_from(["facts", "models", "editors", "finetunes", "name", "x"]),
+    st.lists(
+        st.sampled_from(["ft", "tulu3", "atlas-gpt2", "editors", "edited", "source", "lr", "", "\0", "é"]), max_size=4
+    ),
+    st.sampled_from(["3", "x", "[1, 2]", "{a: 1}", "null", "&a [*a]", "~", "~nobody/x", "./x", "'", "\0", "1:30"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_set_is_a_suite_or_an_error_in_one_line(first, more, value):
+    try:
+        suite = load_suite("atlas", [f"{'.'.join([first, *more])}={value}"])
+    except UsageError as error:
+        one_line = "\n" not in str(error)
+        assert one_line
+    else:
+        assert suite.overrides
 
 
 @pytest.mark.parametrize(

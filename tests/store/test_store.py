@@ -120,17 +120,17 @@ def in_the_way(work):
     (work / "checkpoint.safetensors" / "x").write_text("")
     os.mkfifo(work / "asked.jsonl")
     (work / "checkpoint-2").symlink_to(work.parent)
-    (work / "probe-1.jsonl").symlink_to("nowhere")
+    (work / "trajectory-1.jsonl").symlink_to("nowhere")
 
 
 def test_what_stands_in_the_way_of_a_scratch_file_is_removed(tmp_path, caplog):
     store = Store(tmp_path / "store")
     work = store.scratch(Entry("fit", {}))
     (work / "checkpoint-1").mkdir()
-    (work / "probe-0.jsonl").write_text("kept")
+    (work / "trajectory-0.jsonl").write_text("kept")
     in_the_way(work)
     assert store.scratch(Entry("fit", {})) == work
-    assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "probe-0.jsonl"]
+    assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "trajectory-0.jsonl"]
     assert len(caplog.records) == 4
     elsewhere = tmp_path / "elsewhere"
     work.rename(elsewhere)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from retention_bench.editors import EditContext, EditRequest, make_editor, sample_context_templates
+from retention_bench.editors import EditContext, Editor, EditRequest, sample_context_templates
 from retention_bench.pipeline.stage import Bench, Model, Stage
 from retention_bench.pipeline.stages.covariance import Covariance, CovarianceFile
 from retention_bench.pipeline.stages.facts import Facts, Group
 from retention_bench.pipeline.stages.fit import Fit
 from retention_bench.pipeline.stages.paraphrases import Paraphrases
+from retention_bench.registry import EDITORS
 from retention_bench.store import OUTSIDE
 
 
@@ -55,7 +56,7 @@ class Edit(Stage):
         """Write `delta.safetensors`."""
         import torch
 
-        editor = make_editor(self.editor, self.settings)
+        editor: Editor = EDITORS.make(self.editor, self.settings, entry=self.called[0])
         prompts = self.paraphrases.read(bench) if self.paraphrases else {}
 
         def templates() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from retention_bench.data.durable import write_text
 from retention_bench.finetune import Finetune as Task
-from retention_bench.finetune import Terms, make_finetune
+from retention_bench.finetune import FinetuneOptions, Terms
 from retention_bench.pipeline.distributed.launching import Launcher, launch
 from retention_bench.pipeline.loading import load, save
 from retention_bench.pipeline.stage import Bench, Model, Rows, Stage
@@ -18,10 +18,11 @@ from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Facts, Group
 from retention_bench.pipeline.stages.paraphrases import Paraphrases, asked
 from retention_bench.pipeline.stages.unknown import Unknown
+from retention_bench.registry import FINETUNES
 from retention_bench.store import OUTSIDE, Input
 
 if TYPE_CHECKING:
-    from retention_bench.finetune import Watch
+    from retention_bench.finetune import Track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,10 @@ class Tracked:
     """What is asked again and again while a model is trained.
 
     Attributes:
-        every: Optimiser steps from one evaluation of the facts to the next.
         group: Which of the edited facts are asked.
         paraphrases: The prompts that edits were made with.
     """
 
-    every: int
     group: Group
     paraphrases: Paraphrases | None
 
@@ -53,9 +52,8 @@ class Finetune(Stage):
         settings: Its settings.
         data: Its data.
         unknown: The facts that it teaches, if it teaches what the base model does not know.
-        freeze: What is left as it is, see `parse_freeze`.
-        adapter: What is trained in the weights' place.
-        tracked: What is asked while it is trained, if anything is.
+        options: How it is run.
+        tracked: What is asked while it is trained, where `options` has a trajectory.
         launcher: What starts it in processes of their own, if there shall be several.
         seed: Its seed.
         called: Its name in the results, and which model it trains, for people.
@@ -73,8 +71,7 @@ class Finetune(Stage):
     settings: Mapping[str, Any]
     data: Rows
     unknown: Unknown | None
-    freeze: str
-    adapter: str
+    options: FinetuneOptions
     tracked: Tracked | None
     launcher: Launcher | None
     seed: int
@@ -86,7 +83,10 @@ class Finetune(Stage):
 
     def made(self) -> Task:
         """The task, with its settings and data."""
-        return make_finetune(self.task, {**self.settings, "source": self.data.path, "revision": self.data.revision})
+        made: Task = FINETUNES.make(
+            self.task, {**self.settings, "source": self.data.path, "revision": self.data.revision}
+        )
+        return made
 
     @property
     def reads(self) -> tuple[Input, ...]:
@@ -128,7 +128,7 @@ class Finetune(Stage):
         import torch
 
         from retention_bench.finetune import processes, train
-        from retention_bench.finetune.stopping import LOOKS
+        from retention_bench.finetune.stopping import TRAJECTORY
         from retention_bench.models import WeightDelta
 
         torch.manual_seed(self.seed)
@@ -139,7 +139,8 @@ class Finetune(Stage):
             WeightDelta.load(edits[0]).apply_(model)
         task = self.made()
         if micro_batch_size is not None:
-            task = dataclasses.replace(task, micro_batch_size=micro_batch_size)  # type: ignore[type-var]
+            settings = dataclasses.replace(task.settings, micro_batch_size=micro_batch_size)
+            task = dataclasses.replace(task, settings=settings)  # type: ignore[type-var]
         log = train(
             model,
             tokenizer,
@@ -149,10 +150,9 @@ class Finetune(Stage):
             output_dir=work,
             device=self.model.device,
             unknown=self.unknown.read(bench).facts if self.unknown else (),
-            freeze=self.freeze,
-            adapter=self.adapter,
+            options=self.options,
             edited=layers,
-            watch=self._watch(work, model, tokenizer, bench),
+            track=self._track(work, model, tokenizer, bench),
             progress=bench.progress,
         )
         if processes.index():
@@ -161,29 +161,29 @@ class Finetune(Stage):
         write_text(folder / "log.json", json.dumps(log.to_json(), indent=2, allow_nan=False))
         if self.tracked is not None:
             # A run that was cut off may have come further than the one that ended. All names are of one length.
-            last = f"probe-{log.steps:09}.jsonl"
-            looks = sorted(path for path in work.glob(LOOKS) if path.name <= last)
-            write_text(folder / "trajectory.jsonl", "".join(look.read_text(encoding="utf-8") for look in looks))
+            last = f"trajectory-{log.steps:09}.jsonl"
+            points = sorted(path for path in work.glob(TRAJECTORY) if path.name <= last)
+            write_text(folder / "trajectory.jsonl", "".join(point.read_text(encoding="utf-8") for point in points))
 
     def _asked(self, bench: Bench) -> Any:
         assert self.tracked is not None
         facts = self.tracked.group.of(asked(self.facts, self.tracked.paraphrases, bench))
         return facts, self.facts.knowledge.objects(bench)
 
-    def _watch(self, work: Path, model: Any, tokenizer: Any, bench: Bench) -> Watch | None:
-        """What asks the facts while the model is trained; each step's answers have a file, which outlives a kill."""
-        from retention_bench.finetune import Watch, processes
+    def _track(self, work: Path, model: Any, tokenizer: Any, bench: Bench) -> Track | None:
+        """What asks the facts while the model is trained; each point has a file, which outlives a kill."""
+        from retention_bench.finetune import processes
         from retention_bench.scoring import Prober
 
         if self.tracked is None:
             return None
         prober = Prober(model, tokenizer, *self._asked(bench))
 
-        def look(step: int) -> None:
+        def track(step: int) -> None:
             probes = prober.look()
             if processes.index() == 0:
-                looks = ({"step": step, **probe.to_json()} for probe in probes)
-                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in looks)
-                write_text(work / f"probe-{step:09}.jsonl", "".join(rows))
+                points = ({"step": step, **probe.to_json()} for probe in probes)
+                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in points)
+                write_text(work / f"trajectory-{step:09}.jsonl", "".join(rows))
 
-        return Watch(self.tracked.every, look)
+        return track

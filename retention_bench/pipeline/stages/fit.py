@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from retention_bench.editors import EditContext, FittedEditor, make_editor
+from retention_bench.editors import EditContext, Editor, FittedEditor
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import FactSet
 from retention_bench.pipeline.stage import Bench, Stage
 from retention_bench.pipeline.stages.facts import Facts
+from retention_bench.registry import EDITORS
 from retention_bench.store import OUTSIDE, Input
 
 
@@ -50,7 +51,7 @@ class Fit(Stage):
         """Write what the editor's `fit` writes."""
         import torch
 
-        editor = make_editor(self.editor, self.settings)
+        editor: Editor = EDITORS.make(self.editor, self.settings, entry=self.called)
         if not isinstance(editor, FittedEditor):
             raise TypeError(f"The editor {self.editor!r} does not train, so it has no such stage.")
         _, scorable, _ = self.facts.scorable(bench)

@@ -61,6 +61,7 @@ class Gather(Stage):
         base: The score of the base model.
         experiments: The edited models.
         control: The score of the unedited control.
+        defaults: What the suite has no settings for, so that its own defaults were used.
         seed: The cell's seed.
         real: The suite to name as the real one to go on to, where this one is a stand-in.
     """
@@ -76,6 +77,7 @@ class Gather(Stage):
     base: Score
     experiments: tuple[Experiment, ...]
     control: Score
+    defaults: tuple[str, ...]
     seed: int
     real: str | None = dataclasses.field(metadata=OUTSIDE)
 
@@ -123,13 +125,14 @@ class Gather(Stage):
             "model": self.model,
             "editor": self.editor,
             "finetune": self.finetune,
-            "freeze": control.freeze,
-            "adapter": control.adapter,
+            "freeze": control.options.freeze,
+            "adapter": control.options.adapter,
             "learned": all(log["learned"] for log in logs),
             "not_learned": sorted({log["why_not"] for log in logs if log["why_not"]}),
             "paraphrases": paraphrases.count if paraphrases else 0,
             "paraphrase_source": paraphrases.shown if paraphrases else None,
             "paraphrase_questions": _paraphrase_questions(facts, asked),
+            "defaults": list(self.defaults),
             "seed": self.seed,
             "key": self.key,
             "stages": counted.stages,

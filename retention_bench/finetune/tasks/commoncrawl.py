@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pydantic
 
-from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, Example, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dataset_formats import TEXT, Sample
 from retention_bench.finetune.dropped import Dropped
 from retention_bench.finetune.sampling import draw, look, sample_validation, samples, words
-from retention_bench.finetune.settings import Positive, Settings, check_sampled_validation
+from retention_bench.finetune.settings import Positive, SampledSettings
 from retention_bench.finetune.texts import check_tokenizer, encode_text
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class CommonCrawl(Settings):
-    """The next token of general text, the paper's unstructured task.
-
-    Documents that mention no fact are tokenised, each with EOS at its end, strung together and cut into rows of
-    `max_length` tokens, every one of which is a target. The paper says neither what its 60,000 rows are nor how long;
-    that they are such rows is our own choice. The validation rows are sampled from the training rows.
-
-    Attributes:
-        source: A data file (see `Source`) or a Hub data set id, with a column `text`. A Hub data set is
-            streamed: see `Source.rows` for what is then sampled.
-    """
-
-    name: ClassVar[str] = "commoncrawl"
-    metric: ClassVar[Metric] = "validation_loss"
-    classes: ClassVar[int | None] = None
-    asks_base: ClassVar[bool] = False
+class CommonCrawlSettings(SampledSettings):
+    """See `SampledSettings`; `source` has a column `text`, and a row is `max_length` tokens of packed documents."""
 
     lr: Positive = 5e-5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sampled_validation(self.train_size, self.validation_size)
+
+@dataclasses.dataclass(frozen=True)
+class CommonCrawl:
+    """The next token of general text, the paper's unstructured task.
+
+    Documents that mention no fact are tokenised, each with EOS at its end, joined and cut into rows of `max_length`
+    tokens, every one of which is a target. The paper says neither what its 60,000 rows are nor how long; that they are
+    such rows is our choice. The validation rows are sampled from the training rows. A Hub data set is streamed: see
+    `Source.rows` for what is then sampled.
+    """
+
+    settings: CommonCrawlSettings
+    name: ClassVar[str] = "commoncrawl"
 
     def check(self, tokenizer: Any) -> DataCheck:
         """Look into the documents; see `CheckedFinetune`."""
-        return look(self, [TEXT], tokenizer)
+        settings = self.settings
+        return look(settings, [TEXT], tokenizer)
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter, tokenise and pack the documents.
@@ -52,22 +50,23 @@ class CommonCrawl(Settings):
             UsageError: The source does not exist, or the tokenizer has no EOS token.
             RetentionBenchError: A row is malformed, or too little text is left for `train_size` rows.
         """
+        settings = self.settings
         check_tokenizer(context.tokenizer)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            samples(self, TEXT, rng, dropped, stream=True),
-            _packer(context.tokenizer, self.max_length),
+            samples(settings, TEXT, rng, dropped, stream=True),
+            _packer(context.tokenizer, settings.max_length),
             text=words,
             contamination=contamination,
             dropped=dropped,
-            source=self.source,
+            source=settings.source,
             setting="train_size",
-            size=self.train_size,
+            size=settings.train_size,
             what="documents",
-            unit=f" packed rows of {self.max_length} tokens",
+            unit=f" packed rows of {settings.max_length} tokens",
         )
-        validation = sample_validation(train, self.validation_size, rng)
+        validation = sample_validation(train, settings.validation_size, rng)
         return TuningData(train, validation, contamination.report(), dropped.report())
 
 

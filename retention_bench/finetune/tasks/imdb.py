@@ -2,58 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any, ClassVar
 
 import pydantic
 
 from retention_bench.data import is_local
-from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, Example, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dataset_formats import Sample, encoder, labelled
 from retention_bench.finetune.dropped import Dropped, Unusable
 from retention_bench.finetune.sampling import draw, look, samples, words
-from retention_bench.finetune.settings import Count, Positive, Recipe, Size, check_share, check_steps
+from retention_bench.finetune.settings import Count, Metric, Size, TrainingSettings
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class IMDB(Recipe):
-    """Reviews with the label 0 (against) or 1 (for), the paper's classification task.
-
-    A row is a review and EOS; a long review is cut at `max_length` tokens and EOS is kept. No training row has the
-    tokens of a validation row. Of a Hub data set the training rows are from the split `train` and the validation rows
-    from `test`; of a local file they are different rows.
+class IMDBSettings(TrainingSettings):
+    """See `TrainingSettings`; `source` has the columns `text` and `label`, and `threshold` is an accuracy.
 
     Attributes:
-        source: A data file (see `Source`) or a Hub data set id, with the columns `text` and `label`.
         train_size: Training rows, sampled by seed from the rows that pass the contamination filter. None for all of
             them: the paper's 25,000 are all that IMDB has, and some mention a fact.
         validation_size: Validation rows.
-        threshold: The accuracy above which the run ends.
-        max_steps: The run ends after this many optimiser steps in any case; the paper names no budget.
     """
-
-    name: ClassVar[str] = "imdb"
-    metric: ClassVar[Metric] = "validation_accuracy"
-    classes: ClassVar[int | None] = 2
-    asks_base: ClassVar[bool] = False
 
     batch_size: Count = 64
     eval_every: Count = 5
     train_size: Size | None = None
     validation_size: Size
-    threshold: Positive
-    max_steps: Count
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_steps(self.batch_size, self.max_steps)
-        check_share(self.threshold)
+    @property
+    def metric(self) -> Metric:
+        """The accuracy."""
+        return "validation_accuracy"
+
+    @property
+    def classes(self) -> int:
+        """Against and for."""
+        return 2
+
+
+@dataclasses.dataclass(frozen=True)
+class IMDB:
+    """Reviews with the label 0 (against) or 1 (for), the paper's classification task.
+
+    A row is a review and EOS; a long review is cut at `max_length` tokens and EOS is kept. No training row has the
+    tokens of a validation row. Of a Hub data set the training rows are from the split `train` and the validation rows
+    from `test`; of a local file they are different rows.
+    """
+
+    settings: IMDBSettings
+    name: ClassVar[str] = "imdb"
 
     def check(self, tokenizer: Any) -> DataCheck:
         """Look into the reviews; see `CheckedFinetune`."""
-        size = self.validation_size + (self.train_size or 1)
-        return look(self, [labelled(2)], tokenizer, size=size, setting="validation_size and train_size together")
+        settings = self.settings
+        size = settings.validation_size + (settings.train_size or 1)
+        return look(settings, [labelled(2)], tokenizer, size=size, setting="validation_size and train_size together")
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the reviews.
@@ -62,7 +68,8 @@ class IMDB(Recipe):
             UsageError: The source does not exist, or the tokenizer has no EOS token.
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
-        data_format, encode = labelled(2), encoder(context.tokenizer, self.max_length)
+        settings = self.settings
+        data_format, encode = labelled(2), encoder(context.tokenizer, settings.max_length)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         taken: set[tuple[int, ...]] = set()
@@ -80,18 +87,18 @@ class IMDB(Recipe):
                 text=words,
                 contamination=contamination,
                 dropped=dropped,
-                source=self.source,
+                source=settings.source,
                 setting=setting,
                 size=size,
                 what=what,
             )
 
-        local = is_local(self.source)
-        rows = samples(self, data_format, rng, dropped, split="train" if local else "test")
-        validation = drawn("validation_size", self.validation_size, "rows" if local else "rows in the split test")
+        local = is_local(settings.source)
+        rows = samples(settings, data_format, rng, dropped, split="train" if local else "test")
+        validation = drawn("validation_size", settings.validation_size, "rows" if local else "rows in the split test")
         taken.update(tuple(example.input_ids) for example in validation)
         if not local:
-            rows = samples(self, data_format, rng, dropped)
+            rows = samples(settings, data_format, rng, dropped)
         what = "rows besides those validated on" if local else "rows in the split train"
-        train = drawn("train_size", self.train_size, what)
+        train = drawn("train_size", settings.train_size, what)
         return TuningData(train, validation, contamination.report(), dropped.report())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any, ClassVar
 
@@ -10,43 +11,51 @@ import pydantic
 from retention_bench.data import is_local
 from retention_bench.errors import RetentionBenchError
 from retention_bench.facts import Fact, object_ids, read_pool
-from retention_bench.finetune.base import DataCheck, Example, Metric, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, Example, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dropped import Dropped, Unusable
 from retention_bench.finetune.sampling import draw, sample_validation
-from retention_bench.finetune.settings import Settings, check_sampled_validation, check_share
+from retention_bench.finetune.settings import Metric, SampledSettings
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class CounterFact(Settings):
+class CounterFactSettings(SampledSettings):
+    """See `SampledSettings`; `source` is a fact pool, as `read_pool` reads it, and `threshold` is an accuracy."""
+
+    @property
+    def metric(self) -> Metric:
+        """The accuracy."""
+        return "validation_accuracy"
+
+    @property
+    def asks_base(self) -> bool:
+        """It does."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class CounterFact:
     """The true object behind a fact's prompt, the paper's structured task.
 
     The loss is on the object's tokens alone, and a validation row is right where every one of them is the most
     probable. The validation rows are sampled from the training rows.
-
-    Attributes:
-        source: A fact pool, as `read_pool` reads it; whoever calls `prepare` asks the base model for its facts.
     """
 
+    settings: CounterFactSettings
     name: ClassVar[str] = "counterfact"
-    metric: ClassVar[Metric] = "validation_accuracy"
-    classes: ClassVar[int | None] = None
-    asks_base: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sampled_validation(self.train_size, self.validation_size)
-        check_share(self.threshold)
 
     def check(self, tokenizer: Any) -> DataCheck:
         """Look into the pool; see `CheckedFinetune`."""
-        if not is_local(self.source):
-            return DataCheck(None, skipped=f"{self.source} is looked into when the base model is asked for its facts")
-        pool = read_pool(self.source, self.revision, self.config)
-        if len(pool) < self.train_size:
+        settings = self.settings
+        if not is_local(settings.source):
+            return DataCheck(
+                None, skipped=f"{settings.source} is looked into when the base model is asked for its facts"
+            )
+        pool = read_pool(settings.source, settings.revision, settings.config)
+        if len(pool) < settings.train_size:
             raise RetentionBenchError(
-                f"{self.source} holds {len(pool)} facts, and train_size is {self.train_size}. Lower train_size, or "
-                "give more facts."
+                f"{settings.source} holds {len(pool)} facts, and train_size is {settings.train_size}. "
+                "Lower train_size, or give more facts."
             )
         return DataCheck("a fact's prompt is read, and its true object trained on", rows=len(pool))
 
@@ -56,12 +65,13 @@ class CounterFact(Settings):
         Raises:
             RetentionBenchError: Fewer than `train_size` facts are left after filtering.
         """
+        settings = self.settings
         tokenizer = context.tokenizer
 
         def encode(fact: Fact) -> list[Example]:
             prompt, answer = tokenizer.encode(fact.question), object_ids(fact.target_true, tokenizer)
-            if len(prompt) + len(answer) > self.max_length:  # a part of an object would count as the whole
-                raise Unusable(f"do not fit into max_length {self.max_length}")
+            if len(prompt) + len(answer) > settings.max_length:  # a part of an object would count as the whole
+                raise Unusable(f"do not fit into max_length {settings.max_length}")
             return [Example([*prompt, *answer], [-100] * len(prompt) + answer)]
 
         rng = random.Random(context.seed)
@@ -72,10 +82,10 @@ class CounterFact(Settings):
             text=lambda fact: f"{fact.question} {fact.target_true}",
             contamination=contamination,
             dropped=dropped,
-            source=self.source,
+            source=settings.source,
             setting="train_size",
-            size=self.train_size,
+            size=settings.train_size,
             what="facts that the base model does not answer",
         )
-        validation = sample_validation(train, self.validation_size, rng)
+        validation = sample_validation(train, settings.validation_size, rng)
         return TuningData(train, validation, contamination.report(), dropped.report())

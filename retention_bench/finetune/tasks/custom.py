@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
@@ -9,39 +10,22 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 from pydantic import Field
 
-from retention_bench.finetune.base import DataCheck, Metric, TuningContext, TuningData
+from retention_bench.finetune.base import DataCheck, TuningContext, TuningData
 from retention_bench.finetune.contamination import ContaminationFilter
 from retention_bench.finetune.dataset_formats import FORMATS, DatasetFormat, encoder, labelled
 from retention_bench.finetune.dropped import Dropped
 from retention_bench.finetune.sampling import draw, format_of, look, sample_validation, samples, words
-from retention_bench.finetune.settings import (
-    Count,
-    Positive,
-    Recipe,
-    Size,
-    check_sampled_validation,
-    check_share,
-    check_steps,
-)
+from retention_bench.finetune.settings import Count, Metric, Positive, Size, TrainingSettings, check_sampled_validation
 
 VALIDATION = 100
 """Validation rows where no `validation_size` is set and there are as many training rows."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
-class Custom(Recipe):
-    """Whatever a data set's columns ask for, as in TRL.
-
-    `messages` are chats, with the loss on the assistant's turns, and so are ShareGPT's `conversations` and Alpaca's
-    `instruction`, `input` and `output`; `prompt` and `completion` are texts, with the loss on the completion and the
-    EOS behind it, or messages; `text` is modelled as it stands, with EOS at its end. A data set with several of these
-    is taken for the first of `FORMATS`. With `classes` set, `text` and `label` are classified like IMDB's.
-
-    The validation rows are sampled from the training rows. All defaults but those of `Recipe` are own choices, so that
-    a data set can be named without a suite's entry.
+class CustomSettings(TrainingSettings):
+    """See `TrainingSettings`; all defaults are our choices, so that a data set can be named without a suite's entry.
 
     Attributes:
-        source: A data file (see `Source`) or a Hub data set id (its split `train`).
         train_size: Training rows, sampled by seed from the rows that pass the contamination filter; None for all.
         validation_size: Validation rows; None for `VALIDATION`, or all training rows where those are fewer.
         threshold: The value of the metric that ends the run; the default is the paper's for instruction tuning of
@@ -51,9 +35,6 @@ class Custom(Recipe):
             classes the metric is the accuracy, and the threshold must be a share.
         stream: Whether a Hub data set is streamed instead of downloaded; see `Source.rows`. Needs a `train_size`.
     """
-
-    name: ClassVar[str] = "path"
-    asks_base: ClassVar[bool] = False
 
     batch_size: Count = 64
     train_size: Size | None = None
@@ -65,9 +46,6 @@ class Custom(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self.batch_size, self.max_steps)
-        if self.classes is not None:
-            check_share(self.threshold)
         if self.train_size is not None and self.validation_size is not None:
             check_sampled_validation(self.train_size, self.validation_size)
         if self.train_size is None and self.stream:
@@ -78,11 +56,27 @@ class Custom(Recipe):
         """The accuracy for a data set with classes, the loss for the others."""
         return "validation_loss" if self.classes is None else "validation_accuracy"
 
+
+@dataclasses.dataclass(frozen=True)
+class Custom:
+    """Whatever a data set's columns ask for, as in TRL.
+
+    `messages` are chats, with the loss on the assistant's turns, and so are ShareGPT's `conversations` and Alpaca's
+    `instruction`, `input` and `output`; `prompt` and `completion` are texts, with the loss on the completion and the
+    EOS behind it, or messages; `text` is modelled as it is, with EOS at its end. A data set with the columns of several
+    formats is read in the first of `FORMATS`. With `classes` set, `text` and `label` are classified like IMDB's. The
+    split of a Hub data set is `train`. The validation rows are sampled from the training rows.
+    """
+
+    settings: CustomSettings
+    name: ClassVar[str] = "path"
+
     def check(self, tokenizer: Any) -> DataCheck:
         """Look into the rows; see `CheckedFinetune`."""
-        size = self.train_size or self.validation_size
-        setting = "train_size" if self.train_size else "validation_size"
-        return look(self, self._formats, tokenizer, size=size, setting=setting, also=self._also)
+        settings = self.settings
+        size = settings.train_size or settings.validation_size
+        setting = "train_size" if settings.train_size else "validation_size"
+        return look(settings, self._formats, tokenizer, size=size, setting=setting, also=self._also)
 
     def prepare(self, context: TuningContext) -> TuningData:
         """Sample, filter and tokenise the rows.
@@ -91,28 +85,29 @@ class Custom(Recipe):
             UsageError: The source does not exist, its columns are none of those above, or the tokenizer cannot be used.
             RetentionBenchError: A row is malformed, or too few rows are left after filtering.
         """
-        encode = encoder(context.tokenizer, self.max_length)
-        data_format = format_of(self, self._formats, stream=self.stream, also=self._also)
+        settings = self.settings
+        encode = encoder(context.tokenizer, settings.max_length)
+        data_format = format_of(settings, self._formats, stream=settings.stream, also=self._also)
         rng = random.Random(context.seed)
         contamination, dropped = ContaminationFilter(context.terms), Dropped()
         train = draw(
-            samples(self, data_format, rng, dropped, stream=self.stream),
+            samples(settings, data_format, rng, dropped, stream=settings.stream),
             encode,
             text=words,
             contamination=contamination,
             dropped=dropped,
-            source=self.source,
+            source=settings.source,
             setting="train_size",
-            size=self.train_size,
+            size=settings.train_size,
         )
-        size = min(VALIDATION, len(train)) if self.validation_size is None else self.validation_size
+        size = min(VALIDATION, len(train)) if settings.validation_size is None else settings.validation_size
         validation = sample_validation(train, size, rng)
         return TuningData(train, validation, contamination.report(), dropped.report())
 
     @property
     def _formats(self) -> Sequence[DatasetFormat]:
-        return FORMATS if self.classes is None else [labelled(self.classes)]
+        return FORMATS if self.settings.classes is None else [labelled(self.settings.classes)]
 
     @property
     def _also(self) -> str:
-        return "; or text + label, with the setting classes" if self.classes is None else ""
+        return "; or text + label, with the setting classes" if self.settings.classes is None else ""

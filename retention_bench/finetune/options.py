@@ -1,0 +1,40 @@
+"""How a fine-tune is run, whatever it trains on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from retention_bench.errors import UsageError
+from retention_bench.finetune.freezing import parse_freeze
+
+ADAPTERS = ("none", "lora", "dora")
+"""What is trained in the weights' place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptions:
+    """Options that are the same for every task: plain values, checked.
+
+    Attributes:
+        freeze: What is kept from changing, see `parse_freeze`. With `none`, parameters that do not require a gradient
+            stay as they are.
+        adapter: `none`, or `lora` or `dora` on every linear map of the layers that are trained.
+        track_every: Optimiser steps between two points of the facts' trajectory; 0 for no trajectory.
+        accelerate: How the fine-tune is started on several GPUs: `ddp`, `fsdp` or a file that `accelerate config`
+            wrote; None for one device, in this process.
+
+    Raises:
+        UsageError: An option is none of these.
+    """
+
+    freeze: str = "none"
+    adapter: str = "none"
+    track_every: int = 0
+    accelerate: str | None = None
+
+    def __post_init__(self) -> None:
+        parse_freeze(self.freeze)
+        if self.adapter not in ADAPTERS:
+            raise UsageError(f"--adapter {self.adapter!r} is not known. Allowed: {', '.join(ADAPTERS)}.")
+        if self.track_every < 0:
+            raise UsageError(f"--track-every {self.track_every} is below 0. Give steps, or 0 for no trajectory.")
