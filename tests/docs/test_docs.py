@@ -174,7 +174,7 @@ def test_the_commands_that_ci_runs_are_marked(name):
     assert re.search(f"^<!-- {name} -->\n```bash\n.+\n```$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
-OTHERS = {"--use_cache", "--cache_requests"}
+OTHERS = {"--check", "--include_path"}
 """Options of other programs that pages speak of."""
 
 
@@ -412,8 +412,8 @@ def my_package(tmp_path, monkeypatch):
 def test_the_pages_editor_and_fine_tune_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RETENTION_BENCH_STORE", str(tmp_path / "store"))
-    assert "one-step" in rb.editors()
-    assert "poems" in rb.finetunes()
+    assert "one-step" in rb.list_editors()
+    assert "poems" in rb.list_finetunes()
     (tmp_path / "poems.txt").write_text("".join(f"The {n}th line of a poem says nothing.\n" for n in range(8)))
     given = {"facts.edited": 2, "facts.intrinsic": 4, "editors.one-step.edits_per_model": 2}
     given |= {"finetunes.poems.source": str(tmp_path / "poems.txt"), "finetunes.poems.max_steps": 2}
@@ -486,7 +486,7 @@ def test_a_kind_of_question_is_one_entry_and_one_file(copied, tmp_path, make_tok
         return done.stdout
 
     printed = run("score", "one", "two", "--facts", "facts.jsonl", "--device", "cpu", "--out", "scores")
-    assert printed.count("reverted") >= 2
+    assert "reverted" in printed
     rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
     asked = [row for row in rows if row["task"] == "retention_reverted"]
     assert [(row["total"], {s["target"] for s in row["samples"]}) for row in asked] == [(3, {"Paris"})] * 2

@@ -1,5 +1,6 @@
 """What a user's own type checker sees of the API, and what importing it costs."""
 
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -26,7 +27,7 @@ def main() -> None:
     print(share, rates["base"]["edited"].ci95, results.to_frame())
     reveal_type(edited.ci95)
     reveal_type(results.gap)
-    reveal_type(rb.editors())
+    reveal_type(rb.list_editors())
     facts: rb.FactSet = rb.FactSet.read("facts.jsonl")
     fact: rb.Fact = facts.edited.facts[0]
     for row in rb.score(["a"], facts=facts):
@@ -89,5 +90,7 @@ def test_all_names_of_the_api_are_there():
     import retention_bench as rb
 
     assert all(getattr(rb, name) is not None for name in rb.__all__)
+    # A package of such a name would take its place as soon as it is imported.
+    assert not [name for name in rb.__all__ if importlib.util.find_spec(f"retention_bench.{name}")]
     with pytest.raises(AttributeError, match="has no attribute 'evalute'"):
         rb.__getattr__("evalute")
