@@ -507,3 +507,15 @@ def test_a_kind_of_question_is_one_entry_and_one_file(copied, tmp_path, make_tok
         check=True,
     )
     assert done.stdout.split() == ["6"]
+
+
+def test_the_citations_agree():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert cited["version"] == rb.__version__
+    assert f"version = {{{rb.__version__}}}" in readme
+    [paper] = cited["references"]
+    for page in (readme, (ROOT / "tasks" / "README.md").read_text()):
+        assert paper["title"] in page
+        assert paper["url"].rpartition("/")[2] in page
+        assert " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]) in page
