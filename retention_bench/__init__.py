@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from retention_bench.version import __version__
 
 if TYPE_CHECKING:
-    from retention_bench.api import compare, editors, evaluate, finetunes, score, suites
+    from retention_bench.api import compare, evaluate, list_editors, list_finetunes, list_suites, score
     from retention_bench.errors import RetentionBenchError, UsageError
     from retention_bench.facts import Fact, FactSet
     from retention_bench.pipeline.suite import Suite, load_suite
@@ -29,12 +29,12 @@ _PLACES = {
     "Suite": "pipeline.suite",
     "UsageError": "errors",
     "compare": "api",
-    "editors": "api",
     "evaluate": "api",
-    "finetunes": "api",
+    "list_editors": "api",
+    "list_finetunes": "api",
+    "list_suites": "api",
     "load_suite": "pipeline.suite",
     "score": "api",
-    "suites": "api",
 }
 
 __all__ = [
@@ -48,19 +48,21 @@ __all__ = [
     "UsageError",
     "__version__",
     "compare",
-    "editors",
     "evaluate",
-    "finetunes",
+    "list_editors",
+    "list_finetunes",
+    "list_suites",
     "load_suite",
     "score",
-    "suites",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+if not TYPE_CHECKING:  # or a type checker would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:

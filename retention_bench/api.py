@@ -77,6 +77,8 @@ def evaluate(
         UsageError: The cell names something that does not exist, or `out` is not ours.
         RetentionBenchError: A stage cannot go on; everything computed before is kept.
     """
+    if isinstance(suite, Suite) and overrides:
+        raise UsageError("overrides go with the name of a suite. Give them to load_suite, which made this one.")
     cell = Cell(
         suite if isinstance(suite, Suite) else load_suite(suite, overrides),
         model=model,
@@ -192,17 +194,17 @@ def compare(*sides: PathLike, stage: str = "post_finetune", kinds: Collection[st
     return compared([os.fspath(side) for side in sides], stage=stage, kinds=kinds)
 
 
-def editors() -> list[str]:
+def list_editors() -> list[str]:
     """Names of the editors that can be used."""
     return EDITORS.names()
 
 
-def finetunes() -> list[str]:
+def list_finetunes() -> list[str]:
     """Names of the fine-tunes that can be used."""
     return FINETUNES.names()
 
 
-def suites() -> list[str]:
+def list_suites() -> list[str]:
     """Names of the suites that come with the package."""
     return suite_names()
 

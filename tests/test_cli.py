@@ -292,6 +292,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "finetune": "commoncrawl",
         "model": "atlas-llama",
         "notice": "A stand-in.",
+        "defaults": [],
         "paraphrases": 0,
         "defaults": [],
         "stages": {

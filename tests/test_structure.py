@@ -41,4 +41,4 @@ def test_the_wheel_has_the_world_and_nothing_that_makes_it(tmp_path):
     atlas = {name for name in names if name.startswith("retention_bench/atlas/")}
     assert {"retention_bench/atlas/data/facts.jsonl", "retention_bench/atlas/models/atlas-gpt2/config.json"} <= atlas
     assert not [name for name in atlas if name.endswith(".py")]
-    assert {"retention_bench/tasks/retention.yaml", "retention_bench/suites/atlas.yaml"} <= names
+    assert {f"retention_bench/{f}" for f in ("py.typed", "tasks/retention.yaml", "suites/atlas.yaml")} <= names

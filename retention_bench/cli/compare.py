@@ -7,7 +7,6 @@ import click
 from retention_bench.cli.options import json_option
 from retention_bench.display import say_json
 
-_KINDS = click.Choice(["edited", "intrinsic", "paraphrase", "locality"])
 _STAGES = click.Choice(["base", "post_edit", "post_finetune", "control_finetune"])
 
 
@@ -16,7 +15,7 @@ _STAGES = click.Choice(["base", "post_edit", "post_finetune", "control_finetune"
 @click.option(
     "--stage", type=_STAGES, default="post_finetune", show_default=True, help="The stage of a run without one."
 )
-@click.option("--kind", "kinds", type=_KINDS, multiple=True, help="Compare only this kind of question; repeatable.")
+@click.option("--kind", "kinds", multiple=True, help="Compare only this kind of question, as edited; repeatable.")
 @json_option("the comparison")
 def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json: bool) -> None:
     """Compare runs or scored checkpoints, fact by fact: what was lost, gained and kept.
@@ -32,8 +31,13 @@ def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json:
     Holm's correction for all pairs and kinds shown.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench.display import tables
+    from retention_bench.errors import unknown_name
     from retention_bench.results.compare import compared
+    from retention_bench.results.schema import KINDS
 
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown_name("kind of question", kind, KINDS)
     found = compared(sides, stage=stage, **({"kinds": kinds} if kinds else {}))
     if as_json:
         say_json(found)

@@ -27,9 +27,8 @@ from retention_bench.errors import UsageError
 )
 @click.option(
     "--tasks",
-    default="edited,intrinsic,paraphrase,locality",
-    show_default=True,
-    help="The kinds of question to ask, by commas.",
+    metavar="KIND,KIND",
+    help="The kinds of question to ask: edited, intrinsic, paraphrase, locality.  [default: all]",
 )
 @click.option("--also", default="", metavar="TASK,TASK", help="Tasks of lm-eval's own to run on the same live engine.")
 @click.option(
@@ -80,7 +79,8 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     from retention_bench.results.schema import KINDS
     from retention_bench.scoring.checkpoints import Options, score_checkpoints
 
-    kinds: Any = listed("--tasks", options.pop("tasks"), KINDS)
+    tasks = options.pop("tasks")
+    kinds: Any = tuple(KINDS) if tasks is None else listed("--tasks", tasks, KINDS)
     also = listed("--also", options.pop("also"))
     if ours := set(also) & {kind.task for kind in KINDS.values()}:
         raise UsageError(f"--also names {min(ours)}, a kind of question of our own. Give it with --tasks.")
