@@ -294,7 +294,6 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "notice": "A stand-in.",
         "defaults": [],
         "paraphrases": 0,
-        "defaults": [],
         "stages": {
             stage: dict.fromkeys(("edited", "paraphrase", "locality", "intrinsic"), rate)
             for stage in ("base", "post_edit", "post_finetune", "control_finetune")
