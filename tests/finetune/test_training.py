@@ -704,7 +704,7 @@ def test_a_merged_adapter_gives_the_logits_of_the_adapter(tune, request, family,
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"adapter": "prefix"}, "--adapter 'prefix' is not known. Allowed: none, lora, dora"),
+        ({"adapter": "prefix"}, "Unknown adapter 'prefix'. Allowed: dora, lora, none"),
         ({"freeze": "above:1"}, "--freeze 'above:1' is not known"),
         ({"track_every": -1}, "--track-every -1 is below 0"),
     ],
