@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,13 @@ import pydantic
 from retention_bench.data import find_file, locate, shortened
 from retention_bench.data.source import SUFFIXES
 from retention_bench.data.yaml_files import read_yaml
-from retention_bench.display import cut, line
+from retention_bench.display import cut, line, plain
 from retention_bench.errors import UsageError, unknown_name
 from retention_bench.finetune import parse_finetune
 from retention_bench.pipeline.overrides import is_place, override, parse_overrides
 from retention_bench.registry import EDITORS, FINETUNES
+
+_log = logging.getLogger("retention_bench")
 
 PACKAGED = Path(str(importlib.resources.files("retention_bench") / "suites"))
 
@@ -295,7 +298,10 @@ def load_suite(name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
             f"{path} must hold a mapping with the keys {', '.join(_keys(Suite))}, and holds {shortened(parsed)}."
         )
     if "statistics" in parsed:
-        raise UsageError(f"{path}: the section `statistics` is now called `covariance`. Rename it.")
+        if "covariance" in parsed:
+            raise UsageError(f"{path}: `statistics` is the old name of `covariance`, and both are there. Remove one.")
+        _log.warning("%s", plain(f"{path}: the section `statistics` is now called `covariance`. Rename it."))
+        parsed = {"covariance" if key == "statistics" else key: value for key, value in parsed.items()}
     parsed = _located(parsed, functools.partial(_place, path.resolve().parent))
     suite = _validated(parsed, str(path))
     given = parse_overrides(overrides)

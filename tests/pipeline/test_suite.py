@@ -205,8 +205,8 @@ def test_whatever_is_set_is_a_suite_or_an_error_in_one_line(first, more, value):
         (lambda s: s["covariance"].update(texts=2**40), "covariance.texts: Input should be less than"),
         (lambda s: s["covariance"].update(texts=10**30), "an integer is larger than any here may be"),
         (
-            lambda s: s.update(statistics=s.pop("covariance")),
-            "`statistics` is now called `covariance`",
+            lambda s: s.update(statistics=dict(s["covariance"])),
+            "`statistics` is the old name of `covariance`, and both are there",
         ),
         (lambda s: s["covariance"].update(file=""), "covariance.file: a path or a Hub id must not be empty, got ''"),
         (lambda s: s.update(directory="/"), "unknown key 'directory'"),
@@ -392,3 +392,9 @@ def test_a_model_without_weights_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(RetentionBenchError, match=r"model\.safetensors is a Git LFS pointer"):
         model_fingerprint(str(tmp_path), None)
+
+
+def test_the_old_name_of_the_covariance_section_still_works_and_is_said(tmp_path, caplog):
+    path = changed(tmp_path, lambda s: s.update(statistics=s.pop("covariance")))
+    assert load_suite(str(path)).covariance.texts == load_suite("atlas").covariance.texts
+    assert "the section `statistics` is now called `covariance`. Rename it." in caplog.text
