@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+import retention_bench as rb
+from retention_bench.cli import main
 from retention_bench.display.results import print_results
 from retention_bench.editors import EditRequest
 from retention_bench.errors import RetentionBenchError, UsageError
@@ -490,6 +493,34 @@ def micro(small_suite, tmp_path_factory):
     asked, store = cell(root / "suite.yaml", editor="ft", track_every=1), Store(root / "store")
     results = evaluate(asked, store=store, out=root / "out")
     return asked, store, results
+
+
+def test_the_api_and_the_command_line_give_the_same_results(micro, tmp_path, monkeypatch):
+    _asked, store, results = micro
+    suite = str(store.root.parent / "suite.yaml")
+    same = {"editor": "ft", "finetune": "tulu3", "suite": suite, "device": "cpu", "track_every": 1}
+    ours = rb.evaluate(**same, out=tmp_path / "api", store=tmp_path / "store", quiet=True)
+    assert timeless(ours.to_dict()) == timeless(results)
+    monkeypatch.setenv("RETENTION_BENCH_STORE", str(tmp_path / "store"))
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in same.items()]
+    done = CliRunner().invoke(main, ["evaluate", *words, "--out", str(tmp_path / "cli")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "cli" / "results.json").read_bytes() == (tmp_path / "api" / "results.json").read_bytes()
+
+
+def test_results_are_saved_read_and_tabled(finished, tmp_path):
+    _, out, results = finished
+    found = rb.Results.load(out)
+    found.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (out / "results.json").read_bytes()
+    assert rb.Results.load(tmp_path / "again.json") == found
+    table = found.to_frame()
+    [row] = table[table.experiment.isna() & (table.stage == "post_edit") & (table.kind == "edited")].itertuples()
+    assert (row.hits, row.total, row.low) == (
+        *(results["stages"]["post_edit"]["edited"][name] for name in ("hits", "total")),
+        results["stages"]["post_edit"]["edited"]["ci95"][0],
+    )
+    assert set(rb.Results.model_json_schema()["required"]) <= set(results)
 
 
 def flipped(path, data):
