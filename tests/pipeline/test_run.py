@@ -197,7 +197,8 @@ def test_a_fine_tune_that_diverges_is_scored_and_marked(finished, small_suite, t
 @pytest.mark.slow
 def test_a_data_set_of_ones_own_needs_no_entry_in_the_suite(finished, small_suite, tmp_path):
     store, _, _ = finished
-    rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in ("red", "green", "blue") * 20]
+    words = ("red", "green", "blue") * 20
+    rows = [{"prompt": f"Say {word}, {n}.", "completion": f" {word}"} for n, word in enumerate(words)]
     own = []
     for folder, some in (("a", rows), ("b", rows[1:])):
         path = tmp_path / folder / "own.jsonl"
