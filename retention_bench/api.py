@@ -14,8 +14,8 @@ from retention_bench.errors import UsageError
 from retention_bench.facts import FactSet, load_pool
 from retention_bench.pipeline.cell import Cell, plan
 from retention_bench.pipeline.folder import default_folder
+from retention_bench.pipeline.run import announced
 from retention_bench.pipeline.run import evaluate as run
-from retention_bench.pipeline.stage import Bench
 from retention_bench.pipeline.suite import Suite, load_suite, suite_names
 from retention_bench.registry import EDITORS, FINETUNES
 from retention_bench.results.compare import compared
@@ -95,10 +95,9 @@ def evaluate(
         covariance=covariance,
     )
     planned = plan(cell)
-    written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
     folder = default_folder(cell, planned) if out is None else Path(out)
     kept = _store(store)
-    with _progress(Bench(kept).ahead(planned) + written, quiet) as (announce, progress):
+    with _progress(announced(planned, kept, save_checkpoints=save_checkpoints), quiet) as (announce, progress):
         return run(
             planned,
             store=kept,

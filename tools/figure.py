@@ -28,7 +28,7 @@ TOP, ROW, LINE = 84, 76, 20
 
 
 def figure(runs: Sequence[Results]) -> str:
-    """The SVG: a panel a run, a group of rows a kind of question, a row a stage with its rate and 95 % interval.
+    """The SVG: one panel for each run, with the rates of all stages and their intervals for each kind of question.
 
     Args:
         runs: Results of cells.

@@ -16,5 +16,5 @@ def main() -> None:
     """Which edits of a language model's knowledge survive fine-tuning.
 
     retention-bench edits facts into a model, fine-tunes it downstream, and scores how many edited facts, and how many
-    facts that were never edited, it still answers.
+    intrinsic facts, it still answers.
     """

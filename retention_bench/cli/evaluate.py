@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -116,27 +116,18 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the stages that would run, and which are in the store already.")
 @json_option("the results")
 def evaluate(
-    editor: str,
-    finetune: str,
     suite: str,
     overrides: tuple[str, ...],
-    model: str | None,
-    seed: int,
-    paraphrases: int,
-    paraphrase_source: str,
-    freeze: str,
-    adapter: str,
     track_every: int,
     probe_every: int | None,
     probe_fact: tuple[str, ...],
-    accelerate_config: str | None,
-    covariance: str | None,
     out: Path | None,
     device: str,
     save_checkpoints: bool,
     plan_file: Path | None,
     dry_run: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Edit, fine-tune and score one cell: an editor and a fine-tune on one model.
 
@@ -145,11 +136,11 @@ def evaluate(
     """
     from retention_bench.display.progress import show_progress
     from retention_bench.display.results import print_plan, print_results, print_tokens
-    from retention_bench.pipeline import Bench, Cell, load_suite, plan
+    from retention_bench.pipeline import Cell, load_suite, plan
     from retention_bench.pipeline.folder import default_folder
     from retention_bench.pipeline.plan_file import write_plan
+    from retention_bench.pipeline.run import announced, preview
     from retention_bench.pipeline.run import evaluate as run
-    from retention_bench.pipeline.run import preview
     from retention_bench.store import Store, default_root
     from retention_bench.store.store import read_jsonl
 
@@ -157,21 +148,8 @@ def evaluate(
     if probe_fact and not track_every:
         raise UsageError("--probe-fact goes with --track-every N, which says how often the facts are asked.")
     store = Store(default_root())
-    cell = Cell(
-        load_suite(suite, overrides),
-        model=model,
-        editor=editor,
-        finetune=finetune,
-        seed=seed,
-        device=chosen_device(device),
-        paraphrases=paraphrases,
-        paraphrase_source=paraphrase_source,
-        freeze=freeze,
-        adapter=adapter,
-        track_every=track_every,
-        accelerate_config=accelerate_config,
-        covariance=covariance,
-    )
+    # The other options are named as the fields of a cell are.
+    cell = Cell(load_suite(suite, overrides), device=chosen_device(device), track_every=track_every, **chosen)
     planned = plan(cell)
     out = out or default_folder(cell, planned)
     if probe_fact:
@@ -187,8 +165,8 @@ def evaluate(
         else:
             print_plan(found["stages"], store.root, found["estimate"], found["data"])
         return
-    written = 2 + 2 * len(planned.experiments) if save_checkpoints else 0
-    with show_progress(Bench(store).ahead(planned) + written) as (announce, progress):
+    titles = announced(planned, store, save_checkpoints=save_checkpoints)
+    with show_progress(titles) as (announce, progress):
         results = run(
             planned, store=store, out=out, progress=progress, announce=announce, save_checkpoints=save_checkpoints
         ).to_dict()

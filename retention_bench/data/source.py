@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retention_bench.data.durable import file_sha256
 from retention_bench.data.files import (
     MAX_LINE,
     cut,
@@ -249,20 +248,6 @@ class Source:
                 raise cells
             return list(cells)
         raise self._no_rows()
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies the rows: the hash of a local file, or the Hub id at its revision.
-
-        Raises:
-            UsageError: The local file does not exist, or is none; or the Hub data set has no revision.
-            RetentionBenchError: The local file cannot be read, or is a Git LFS pointer.
-        """
-        if not self.is_local:
-            self._check_revision()
-            return {"hub": self.name, "revision": self.revision, "config": self.config, "split": self.split}
-        path = self._path()
-        open_bytes(path).close()
-        return {"sha256": file_sha256(path)}
 
     def unreachable(self) -> str | None:
         """Why the data cannot be looked into now, in words; None where it can, as every local file.

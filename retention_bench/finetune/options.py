@@ -20,8 +20,6 @@ class FinetuneOptions:
             stay as they are.
         adapter: `none`, or `lora` or `dora` on every linear map of the layers that are trained.
         track_every: Optimiser steps between two points of the facts' trajectory; 0 for no trajectory.
-        accelerate: How the fine-tune is started on several GPUs: `ddp`, `fsdp` or a file that `accelerate config`
-            wrote; None for one device, in this process.
 
     Raises:
         UsageError: An option is none of these.
@@ -30,7 +28,6 @@ class FinetuneOptions:
     freeze: str = "none"
     adapter: str = "none"
     track_every: int = 0
-    accelerate: str | None = None
 
     def __post_init__(self) -> None:
         parse_freeze(self.freeze)

@@ -97,12 +97,12 @@ def plan(cell: Cell) -> Gather:
     """
     suite = cell.suite
     model_name, config = suite.model(cell.model)
-    registered, editor = _editor(cell, config)
-    given_by = {
-        f"editor {cell.editor}": suite.editor(cell.editor, config).given_by,
-        f"fine-tune {cell.finetune}": suite.finetune(cell.finetune, config).given_by,
-    }
-    task, finetune, data, finetune_name = _finetune(cell, config)
+    named, tuned_by = suite.editor(cell.editor, config), suite.finetune(cell.finetune, config)
+    registered, task = named.registered, tuned_by.registered
+    editor: Editor = EDITORS.make(registered, named.settings, entry=cell.editor)
+    finetune: Task = FINETUNES.make(task, tuned_by.settings)
+    data, finetune_name = _data(cell, task, finetune)
+    own = {f"editor {cell.editor}": named, f"fine-tune {cell.finetune}": tuned_by}
     options = FinetuneOptions(cell.freeze, cell.adapter, cell.track_every)
     freeze = parse_freeze(cell.freeze)
     _check_trainable(config, freeze)
@@ -189,7 +189,7 @@ def plan(cell: Cell) -> Gather:
         base=score("the base model", None, everyone),
         experiments=tuple(experiments),
         control=score("the control", tuned("unedited control", everyone, None, edits), everyone),
-        defaults=tuple(what for what, by in given_by.items() if by != "suite"),
+        defaults=tuple(what for what, found in own.items() if found.given_by != "suite"),
         seed=cell.seed,
         real=suite.real,
     )
@@ -222,26 +222,16 @@ def _covariance_file(cell: Cell) -> str | None:
     return None if file is None else str(find_file(file, "covariance file"))
 
 
-def _editor(cell: Cell, config: ModelConfig) -> tuple[str, Editor]:
-    """The editor's registered name, and the editor with the suite's settings or its own defaults."""
-    found = cell.suite.editor(cell.editor, config)
-    editor: Editor = EDITORS.make(found.registered, found.settings, entry=cell.editor)
-    return found.registered, editor
-
-
-def _finetune(cell: Cell, config: ModelConfig) -> tuple[str, Task, Rows, str]:
-    """The fine-tune's registered name, the fine-tune with its settings, its data, and its name in the results."""
-    found = cell.suite.finetune(cell.finetune, config)
-    task = found.registered
-    finetune: Task = FINETUNES.make(task, found.settings)
+def _data(cell: Cell, task: str, finetune: Task) -> tuple[Rows, str]:
+    """The fine-tune's data, and its name in the results."""
     settings = finetune.settings
     fingerprint = source_fingerprint(settings.source, settings.revision)
     data = Rows(settings.source, fingerprint, settings.config, settings.revision)
     if cell.finetune == task:
-        return task, finetune, data, task
+        return data, task
     # Files of one name in two folders are told apart by what is in them.
     told_apart = str(fingerprint.get("sha256", settings.revision))[:8]
-    return task, finetune, data, f"{task}:{Path(settings.source).name}@{told_apart}"
+    return data, f"{task}:{Path(settings.source).name}@{told_apart}"
 
 
 def _launcher(cell: Cell, finetune: Task) -> Launcher | None:

@@ -78,9 +78,9 @@ def _typed(hint: Any, value: Any, made: Mapping[str, Stage], place: str) -> Any:
     [record, *_] = records
     if isinstance(value, list):
         return tuple(_typed(record, part, made, place) for part in value)
-    for one in records:
-        if issubclass(one, Stage) and isinstance(value, str):
-            if value not in made:
-                raise UsageError(f"{place}: the plan has no stage {value!r} before this one. Make the plan anew.")
-            return made[value]
+    if isinstance(value, str) and issubclass(record, Stage):
+        found = made.get(value)
+        if not isinstance(found, tuple(records)):
+            raise UsageError(f"{place}: the plan has no such stage {value!r} before this one. Make the plan anew.")
+        return found
     return _made(record, value, made, place)

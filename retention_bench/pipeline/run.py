@@ -70,6 +70,11 @@ def evaluate(
     return Results.load(folder)
 
 
+def announced(last: Gather, store: Store, *, save_checkpoints: bool) -> int:
+    """How many titles `evaluate` will announce."""
+    return Bench(store).ahead(last) + (len(_scored(last)) if save_checkpoints else 0)
+
+
 def _scored(last: Gather) -> dict[str, Score]:
     """All scores of a cell, by the name that the scored model has as a checkpoint."""
     scores = {"base": last.base}

@@ -7,6 +7,7 @@ bench computes it.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -59,7 +60,7 @@ class Rows(Input):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(abc.ABC):
     """What all stages have. Each is a frozen dataclass in a file of its own below `stages/`.
 
     Fields are JSON values, dataclasses of them, inputs and other stages. All are a part of the key but those that are
@@ -71,10 +72,11 @@ class Stage:
     version: ClassVar[int]
     """Raised when the stage's mathematics or files change, so that results of the old one are not found any more."""
 
+    @abc.abstractmethod
     def title(self) -> str:
         """What it does, for people."""
-        raise TypeError(f"{type(self).__name__} has no title")
 
+    @abc.abstractmethod
     def run(self, folder: Path, bench: Bench) -> None:
         """Compute the result.
 
@@ -82,7 +84,6 @@ class Stage:
             folder: Where its files go.
             bench: Gives the folders of the stages that this one needs, and the base model.
         """
-        raise TypeError(f"{type(self).__name__} cannot be run")
 
     @functools.cached_property
     def key(self) -> str:

@@ -326,18 +326,8 @@ def test_nothing_but_a_regular_file_of_a_known_kind_is_opened(tmp_path):
         (str(tmp_path / "a.txt"), "is of no known kind. Allowed: .jsonl, .jsonl.gz, .jsonl.zst"),
     ):
         given = Source(name, what="corpus file")
-        for read in (lambda given=given: list(given.rows()), given.table, given.columns, given.fingerprint):
+        for read in (lambda given=given: list(given.rows()), given.table, given.columns):
             assert isinstance(refused(says, read), UsageError)
-
-
-def test_a_fingerprint_is_of_the_content(tmp_path):
-    one, other = (Source(put(tmp_path, suffix, FORMATS[".jsonl"](ROWS))) for suffix in (".jsonl", ".json"))
-    assert one.fingerprint() == other.fingerprint()
-    put(tmp_path, ".json", FORMATS[".jsonl"](ROWS[:1]))
-    assert one.fingerprint() != other.fingerprint()
-    hub = Source("owner/rows", "abc", "en", "test")
-    assert hub.fingerprint() == {"hub": "owner/rows", "revision": "abc", "config": "en", "split": "test"}
-    refused("'owner/rows' needs a `revision`", Source("owner/rows").fingerprint)
 
 
 # The Hub

@@ -50,7 +50,7 @@ def test_a_plan_that_was_changed_is_refused(planned, tmp_path):
         ({"seed": 1}, "makes the key"),
         ({"seed": "x"}, "seed: "),
         ({"more": 1}, "differ in 'more'"),
-        ({"knowledge": "0" * 32}, "has no stage"),
+        ({"knowledge": "0" * 32}, "has no such stage"),
     ):
         values = {**entries[found]["values"], **change}
         path.write_text(json.dumps({**entries, found: {"stage": "facts", "values": values}}))
@@ -103,3 +103,14 @@ def test_one_stage_is_computed_by_its_key_in_a_process_of_its_own(small_suite, t
     assert json.loads(done.stdout)["folder"] == str(tmp_path / "store" / "facts" / key)
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["facts", "knowledge"]
     assert CliRunner().invoke(main, ["stage", str(path), "nothing"]).exit_code == 2
+
+
+def test_a_plan_with_a_stage_of_another_kind_in_its_place_is_refused(planned, tmp_path):
+    path = tmp_path / "plan.json"
+    write_plan(planned, path)
+    entries = json.loads(path.read_text())
+    keys = {entry["stage"]: key for key, entry in entries.items()}
+    entries[keys["results"]]["values"]["base"] = keys["facts"]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(UsageError, match="base: the plan has no such stage"):
+        read_plan(path, STAGES)

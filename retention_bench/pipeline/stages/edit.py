@@ -63,8 +63,8 @@ class Edit(Stage):
             generator = torch.Generator().manual_seed(self.seed)
             return sample_context_templates(*bench.base(self.model), generator, lengths=editor.template_lengths)
 
-        # Read and sampled once, not for every edited copy of the model.
-        sampled = bench.once(("templates", self.model.path, self.seed, editor.template_lengths), templates)
+        # Sampled once, not for every edited copy; the key of what the model knows tells models apart by their content.
+        sampled = bench.once(("templates", self.facts.knowledge.key, self.seed, editor.template_lengths), templates)
         context = EditContext(
             covariance=self.covariance.read(bench) if self.covariance else None,
             templates=sampled,

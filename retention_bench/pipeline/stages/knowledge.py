@@ -34,7 +34,7 @@ class Knowledge(Stage):
         return "what the base model knows"
 
     def run(self, folder: Path, bench: Bench) -> None:
-        """Write `facts.jsonl`, the pool, and `knowledge.jsonl`, a row a fact."""
+        """Write `facts.jsonl`, the pool, and `knowledge.jsonl`, one row for each fact."""
         facts = read_pool(self.pool.path, self.pool.revision, self.pool.config)
         facts.write(folder / "facts.jsonl")
         known = knowledge(*bench.base(self.model), facts, progress=bench.progress)

@@ -1,4 +1,4 @@
-"""More prompts for the edited facts, for edits that shall hold in other words too."""
+"""More prompts for the edited facts, which the edits are made with too."""
 
 from __future__ import annotations
 
