@@ -84,8 +84,7 @@ def train(
         device: `"cpu"` or `"cuda"`; the model is moved there and stays. A single process must see a single GPU, or the
             trainer would copy the model to all of them in every step.
         unknown: As in `TuningContext`.
-        options: What is frozen, which adapter is trained, and how often `track` is called. `accelerate` is for whoever
-            starts the processes.
+        options: What is frozen, which adapter is trained, and how often `track` is called.
         edited: The layers that an edit changed, for `options.freeze`.
         track: Takes a point of the facts' trajectory, see `Track`; given with `options.track_every`, and not without.
         progress: Called at every step with the loss.
