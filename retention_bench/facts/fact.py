@@ -30,6 +30,7 @@ class Fact:
         target_new: The counterfactual object o*, without leading space; None for a fact that is not to be edited.
         paraphrases: Other prompts for the same triple, subject filled in.
         neighborhood: Prompts about other subjects whose object is also `target_true`.
+        matched: Whether a fact that is not to be edited has a relation that edited facts have too.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Fact:
     target_new: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighborhood: tuple[str, ...] = ()
+    matched: bool = False
 
     def __post_init__(self) -> None:
         for name in ("id", "subject", "relation", "prompt", "target_true"):
@@ -48,6 +50,10 @@ class Fact:
             raise ValueError(f"prompt must contain '{{}}' exactly once, got {shortened(self.prompt)}")
         if self.target_new is not None:
             _check_text("target_new", self.target_new, or_null=True)
+        if not isinstance(self.matched, bool):
+            raise ValueError(f"matched must be true or false, got {shortened(self.matched)}")
+        if self.matched and self.target_new is not None:
+            raise ValueError("matched is for facts that are not edited, and this one has a target_new")
         for name in ("paraphrases", "neighborhood"):
             texts = getattr(self, name)
             # Where a fact has none, datasets and pandas write null.
@@ -75,10 +81,13 @@ class Fact:
 
     def to_json(self) -> dict[str, Any]:
         """The fact as a dict of plain JSON values."""
-        return dataclasses.asdict(self) | {
+        row = dataclasses.asdict(self) | {
             "paraphrases": list(self.paraphrases),
             "neighborhood": list(self.neighborhood),
         }
+        if not self.matched:
+            del row["matched"]
+        return row
 
     @classmethod
     def from_json(cls, row: Any) -> Fact:
@@ -115,7 +124,7 @@ def _check_text(name: str, value: Any, *, or_null: bool = False) -> None:
 class FactSet:
     """An ordered set of facts with unique ids.
 
-    A fact with a `target_new` is an edited one, a fact without is intrinsic, so one file holds both roles.
+    A fact with a `target_new` is an edited one, a fact without is intrinsic, so one file holds all roles.
     """
 
     facts: tuple[Fact, ...]
@@ -141,8 +150,13 @@ class FactSet:
 
     @property
     def intrinsic(self) -> FactSet:
-        """The facts without a counterfactual object."""
-        return FactSet(tuple(f for f in self.facts if f.target_new is None))
+        """The facts without a counterfactual object, but for the matched ones."""
+        return FactSet(tuple(f for f in self.facts if f.target_new is None and not f.matched))
+
+    @property
+    def intrinsic_matched(self) -> FactSet:
+        """The facts without a counterfactual object whose relations edited facts have too."""
+        return FactSet(tuple(f for f in self.facts if f.target_new is None and f.matched))
 
     @property
     def sha256(self) -> str:

@@ -110,7 +110,7 @@ class Facts(Stage):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The facts that one model is asked: those of the cell's edited ones that it holds, and all intrinsic ones.
+    """The facts that one model is asked: those of the cell's edited ones that it holds, and all that are not edited.
 
     Attributes:
         start: The first of its edited facts.
@@ -122,4 +122,5 @@ class Group:
 
     def of(self, facts: FactSet) -> FactSet:
         """Its facts among a cell's."""
-        return FactSet.of([*facts.edited.facts[self.start : self.stop], *facts.intrinsic])
+        edited = facts.edited.facts[self.start : self.stop]
+        return FactSet.of([*edited, *facts.intrinsic, *facts.intrinsic_matched])
