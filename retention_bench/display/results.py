@@ -16,7 +16,7 @@ from retention_bench.display.streams import screen
 
 
 def print_plan(
-    stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, int], data: Mapping[str, Any] | None = None
+    stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, Any], data: Mapping[str, Any] | None = None
 ) -> None:
     """Print the stages of a plan, whether the store holds them, and what the fine-tunes will take and read.
 
@@ -35,8 +35,10 @@ def print_plan(
     console.print(table)
     console.print(f"Store: {line(store)}", soft_wrap=True)
     memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
+    known = estimate["steps"] is not None
+    steps = f"{estimate['steps']:,} optimiser steps at most" if known else "as many steps as their horizon takes"
     console.print(
-        f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
+        f"{estimate['finetunes']} fine-tunes to run, {steps}. Each trains "
         f"{estimate['trainable']:,} of {estimate['parameters']:,} parameters at most and takes up to {memory} of "
         f"memory, activations apart; the store grows by up to {disk}.",
         soft_wrap=True,
@@ -223,8 +225,15 @@ def _learned(results: Mapping[str, Any]) -> Text:
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     below = logs[0]["metric"] == "validation_loss"
     metric, threshold = logs[0]["metric"].replace("_", " "), logs[0]["threshold"]
+    sign = "<" if below else ">"
+    if results["learned"] and logs[0]["stopped_by"] == "horizon":
+        passed = sorted({log["passed_at"]["step"] for log in logs})
+        between = f"{passed[0]}" if len(passed) == 1 else f"{passed[0]} to {passed[-1]}"
+        return Text(
+            f"Every fine-tune went on for {span} steps and passed its threshold ({line(metric)} {sign} {threshold:g}) "
+            f"after {between}."
+        )
     if results["learned"]:
-        sign = "<" if below else ">"
         return Text(f"Every fine-tune reached its threshold ({line(metric)} {sign} {threshold:g}) after {span} steps.")
     reasons = results["not_learned"]
     more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
@@ -287,11 +296,11 @@ def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
         show_edge=False,
         pad_edge=False,
     )
-    for column in ("step", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
+    for column in ("step", "models", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
         table.add_column(column, justify="right")
     for step in steps:
         edited, intrinsic = step["edited"], step["intrinsic"]
         figures = (_probability(edited[name]) for name in ("edited", "true", "related", "other"))
         own = (f"{100 * intrinsic['rate']:.0f} %", _probability(intrinsic["true"]))
-        table.add_row(f"{step['step']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
+        table.add_row(f"{step['step']}", f"{step['models']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
     return table

@@ -62,7 +62,9 @@ class Cell:
         paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
         freeze: What the fine-tunes must not change, see `parse_freeze`.
         adapter: What they train in the weights' place: `none`, `lora` or `dora`.
-        track_every: Optimiser steps between two points of the trajectory of all facts; 0 for no trajectory.
+        track_every: All facts are looked at wherever a fine-tune is evaluated; with more than 0, also every so many
+            steps. None for no trajectory.
+        horizon: Where the fine-tunes end, see `parse_horizon`.
         accelerate_config: How fine-tunes are started on several GPUs, see `launcher`; None for one, in this process.
         covariance: A file of the covariance of the keys, in place of one that is collected.
     """
@@ -77,7 +79,8 @@ class Cell:
     paraphrase_source: str = "own"
     freeze: str = "none"
     adapter: str = "none"
-    track_every: int = 0
+    track_every: int | None = 0
+    horizon: str = "threshold"
     accelerate_config: str | None = None
     covariance: str | None = None
 
@@ -103,7 +106,7 @@ def plan(cell: Cell) -> Gather:
     finetune: Task = FINETUNES.make(task, tuned_by.settings)
     data, finetune_name = _data(cell, task, finetune)
     own = {f"editor {cell.editor}": named, f"fine-tune {cell.finetune}": tuned_by}
-    options = FinetuneOptions(cell.freeze, cell.adapter, cell.track_every)
+    options = FinetuneOptions(cell.freeze, cell.adapter, cell.track_every, cell.horizon)
     freeze = parse_freeze(cell.freeze)
     _check_trainable(config, freeze)
     start = _launcher(cell, finetune)
@@ -144,7 +147,7 @@ def plan(cell: Cell) -> Gather:
             data=data,
             unknown=unknown,
             options=options,
-            tracked=Tracked(group, paraphrases) if cell.track_every else None,
+            tracked=Tracked(group, paraphrases) if cell.track_every is not None else None,
             launcher=start,
             seed=cell.seed,
             called=(finetune_name, label),
@@ -242,6 +245,11 @@ def _launcher(cell: Cell, finetune: Task) -> Launcher | None:
         raise UsageError(
             f"{start.processes} processes cannot share the {finetune.settings.batch_size} rows of a step equally. Set "
             f"num_processes, in a file for --accelerate-config, to a divisor of {finetune.settings.batch_size}."
+        )
+    if start and start.sharded and cell.track_every is not None and finetune.settings.classes is not None:
+        raise UsageError(
+            f"Under FSDP a model cannot be asked while {cell.finetune} trains its backbone below another head. Give "
+            "--track-every off, or --accelerate-config ddp."
         )
     return start
 

@@ -34,6 +34,8 @@ def default_folder(cell: Cell, plan: Gather) -> Path:
         folder /= _part(f"freeze-{cell.freeze}")
     if cell.adapter != "none":
         folder /= _part(cell.adapter)
+    if cell.horizon != "threshold":
+        folder /= _part(cell.horizon)
     return folder / f"seed-{cell.seed}"
 
 

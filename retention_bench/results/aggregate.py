@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from retention_bench.analysis import Rate as Counted
-from retention_bench.analysis import clustered, detectable, detectable_paired, gap, rate, retention
+from retention_bench.analysis import clustered, detectable, detectable_paired, gap, retention
 from retention_bench.results.schema import KINDS, STAGES, Detectable, Difference, Rate, Rates, Retention, Sample
 
 MODELS = 5
 """With fewer edited models, nothing can be said of how much they differ; rates then hold for these models."""
-
-Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,29 +118,3 @@ def _clustering(kind: str, samples: Sequence[Sample]) -> str:
     models = {sample.experiment for sample in samples}
     several = len({sample.fact_id for sample in samples}) > len(models)
     return "experiment" if KINDS[kind].about == "edited" and several and len(models) >= MODELS else "fact"
-
-
-def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The course of the fine-tunes of the edited models, step by step, for each kind of fact.
-
-    Args:
-        rows: As in `trajectory.jsonl`; those of the control are left out.
-
-    Returns:
-        By step: how many models were still trained, and for edited and intrinsic facts the hit rate and the mean
-        probability of every class of tokens.
-    """
-    grouped: dict[int, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["experiment"] is not None:
-            grouped[row["step"]][row["kind"]].append(row)
-    summary = []
-    for step, kinds in sorted(grouped.items()):
-        entry: dict[str, Any] = {"step": step, "models": len({r["experiment"] for k in kinds.values() for r in k})}
-        for kind, some in kinds.items():
-            entry[kind] = rate(sum(r["hit"] for r in some), len(some)).to_json()
-            for name in ("true", "edited", "related", "other"):
-                values = [r[name] for r in some if r[name] is not None]
-                entry[kind][name] = sum(values) / len(values) if values else None
-        summary.append(entry)
-    return summary

@@ -167,7 +167,7 @@ def finetune(make_tokenizer, make_model, tmp_path):
         settings=settings,
         data=Rows(texts, source_fingerprint(texts, None)),
         unknown=None,
-        options=FinetuneOptions(track_every=2),
+        options=FinetuneOptions(),
         tracked=Tracked(Group(0, 1), None),
         launcher=launcher(config(tmp_path), "cpu"),
         seed=0,

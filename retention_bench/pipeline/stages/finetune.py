@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from retention_bench.data.durable import write_text
+from retention_bench.facts import FactSet
 from retention_bench.finetune import Finetune as Task
 from retention_bench.finetune import FinetuneOptions, Terms
 from retention_bench.pipeline.distributed.launching import Launcher, launch
@@ -20,9 +21,10 @@ from retention_bench.pipeline.stages.paraphrases import Paraphrases, asked
 from retention_bench.pipeline.stages.unknown import Unknown
 from retention_bench.registry import FINETUNES
 from retention_bench.store import OUTSIDE, Input
+from retention_bench.store.store import read_jsonl
 
 if TYPE_CHECKING:
-    from retention_bench.finetune import Track
+    from retention_bench.finetune import Dose, Track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Finetune(Stage):
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     model: Model
     facts: Facts
@@ -108,6 +110,13 @@ class Finetune(Stage):
         """How it went, see `FinetuneLog`."""
         found: dict[str, Any] = json.loads((bench.get(self) / "log.json").read_text(encoding="utf-8"))
         return found
+
+    def trajectory(self, bench: Bench) -> list[dict[str, Any]]:
+        """What was seen of the facts while the model was trained, a row for each fact and look; none if untracked.
+
+        Each row has the dose up to there (`step`, `tokens`, `epoch`), the fact's `relation`, and what `Probe` has.
+        """
+        return read_jsonl(bench.get(self) / "trajectory.jsonl") if self.tracked is not None else []
 
     def train(self, folder: Path, work: Path, bench: Bench, micro_batch_size: int | None = None) -> None:
         """Edit a model, train it and write it.
@@ -165,7 +174,7 @@ class Finetune(Stage):
             points = sorted(path for path in work.glob(TRAJECTORY) if path.name <= last)
             write_text(folder / "trajectory.jsonl", "".join(point.read_text(encoding="utf-8") for point in points))
 
-    def _asked(self, bench: Bench) -> Any:
+    def _asked(self, bench: Bench) -> tuple[FactSet, Any]:
         assert self.tracked is not None
         facts = self.tracked.group.of(asked(self.facts, self.tracked.paraphrases, bench))
         return facts, self.facts.knowledge.objects(bench)
@@ -177,13 +186,17 @@ class Finetune(Stage):
 
         if self.tracked is None:
             return None
-        prober = Prober(model, tokenizer, *self._asked(bench))
+        facts, objects = self._asked(bench)
+        prober = Prober(model, tokenizer, facts, objects)
+        relations = {fact.id: fact.relation for fact in facts}
 
-        def track(step: int) -> None:
+        def track(dose: Dose) -> None:
             probes = prober.look()
             if processes.index() == 0:
-                points = ({"step": step, **probe.to_json()} for probe in probes)
+                points = (
+                    {**dose._asdict(), "relation": relations[probe.fact_id], **probe.to_json()} for probe in probes
+                )
                 rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in points)
-                write_text(work / f"trajectory-{step:09}.jsonl", "".join(rows))
+                write_text(work / f"trajectory-{dose.step:09}.jsonl", "".join(rows))
 
         return track

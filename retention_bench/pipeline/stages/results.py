@@ -16,10 +16,11 @@ from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Finetune
 from retention_bench.pipeline.stages.score import Score
-from retention_bench.results.aggregate import aggregate, rates, summarise
+from retention_bench.results.aggregate import aggregate, rates
 from retention_bench.results.schema import SCHEMA_VERSION, Results, Sample
+from retention_bench.results.trajectory import summarise
 from retention_bench.store import OUTSIDE
-from retention_bench.store.store import Store, manifest, read_jsonl, versions
+from retention_bench.store.store import Store, manifest, versions
 from retention_bench.version import PACKAGE
 
 
@@ -59,8 +60,8 @@ class Gather(Stage):
         editor: The editor's name in the suite.
         finetune: The fine-tune's name in the results.
         base: The score of the base model.
-        experiments: The edited models.
         control: The score of the unedited control.
+        experiments: The edited models.
         defaults: What the suite has no settings for, so that its own defaults were used.
         seed: The cell's seed.
         real: The suite to name as the real one to go on to, where this one is a stand-in.
@@ -75,8 +76,8 @@ class Gather(Stage):
     editor: str
     finetune: str
     base: Score
+    control: Score  # before the edits: a threshold that the base model is beyond is refused before any is made
     experiments: tuple[Experiment, ...]
-    control: Score
     defaults: tuple[str, ...]
     seed: int
     real: str | None = dataclasses.field(metadata=OUTSIDE)
@@ -160,10 +161,8 @@ class Gather(Stage):
         """The rows of all models' trajectories, the control's last and with `experiment` null."""
         rows: list[dict[str, Any]] = []
         for index, finetune in enumerate(self.finetunes):
-            path = bench.get(finetune) / "trajectory.jsonl"
-            if path.is_file():
-                own = index if index < len(self.experiments) else None
-                rows += [{"experiment": own, **row} for row in read_jsonl(path)]
+            own = index if index < len(self.experiments) else None
+            rows += [{"experiment": own, **row} for row in finetune.trajectory(bench)]
         return rows
 
     def _provenance(self, facts: FactSet) -> dict[str, Any]:
