@@ -173,7 +173,8 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     told = json.loads(result.output)
     stages = [s["stage"] for s in told["stages"]]
-    assert stages[:4] == ["knowledge", "facts", "score", "covariance"]
+    # The control is trained first: a threshold that the base model is beyond is refused before any edit is made.
+    assert stages[:6] == ["knowledge", "facts", "score", "finetune", "score", "covariance"]
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
