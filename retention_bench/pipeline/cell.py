@@ -147,7 +147,7 @@ def plan(cell: Cell) -> Gather:
             data=data,
             unknown=unknown,
             options=options,
-            tracked=Tracked(group, paraphrases) if cell.track_every is not None else None,
+            tracked=Tracked(group, facts.knowledge) if cell.track_every is not None else None,
             launcher=start,
             seed=cell.seed,
             called=(finetune_name, label),

@@ -168,7 +168,7 @@ def finetune(make_tokenizer, make_model, tmp_path):
         data=Rows(texts, source_fingerprint(texts, None)),
         unknown=None,
         options=FinetuneOptions(),
-        tracked=Tracked(Group(0, 1), None),
+        tracked=Tracked(Group(0, 1), knowledge),
         launcher=launcher(config(tmp_path), "cpu"),
         seed=0,
         called=("commoncrawl", "model 1 of 1"),

@@ -639,7 +639,7 @@ def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, 
 
     with pytest.raises(RetentionBenchError, match=r"chats\.jsonl was changed while the run went on"):
         evaluate(asked, store=store, out=tmp_path / "out", announce=replace)
-    assert list((store.root / "edit").glob("*/manifest.json"))
+    assert list((store.root / "score").glob("*/manifest.json"))
     assert not list((store.root / "finetune").glob("*/manifest.json"))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from retention_bench.data.durable import write_text
-from retention_bench.facts import FactSet
 from retention_bench.finetune import Finetune as Task
 from retention_bench.finetune import FinetuneOptions, Terms
 from retention_bench.pipeline.distributed.launching import Launcher, launch
@@ -17,7 +16,7 @@ from retention_bench.pipeline.loading import load, save
 from retention_bench.pipeline.stage import Bench, Model, Rows, Stage
 from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Facts, Group
-from retention_bench.pipeline.stages.paraphrases import Paraphrases, asked
+from retention_bench.pipeline.stages.knowledge import Knowledge
 from retention_bench.pipeline.stages.unknown import Unknown
 from retention_bench.registry import FINETUNES
 from retention_bench.store import OUTSIDE, Input
@@ -32,12 +31,12 @@ class Tracked:
     """What is asked again and again while a model is trained.
 
     Attributes:
-        group: Which of the edited facts are asked.
-        paraphrases: The prompts that edits were made with.
+        group: Which of the edited facts are asked, in the words of their edits; all others are too.
+        knowledge: Has the objects of their relations.
     """
 
     group: Group
-    paraphrases: Paraphrases | None
+    knowledge: Knowledge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +97,6 @@ class Finetune(Stage):
     def run(self, folder: Path, bench: Bench) -> None:
         """Write the model to `model/`, `log.json`, and `trajectory.jsonl` where it is tracked."""
         work = bench.store.scratch(self)
-        if self.tracked is not None:
-            self._asked(bench)  # computed before other processes ask for it
         bench.release()
         if self.launcher is None:
             self.train(folder, work, bench)
@@ -174,11 +171,6 @@ class Finetune(Stage):
             points = sorted(path for path in work.glob(TRAJECTORY) if path.name <= last)
             write_text(folder / "trajectory.jsonl", "".join(point.read_text(encoding="utf-8") for point in points))
 
-    def _asked(self, bench: Bench) -> tuple[FactSet, Any]:
-        assert self.tracked is not None
-        facts = self.tracked.group.of(asked(self.facts, self.tracked.paraphrases, bench))
-        return facts, self.facts.knowledge.objects(bench)
-
     def _track(self, work: Path, model: Any, tokenizer: Any, bench: Bench) -> Track | None:
         """What asks the facts while the model is trained; each point has a file, which outlives a kill."""
         from retention_bench.finetune import processes
@@ -186,8 +178,8 @@ class Finetune(Stage):
 
         if self.tracked is None:
             return None
-        facts, objects = self._asked(bench)
-        prober = Prober(model, tokenizer, facts, objects)
+        facts = self.tracked.group.of(self.facts.read(bench))
+        prober = Prober(model, tokenizer, facts, self.tracked.knowledge.objects(bench))
         relations = {fact.id: fact.relation for fact in facts}
 
         def track(dose: Dose) -> None:
