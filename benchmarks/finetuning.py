@@ -220,7 +220,7 @@ def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> Non
                 else:
                     prober = Prober(model, tokenizer, facts, objects)
 
-                    def track(step, prober=prober):
+                    def track(dose, prober=prober):
                         began = time.perf_counter()
                         prober.look()
                         looks.append(time.perf_counter() - began)

@@ -350,6 +350,11 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4
     assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
+    log |= {"stopped_by": "horizon", "horizon": "steps:40", "steps": 40, "passed_at": {"step": 15}}
+    print_results(results, tmp_path, real="gpt2-xl")
+    printed = capsys.readouterr().out
+    assert "went on for 40 steps and passed its threshold (validation loss < 1.7) after 15." in printed
+    assert "--adapter dora --horizon steps:40" in printed
     results |= {"learned": False, "not_learned": ["after the 60 steps of its budget the validation_loss was 2"]}
     print_results(results, tmp_path, real=None)
     assert "Not learned: after the 60 steps of its budget the validation loss was 2." in capsys.readouterr().out

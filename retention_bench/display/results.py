@@ -163,6 +163,8 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         for option in ("freeze", "adapter"):
             if results[option] != "none":
                 command += [f"--{option}", results[option]]
+        if logs[-1].get("horizon", "threshold") != "threshold":
+            command += ["--horizon", logs[-1]["horizon"]]
         console.print(f"The same cell on a real model (GPU, Hub access): {shlex.join(command)}", soft_wrap=True)
 
 
