@@ -109,14 +109,14 @@ class Spread:
     clusters: int
 
 
-def spread(sides: Sequence[tuple[Side, np.ndarray, float]]) -> Spread | None:
+def spread(sides: Sequence[tuple[Side, np.ndarray, float]], *, skewed: bool) -> Spread | None:
     """The variance of a sum of signed means, clustered by relation, and by model and seed where these add to it.
 
-    By relation it is CR3: the squares of how far the estimate moves when a relation is left out, summed (Bell &
-    McCaffrey 2002, "Bias reduction in standard errors for linear regression with multi-stage samples"). With k
-    relations of one size that is k / (k - 1) times the variance of Student's t, which rates near 1 need, as they are
-    skewed. A relation that is on several sides counts with its sum over them, so matched sides are paired and
-    unmatched ones are Welch's.
+    By relation it is CR2, the squared sums of residuals, each over 1 minus the relation's share of the answers (Bell &
+    McCaffrey 2002, "Bias reduction in standard errors for linear regression with multi-stage samples"); with relations
+    of one size the variance of Student's t. Means of a few values near the end of their range are skewed, and need
+    their CR3, the jackknife's: k / (k - 1) times as much with k relations of one size. A relation that is on several
+    sides counts with its sum over them, so matched sides are paired and unmatched ones are Welch's.
     Degrees of freedom are Satterthwaite's for that variance, under a random effect of relations as large as the data
     show (Imbens & Kolesar 2016, "Robust standard errors in small samples").
 
@@ -125,6 +125,7 @@ def spread(sides: Sequence[tuple[Side, np.ndarray, float]]) -> Spread | None:
 
     Args:
         sides: For every mean its layout, its values (studies, answers) and its sign.
+        skewed: Whether to take CR3.
 
     Returns:
         The variance; None where a side has a single relation, which says nothing about others.
@@ -132,7 +133,8 @@ def spread(sides: Sequence[tuple[Side, np.ndarray, float]]) -> Spread | None:
     relations = _labels(sides, "relation")
     if any(len(np.unique(side.relation)) < 2 for side, _, _ in sides):
         return None
-    variance, df = _one_way(sides, relations)
+    root = 1.0 if skewed else 0.5
+    variance, df = _one_way(sides, relations, root)
     parts = [(variance, df)]
     # Models are of a seed, so with several seeds these hold what models add.
     dimension = "seed" if len(np.unique(np.concatenate(_labels(sides, "seed")))) > 1 else "model"
@@ -143,8 +145,8 @@ def spread(sides: Sequence[tuple[Side, np.ndarray, float]]) -> Spread | None:
         some, own = [side for side, _ in crossed], [labels for _, labels in crossed]
         least = max(np.max(labels) for labels in own) + 1
         both = [side.relation * least + labels for (side, _, _), labels in zip(some, own, strict=True)]
-        between, between_df = _one_way(some, own)
-        parts.append((np.maximum(0.0, between - _sums(some, both)), between_df))
+        between, between_df = _one_way(some, own, root)
+        parts.append((np.maximum(0.0, between - _sums(some, both, root)), between_df))
     total = sum((v for v, _ in parts), np.zeros_like(variance))
     doubt = sum((v**2 / d for v, d in parts), np.zeros_like(variance))
     df = np.where(doubt > 0, total**2 / np.where(doubt > 0, doubt, 1.0), df)
@@ -159,7 +161,7 @@ def _labels(sides: Sequence[tuple[Side, np.ndarray, float]], dimension: str) -> 
     return [getattr(side, dimension) for side, _, _ in sides]
 
 
-def _sums(sides: Sequence[tuple[Side, np.ndarray, float]], labels: Sequence[np.ndarray]) -> np.ndarray:
+def _sums(sides: Sequence[tuple[Side, np.ndarray, float]], labels: Sequence[np.ndarray], root: float) -> np.ndarray:
     """The clustered variance alone; (studies,)."""
     _, numbered = np.unique(np.concatenate(labels), return_inverse=True)
     clusters = numbered.max() + 1
@@ -169,12 +171,12 @@ def _sums(sides: Sequence[tuple[Side, np.ndarray, float]], labels: Sequence[np.n
         weight = side.weight
         share = np.bincount(own, weight, clusters)
         residuals = weight * (values - side.mean(values)[:, None])
-        total += sign * by_cluster(residuals, own, clusters) / np.where(share < 1, 1 - share, 1.0)
+        total += sign * by_cluster(residuals, own, clusters) / np.where(share < 1, 1 - share, 1.0) ** root
     return np.asarray((total**2).sum(axis=1))
 
 
 def _one_way(
-    sides: Sequence[tuple[Side, np.ndarray, float]], labels: Sequence[np.ndarray]
+    sides: Sequence[tuple[Side, np.ndarray, float]], labels: Sequence[np.ndarray], root: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The clustered variance and its degrees of freedom; (studies,) each."""
     _, numbered = np.unique(np.concatenate(labels), return_inverse=True)
@@ -182,13 +184,13 @@ def _one_way(
     expected, start = np.zeros((len(sides[0][1]), clusters, clusters)), 0
     for side, values, _ in sides:
         own = numbered[start : (start := start + len(side.count))]
-        expected += _expected(side, values, own, clusters)
+        expected += _expected(side, values, own, clusters, root)
     squares = (expected**2).sum(axis=(1, 2))
     trace = np.trace(expected, axis1=1, axis2=2)
-    return _sums(sides, labels), trace**2 / squares
+    return _sums(sides, labels, root), trace**2 / squares
 
 
-def _expected(side: Side, values: np.ndarray, labels: np.ndarray, clusters: int) -> np.ndarray:
+def _expected(side: Side, values: np.ndarray, labels: np.ndarray, clusters: int, root: float) -> np.ndarray:
     """The covariance of a side's cluster sums where clusters have a random effect; (studies, clusters, clusters)."""
     sizes = np.bincount(labels, minlength=clusters)
     share = np.bincount(labels, side.weight, clusters)
@@ -204,7 +206,7 @@ def _expected(side: Side, values: np.ndarray, labels: np.ndarray, clusters: int)
     within = np.where(within + between > 0, within, 1.0)  # all alike: no effect of clusters is seen
     of_mean = np.divide(squares, share**2, out=np.zeros(clusters), where=there)
     effect = np.where(there, between[:, None] + within[:, None] * of_mean, 0.0)
-    scale = np.where(there, share / np.where(share < 1, 1 - share, 1.0), 0.0)
+    scale = np.where(there, share / np.where(share < 1, 1 - share, 1.0) ** root, 0.0)
     weighted = share * effect
     common = (share * weighted).sum(axis=1)[:, None, None]
     inner = common - weighted[:, :, None] - weighted[:, None, :]

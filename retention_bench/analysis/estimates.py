@@ -123,7 +123,8 @@ def interval(
         Lower and upper ends, standard errors and degrees of freedom; (studies,) each. None where a side has a single
         relation.
     """
-    found = spread(sides)
+    # Of two sides the skews cancel each other.
+    found = spread(sides, skewed=ends is not None and len(sides) == 1)
     if found is None:
         return None
     centre, variance = np.zeros_like(found.variance), found.variance

@@ -106,7 +106,7 @@ def effective(side: Side, values: np.ndarray) -> np.ndarray | None:
     Returns:
         The number, at most that of the facts; None where there is a single relation.
     """
-    found = spread([(side, values, 1.0)])
+    found = spread([(side, values, 1.0)], skewed=True)
     if found is None:
         return None
     p = side.mean(values)

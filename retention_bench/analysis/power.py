@@ -18,10 +18,10 @@ def detectable(error: float, df: float) -> float:
     Returns:
         The effect, from the noncentral t distribution (Cohen 1988, "Statistical power analysis", chapter 2).
     """
-    critical = stats.t.ppf(0.975, df)
+    critical = float(stats.t.ppf(0.975, df))
     # Found on the right side; that the wrong side adds nothing at this power.
-    away = optimize.brentq(lambda shift: float(stats.nct.sf(critical, df, shift)) - POWER, 0.0, 10.0 * critical)
-    return float(away) * error
+    shift = optimize.brentq(lambda by: float(stats.nct.sf(critical, df, by)) - POWER, 0.0, 10.0 * critical)
+    return error * float(shift)
 
 
 def detectable_paired(n: int, other_way: float = 0.0) -> float | None:
