@@ -156,7 +156,7 @@ def _pair_table(comparisons: Sequence[Mapping[str, Any]], one: str, other: str) 
         rates = (f"{100 * rate:.0f} %" for rate in c["rates"])
         counts = (f"{len(c[name])}" for name in ("lost", "gained", "kept", "never"))
         points = f"{100 * c['difference']['value']:+.0f}\n{100 * low:+.0f} to {100 * high:+.0f}"
-        smallest = "none" if c["detectable"] is None else f"{100 * c['detectable']:.0f}"
+        smallest = "none" if (effect := c["difference"]["detectable"]) is None else f"{100 * effect:.0f}"
         tests = f"{_p(c['p'])}\n{_p(c['p_holm'])}"
         table.add_row(f"{line(c['kind'])}\n{c['facts']} facts", *rates, *counts, points, tests, smallest)
     return table
