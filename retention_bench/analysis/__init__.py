@@ -4,6 +4,7 @@ from retention_bench.analysis.clusters import MODELS, Answer
 from retention_bench.analysis.comparison import Comparison, about_fact, compare, rank
 from retention_bench.analysis.estimates import Estimate, gap, mean
 from retention_bench.analysis.intervals import Rate, clustered, rate, retained
+from retention_bench.analysis.logodds import is_clipped, logit
 from retention_bench.analysis.paired import holm, mcnemar, sign_flips
 from retention_bench.analysis.power import detectable, detectable_paired
 from retention_bench.analysis.ranks import Rank, rank_intervals
@@ -22,6 +23,8 @@ __all__ = [
     "detectable_paired",
     "gap",
     "holm",
+    "is_clipped",
+    "logit",
     "mcnemar",
     "mean",
     "rank",

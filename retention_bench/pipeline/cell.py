@@ -38,7 +38,8 @@ from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Tracked
 from retention_bench.pipeline.suite import ModelConfig, Source, Suite
 from retention_bench.registry import EDITORS, FINETUNES
-from retention_bench.results import KINDS
+from retention_bench.results import KINDS, MIN_EFFICACY
+from retention_bench.results.schema import Seeds
 from retention_bench.store.fingerprints import config_file, model_fingerprint, source_fingerprint
 
 MOST_MODELS = 10_000
@@ -56,7 +57,7 @@ class Cell:
         model: A model of the suite, a folder or a Hub id; None for the suite's default.
         editor: The editor's name in the suite.
         finetune: The fine-tune's name, or `path:` and a data set, see `parse_finetune`.
-        seed: Seed of the split, the edits and the fine-tunes.
+        seed: Seed of the split, the edits and the fine-tunes, where they have none of their own.
         device: `"cpu"` or `"cuda"`.
         paraphrases: How many more prompts each fact is edited with.
         paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
@@ -67,6 +68,10 @@ class Cell:
         horizon: Where the fine-tunes end, see `parse_horizon`.
         accelerate_config: How fine-tunes are started on several GPUs, see `launcher`; None for one, in this process.
         covariance: A file of the covariance of the keys, in place of one that is collected.
+        min_efficacy: The share of the edits that must have taken for the cell to be ranked.
+        facts_seed: Seed of the split, and of the paraphrases that edits are made with; None for `seed`.
+        edit_seed: Seed of the edits, and of an editor that trains; None for `seed`.
+        finetune_seed: Seed of the fine-tunes; None for `seed`.
     """
 
     suite: Suite
@@ -83,6 +88,18 @@ class Cell:
     horizon: str = "threshold"
     accelerate_config: str | None = None
     covariance: str | None = None
+    min_efficacy: float = MIN_EFFICACY
+    facts_seed: int | None = None
+    edit_seed: int | None = None
+    finetune_seed: int | None = None
+
+    @property
+    def seeds(self) -> Seeds:
+        """The seed of every part."""
+        facts, edit, finetune = (
+            self.seed if own is None else own for own in (self.facts_seed, self.edit_seed, self.finetune_seed)
+        )
+        return Seeds(facts=facts, edit=edit, finetune=finetune)
 
 
 def plan(cell: Cell) -> Gather:
@@ -114,7 +131,9 @@ def plan(cell: Cell) -> Gather:
     _check_pool(suite)
     if suite.facts.keywords:
         load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
-    facts = Facts(Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seed)
+    facts = Facts(
+        Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seeds.facts
+    )
     covariance: Covariance | CovarianceFile | None = None
     corpus = suite.covariance
     if editor.covariance_layers and (file := _covariance_file(cell)):
@@ -128,7 +147,7 @@ def plan(cell: Cell) -> Gather:
             max_length=corpus.max_length,
         )
     settings = _plain(editor)
-    fit = Fit(facts, registered, settings, cell.seed, cell.editor) if isinstance(editor, FittedEditor) else None
+    fit = Fit(facts, registered, settings, cell.seeds.edit, cell.editor) if isinstance(editor, FittedEditor) else None
     paraphrases = _paraphrases(cell, facts)
     unknown = Unknown(Knowledge(model, data)) if finetune.settings.asks_base else None
 
@@ -149,7 +168,7 @@ def plan(cell: Cell) -> Gather:
             options=options,
             tracked=Tracked(group, facts.knowledge) if cell.track_every is not None else None,
             launcher=start,
-            seed=cell.seed,
+            seed=cell.seeds.finetune,
             called=(finetune_name, label),
         )
 
@@ -174,7 +193,7 @@ def plan(cell: Cell) -> Gather:
             fit=fit,
             editor=registered,
             settings=settings,
-            seed=cell.seed,
+            seed=cell.seeds.edit,
             called=(cell.editor, label),
         )
         after_edit = score(f"after the edit, {label}", edit, group)
@@ -194,6 +213,10 @@ def plan(cell: Cell) -> Gather:
         control=score("the control", tuned("unedited control", everyone, None, edits), everyone),
         defaults=tuple(what for what, found in own.items() if found.given_by != "suite"),
         seed=cell.seed,
+        facts_seed=cell.seeds.facts,
+        edit_seed=cell.seeds.edit,
+        finetune_seed=cell.seeds.finetune,
+        min_efficacy=cell.min_efficacy,
         real=suite.real,
     )
 
@@ -260,12 +283,12 @@ def _paraphrases(cell: Cell, facts: Facts) -> Paraphrases | None:
     if not cell.paraphrases:
         return None
     if not source.startswith(MODEL):
-        return Paraphrases(facts, cell.paraphrases, source, None, cell.seed, source)
+        return Paraphrases(facts, cell.paraphrases, source, None, cell.seeds.facts, source)
     name, config = cell.suite.model(source.removeprefix(MODEL))
     # It writes in the dtype and on the device of the base model.
     base = facts.knowledge.model
     writer = dataclasses.replace(model_of(config, base.device), dtype=base.dtype)
-    return Paraphrases(facts, cell.paraphrases, "model", writer, cell.seed, f"{MODEL}{name}")
+    return Paraphrases(facts, cell.paraphrases, "model", writer, cell.seeds.facts, f"{MODEL}{name}")
 
 
 def _check_pool(suite: Suite) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from retention_bench.facts import Fact, FactSet
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,45 +170,164 @@ class Rate(_Typed):
         return f"{self.hits} of {self.total}, {100 * self.rate:.0f} % (95 % interval {low:.0f}-{high:.0f})"
 
 
-class Difference(_Typed):
-    """A difference of two rates with its 95 % interval; None where there is no value."""
+class Estimate(_Typed):
+    """A mean or a difference with its 95 % interval, clustered by relation; see `analysis.Estimate`.
+
+    Attributes:
+        value: The estimate; None where there is no answer.
+        ci95: The interval; None where there is none.
+        n: Number of facts, of the smaller side.
+        clusters: Number of relations.
+        df: Degrees of freedom of the interval.
+        detectable: The minimum detectable effect; None where no possible difference is large enough.
+    """
 
     value: float | None
     ci95: Interval | None
+    n: int
+    clusters: int
+    df: float | None
+    detectable: float | None
 
     def __str__(self) -> str:
+        """A difference of rates in words."""
         if self.value is None or self.ci95 is None:
             return "no difference: one side has no fact"
         low, high = (100 * end for end in self.ci95)
         return f"{100 * self.value:+.0f} points (95 % interval {low:+.0f} to {high:+.0f})"
 
 
+class Paired(_Typed):
+    """The headline: edited facts against themselves in the control (MEASURES, 1).
+
+    Counted are the edited facts whose true object the base model gives, and whose edit took.
+
+    Attributes:
+        difference: The share whose true object the control still gives, minus the share whose new object the edited
+            model still gives. Positive where edited facts are lost more easily.
+        control: The first share.
+        edited: The second.
+    """
+
+    difference: Estimate
+    control: Rate
+    edited: Rate
+
+
+class Decay(_Typed):
+    """Mean changes of logit P(target) over the fine-tune, in nats; negative where facts became less sure (MEASURES, 2).
+
+    Attributes:
+        paired: The edited facts of the headline: change in the edited model minus change in the control.
+        edited: Their new objects, in the edited models.
+        control: Their true objects, in the control.
+        intrinsic: Intrinsic facts that the base model knows, in the edited models.
+        control_intrinsic: The same, in the control.
+        before: Mean probability of the target before the fine-tune: `edited`, `control`, `intrinsic`.
+        clipped: How many of the headline's facts have a probability beyond the limits of `analysis.logit`.
+        no_number: How many are left out, since a model that diverged gives no number.
+    """
+
+    paired: Estimate
+    edited: Estimate
+    control: Estimate
+    intrinsic: Estimate
+    control_intrinsic: Estimate
+    before: dict[str, float | None]
+    clipped: int
+    no_number: int
+
+
 class Retention(_Typed):
-    """Of what was answered before the fine-tune, the share that is answered after it.
+    """Of what was answered before the fine-tune, the share that is answered after it (MEASURES, 4).
 
     Attributes:
         edited: Edited facts, in the edited models.
-        intrinsic: Intrinsic facts, in the edited models.
-        control_intrinsic: Intrinsic facts, in the unedited control.
+        paraphrase: The same in other words.
+        locality: Questions about other subjects with an edited fact's true object.
+        intrinsic: Facts never edited, of other relations, in the edited models.
+        intrinsic_matched: Facts never edited, of the edited facts' relations.
+        control_edited_true: The edited facts' true objects, in the unedited control.
+        control_intrinsic: Intrinsic facts, in the control.
+        control_intrinsic_matched: Matched facts, in the control.
     """
 
     edited: Rate
+    paraphrase: Rate
+    locality: Rate
     intrinsic: Rate
+    intrinsic_matched: Rate
+    control_edited_true: Rate
     control_intrinsic: Rate
+    control_intrinsic_matched: Rate
 
 
-class Detectable(_Typed):
-    """Minimum detectable effects: the smallest differences that show in 8 of 10 repetitions at 5 %, two-sided.
+class Gaps(_Typed):
+    """Retention of facts never edited minus that of edited facts, in the edited models (MEASURES, 6).
 
     Attributes:
-        gap: In `Results.gap`.
-        paired: In edited facts, against another run with the same facts.
-        paired_one_in_20: The same where one fact in 20 changes the other way.
+        unmatched: Against intrinsic facts: the paper's gap, of different relations on the two sides.
+        matched: Against matched intrinsic facts, of the same relations.
     """
 
-    gap: float | None
-    paired: float | None
-    paired_one_in_20: float | None
+    unmatched: Estimate
+    matched: Estimate
+
+
+class Bin(_Typed):
+    """Retention of the facts whose target had a probability in one bin before the fine-tune (MEASURES, 8).
+
+    Attributes:
+        low: The bin's lower edge, which it does not hold but for 0.
+        high: Its upper edge, which it holds.
+        edited: Edited facts, in the edited models.
+        control: The edited facts' true objects, in the control.
+        intrinsic: Intrinsic facts, in the edited models.
+    """
+
+    low: float
+    high: float
+    edited: Rate
+    control: Rate
+    intrinsic: Rate
+
+
+class Collateral(_Typed):
+    """What edits did to a kind of fact that they were not about, of those the base model answers (MEASURES, 9).
+
+    Attributes:
+        post_edit: Share answered after the edit, minus the base model's.
+        post_finetune: Share answered after the fine-tune, minus the control's.
+    """
+
+    post_edit: Estimate
+    post_finetune: Estimate
+
+
+class Gate(_Typed):
+    """One condition that a cell must meet to be compared and ranked.
+
+    Attributes:
+        name: Its name.
+        passed: Whether it is met.
+        value: What was found.
+        limit: What is asked for.
+        text: Both in words.
+    """
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    text: str
+
+
+class Seeds(_Typed):
+    """The seeds of a cell's parts."""
+
+    facts: int
+    edit: int
+    finetune: int
 
 
 class FinetuneLog(_Typed):
@@ -267,14 +386,25 @@ class Results(_Typed):
         not_learned: Why not, in words.
         paraphrases: How many more prompts each fact was edited with.
         paraphrase_source: Where they came from.
+        horizon: When the fine-tunes end: at their threshold, or after a dose.
         paraphrase_questions: How many paraphrases were asked, and how many not, since edits were made with them.
         defaults: What the suite has no settings for, so that its own defaults were used.
         seed: The seed.
+        seeds: The seeds of its parts, which are `seed` where nothing else was asked for.
         key: The key of the results in the store.
-        stages: Hit rates of all models together.
-        retention: What survived.
-        gap: Retention of intrinsic facts minus retention of edited ones; the paper's difference, of unmatched facts.
-        detectable: Minimum detectable effects.
+        ranked: Whether all gates are passed; else no rank counts the cell.
+        gates: What must hold for that, and what was found.
+        paired: The headline: the paired difference.
+        paired_step_matched: The same against the control at the step at which each edited model stopped; None where the
+            fine-tunes were not followed.
+        decay: The same contrast in log-odds.
+        survival: The same along the fine-tune; None where it was not followed.
+        retention: What survived, of what was there before.
+        stages: Hit rates of all models together, whatever was right before: the paper's retention rates (equation 1).
+        gap: Facts never edited against edited ones.
+        lost: What the edited models answer in the place of edits that took and are lost.
+        confidence: Retention by the target's probability before the fine-tune.
+        collateral: By kind, what edits did to other facts.
         experiments: The edited models.
         control: The unedited control.
         trajectory: The course of the fine-tunes of the edited models by step; None where it was not followed.
@@ -283,7 +413,7 @@ class Results(_Typed):
         timing: Seconds that each stage took when it was computed, and the highest peak memory among them.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     suite: str
     notice: str
     model: str
@@ -295,14 +425,24 @@ class Results(_Typed):
     not_learned: list[str]
     paraphrases: int
     paraphrase_source: str | None
+    horizon: str
     paraphrase_questions: dict[str, int]
     defaults: list[str]
     seed: int
+    seeds: Seeds
     key: str
-    stages: Rates
+    ranked: bool
+    gates: list[Gate]
+    paired: Paired
+    paired_step_matched: Paired | None
+    decay: Decay
+    survival: dict[str, Any] | None
     retention: Retention
-    gap: Difference
-    detectable: Detectable
+    stages: Rates
+    gap: Gaps
+    lost: dict[str, int]
+    confidence: list[Bin]
+    collateral: dict[KindName, Collateral]
     experiments: list[Experiment]
     control: Control
     trajectory: list[dict[str, Any]] | None = None
