@@ -44,17 +44,22 @@ class Side:
 
     Attributes:
         relation: The relation of every answer, counted from 0 over all sides; int64, (answers,).
+        fact: Its fact, counted from 0 in this side.
         model: Its model, the same way; a single label where models are too few.
         seed: Its seed, the same way.
         count: How often it counts in the mean; (answers,). Seeds count alike, and answers within a seed.
-        facts: How many facts there are.
     """
 
     relation: np.ndarray
+    fact: np.ndarray
     model: np.ndarray
     seed: np.ndarray
     count: np.ndarray
-    facts: int
+
+    @property
+    def facts(self) -> int:
+        """How many facts there are."""
+        return int(self.fact.max(initial=-1)) + 1
 
     @property
     def weight(self) -> np.ndarray:
@@ -76,15 +81,15 @@ def layout(sides: Sequence[Sequence[Answer]]) -> list[Side]:
         relation = _numbered((a.relation for a in answers), relations)
         model = _numbered(((a.seed, a.model) for a in answers), models)
         seed = _numbered((a.seed for a in answers), seeds)
-        named = {(a.seed, a.relation, a.fact) for a in answers if a.fact is not None}
+        names = ((a.relation, i if a.fact is None else a.fact, a.fact is None) for i, a in enumerate(answers))
         counts = np.bincount(seed, minlength=len(seeds))
         found.append(
             Side(
                 relation=relation,
+                fact=_numbered(names, {}),
                 model=model,
                 seed=seed,
                 count=counts.max(initial=0) / counts[seed],
-                facts=len(named) + sum(a.fact is None for a in answers),
             )
         )
     return found
@@ -151,6 +156,11 @@ def spread(sides: Sequence[tuple[Side, np.ndarray, float]], *, skewed: bool) -> 
     doubt = sum((v**2 / d for v, d in parts), np.zeros_like(variance))
     df = np.where(doubt > 0, total**2 / np.where(doubt > 0, doubt, 1.0), df)
     return Spread(variance=total, df=df, clusters=len(np.unique(np.concatenate(relations))))
+
+
+def by_fact(side: Side, values: np.ndarray) -> np.ndarray:
+    """The variance of a mean if facts were independent, also of one relation; (studies,)."""
+    return _sums([(side, values, 1.0)], [side.fact], 0.5)
 
 
 def _least(dimension: str) -> int:
