@@ -117,10 +117,10 @@ def effective(side: Side, values: np.ndarray) -> np.ndarray | None:
     return np.where((p < 1e-12) | (p > 1 - 1e-12), side.facts / wider, n)
 
 
-def wilson(p: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wilson(p: np.ndarray, n: np.ndarray, quantile: np.ndarray | float = Z) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's interval for rates p of n trials, which need not be whole numbers."""
-    centre, half = p + Z**2 / (2 * n), Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return (centre - half) / (1 + Z**2 / n), (centre + half) / (1 + Z**2 / n)
+    centre, half = p + quantile**2 / (2 * n), quantile * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))
+    return (centre - half) / (1 + quantile**2 / n), (centre + half) / (1 + quantile**2 / n)
 
 
 def retained(before: Mapping[Any, Answer], after: Mapping[Any, Answer]) -> list[Answer]:

@@ -26,7 +26,7 @@ def error(estimate: Estimate) -> float:
 @pytest.mark.parametrize("each", [1, 6])
 def test_the_mean_of_equal_relations_is_students(each: int) -> None:
     values = np.random.default_rng(1).standard_normal((7, each)) + np.arange(7)[:, None]
-    found = mean(of_relations(values.ravel(), np.repeat(np.arange(7), each)), None)
+    found = mean(of_relations(values.ravel(), np.repeat(np.arange(7), each)), bounded=False)
     assert found.ci95 == pytest.approx(stats.ttest_1samp(values.mean(axis=1), 0).confidence_interval())
     assert (found.df, found.n, found.clusters) == (pytest.approx(6), 7 * each, 7)
 
@@ -52,16 +52,17 @@ def test_two_way_variance_is_statsmodels() -> None:
     values = rng.standard_normal(60)[relation] + rng.standard_normal(50)[model] + rng.standard_normal(3000)
     fit = sm.OLS(values, np.ones((len(values), 1))).fit()
     both = cov_cluster_2groups(fit, relation, model, use_correction=False)[0][0, 0]
-    found = mean([Answer(g, v, i, m) for i, (v, g, m) in enumerate(zip(values, relation, model, strict=True))], None)
+    rows = enumerate(zip(values, relation, model, strict=True))
+    found = mean([Answer(g, v, i, m) for i, (v, g, m) in rows], bounded=False)
     assert error(found) ** 2 == pytest.approx(both, rel=0.06)
-    one_way = mean([Answer(g, v, i) for i, (v, g) in enumerate(zip(values, relation, strict=True))], None)
+    one_way = mean([Answer(g, v, i) for i, (v, g) in enumerate(zip(values, relation, strict=True))], bounded=False)
     assert error(one_way) ** 2 < 0.8 * both
 
 
 def test_a_gap_without_shared_relations_is_welchs() -> None:
     rng = np.random.default_rng(4)
     one, other = rng.standard_normal(8), 3 * rng.standard_normal(12)
-    found = gap(of_relations(one, np.arange(8)), of_relations(other, 1000 + np.arange(12)), None)
+    found = gap(of_relations(one, np.arange(8)), of_relations(other, 1000 + np.arange(12)), bounded=False)
     welch = stats.ttest_ind(other, one, equal_var=False)
     assert found.ci95 == pytest.approx(welch.confidence_interval())
     assert found.df == pytest.approx(welch.df)
@@ -71,8 +72,8 @@ def test_a_gap_of_the_same_relations_is_paired_by_relation() -> None:
     rng = np.random.default_rng(5)
     effect = 3 * rng.standard_normal(10)
     one, other = effect + rng.standard_normal(10), 1 + effect + rng.standard_normal(10)
-    matched = gap(of_relations(one, np.arange(10)), of_relations(other, np.arange(10)), None)
-    unmatched = gap(of_relations(one, np.arange(10)), of_relations(other, 100 + np.arange(10)), None)
+    matched = gap(of_relations(one, np.arange(10)), of_relations(other, np.arange(10)), bounded=False)
+    unmatched = gap(of_relations(one, np.arange(10)), of_relations(other, 100 + np.arange(10)), bounded=False)
     assert error(matched) == pytest.approx(stats.sem(other - one))
     assert matched.value == pytest.approx(unmatched.value)
     assert error(matched) < 0.5 * error(unmatched)
@@ -87,13 +88,14 @@ def test_nothing_and_everything_keep_a_width() -> None:
     assert found.value == 1
     assert 0.85 < found.ci95[0] < 0.95
     assert found.ci95[1] == 1
+    assert gap(lost, lost).ci95 == pytest.approx((-0.13, 0.13), abs=0.01)  # the same answers twice
     unchanged = mean([Answer(i % 7, 0, i) for i in range(50)])
     assert unchanged.ci95[0] == -unchanged.ci95[1] < -0.04
 
 
 @pytest.mark.parametrize(("relations", "ends"), [(1, (-1.0, 1.0)), (1, None), (0, None)])
 def test_where_nothing_can_be_said_nothing_is(relations: int, ends: tuple[float, float] | None) -> None:
-    found = mean([Answer(0, 0.5, i) for i in range(9 * relations)], ends)
+    found = mean([Answer(0, 0.5, i) for i in range(9 * relations)], bounded=ends is not None)
     assert found == Estimate(0.5 if relations else None, ends, 9 * relations, relations, None, None)
     assert json.loads(json.dumps(found.to_json()))["ci95"] == (ends and list(ends))
 
@@ -105,7 +107,7 @@ def test_one_relation_on_a_side_leaves_the_whole_range() -> None:
 
 
 def test_values_that_are_all_the_same_have_no_known_spread() -> None:
-    found = mean([Answer(i % 5, 0.25, i) for i in range(20)], None)
+    found = mean([Answer(i % 5, 0.25, i) for i in range(20)], bounded=False)
     assert (found.value, found.ci95, found.detectable) == (0.25, None, None)
 
 
@@ -149,7 +151,7 @@ def test_seeds_that_differ_are_what_the_mean_over_seeds_rests_on() -> None:
     # all facts of a seed alike: the variance between seeds is that of five numbers
     levels = np.array([0.1, 0.5, -0.2, 0.4, 0.3])
     answers = [Answer(i % 10, level, i, seed=s) for s, level in enumerate(levels) for i in range(50)]
-    found = mean(answers, None)
+    found = mean(answers, bounded=False)
     assert found.value == pytest.approx(levels.mean())
     assert error(found) == pytest.approx(stats.sem(levels), rel=0.05)
     assert found.df == pytest.approx(4, abs=0.3)
