@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from retention_bench.analysis import Answer, Estimate, detectable, gap, mean
+from retention_bench.analysis import Answer, Estimate, clustered, detectable, gap, mean
 from retention_bench.analysis.clusters import layout, spread
 
 
@@ -181,3 +181,31 @@ def test_the_detectable_effect_is_detected_in_8_of_10_studies(df: float) -> None
 def test_no_effect_beyond_the_range_is_promised() -> None:
     found = mean([Answer(i // 2, (-1) ** (i // 2), i) for i in range(6)])
     assert found.detectable is None
+
+
+def test_degrees_of_freedom_are_those_of_the_whole_matrix() -> None:
+    # Satterthwaite's by hand: tr(C)^2 / tr(C^2), C the covariance of the relations' parts under the estimated effects
+    rng = np.random.default_rng(9)
+    groups = [np.repeat(np.arange(4), [3, 5, 9, 2]), 2 + np.repeat(np.arange(5), [4, 4, 1, 7, 3])]
+    values = [2 * rng.standard_normal(7)[g] + rng.standard_normal(len(g)) for g in groups]
+    whole = np.zeros((7, 7))
+    for g, v in zip(groups, values, strict=True):
+        sizes = np.bincount(g, minlength=7)
+        there = sizes > 0
+        n, k = len(v), there.sum()
+        means = np.bincount(g, v, 7)[there] / sizes[there]
+        within = sum((v[g == i] ** 2).sum() - sizes[i] * v[g == i].mean() ** 2 for i in np.flatnonzero(there)) / (n - k)
+        among = (sizes[there] * (means - v.mean()) ** 2).sum() / (k - 1)
+        between = max(0.0, (among - within) / ((n - (sizes**2).sum() / n) / (k - 1)))
+        share = sizes / n
+        residual = (np.eye(7) - share)[there]
+        effect = np.diag(np.where(there, between + within / np.maximum(sizes, 1), 0))
+        scale = np.diag((share / np.sqrt(1 - share))[there])
+        whole[np.ix_(there, there)] += scale @ residual @ effect @ residual.T @ scale
+    found = gap(*(of_relations(v, g) for g, v in zip(groups, values, strict=True)), bounded=False)
+    assert found.df == pytest.approx(np.trace(whole) ** 2 / np.trace(whole @ whole))
+
+
+def test_ten_thousand_clusters_are_no_burden() -> None:
+    answers = [Answer(i, i % 3 > 0, i, j) for i in range(10_000) for j in range(2)]
+    assert clustered(answers).clusters == mean(answers).clusters == 10_000
