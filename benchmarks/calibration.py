@@ -126,10 +126,10 @@ def quantities(
     change = sd * effects(rng, answers, studies, relation=1.0) + rng.standard_normal(single.shape)
     return {
         "rate": held(name, rate_ends(side, single), rate),
-        "paired difference": held(name, interval([(side, control - edited, 1.0)], (-1.0, 1.0)), rate - lower),
-        "gap, unmatched": held(name, interval([(first, single, -1.0), (second, far, 1.0)], (0.0, 1.0)), lower - rate),
-        "gap, matched": held(name, interval([(side, alike, -1.0), (side, near, 1.0)], (0.0, 1.0)), lower - rate),
-        "log-odds": held(name, interval([(side, change, 1.0)], None), 0.0),
+        "paired difference": held(name, interval([(side, control - edited, 1.0)], bounded=True), rate - lower),
+        "gap, unmatched": held(name, interval([(first, single, -1.0), (second, far, 1.0)], bounded=True), lower - rate),
+        "gap, matched": held(name, interval([(side, alike, -1.0), (side, near, 1.0)], bounded=True), lower - rate),
+        "log-odds": held(name, interval([(side, change, 1.0)], bounded=False), 0.0),
         "gap, as it was": held(name, as_it_was(single, far), lower - rate),
     }
 
@@ -163,7 +163,7 @@ def over_seeds(relations: int, seeds: int, sd: float, rate: float, studies: int)
     control, edited = (
         hits(rng, common + effects(rng, answers, studies, seed=sd), mean, whole) for mean in (rate, rate - 0.1)
     )
-    ends = interval([(side, control - edited, 1.0)], (-1.0, 1.0))
+    ends = interval([(side, control - edited, 1.0)], bounded=True)
     return held(f"{seeds} seeds, rate {rate:g}", ends, 0.1)
 
 
@@ -178,7 +178,7 @@ def told_apart(facts: int, relations: int, sd: float, effect: float, studies: in
         hits(rng, common + effects(rng, answers, studies, relation=apart), rate, float(np.hypot(sd, FACT_EFFECT)))
         for rate in (0.85, 0.85 - effect)
     )
-    low, high, errors, dfs = interval([(side, better - worse, 1.0)], (-1.0, 1.0))
+    low, high, errors, dfs = interval([(side, better - worse, 1.0)], bounded=True)
     printed = [detectable(e, df) for e, df in zip(errors[:200], dfs[:200], strict=True)]
     return float(np.mean((low > 0) | (high < 0))), float(np.mean(printed))
 
@@ -218,9 +218,9 @@ def null_test(facts: Mapping[str, Sequence[tuple[float, float]]], splits: int, s
         sides = [[(g, fact) for g in part for fact in facts[g]] for part in parts]
         laid = layout([[Answer(g, 0.0) for g, _ in side] for side in sides])
         values = [np.array([fact for _, fact in side]).T[:, None] for side in sides]
-        for name, which, ends in (("gap", 0, (0.0, 1.0)), ("gap in log-odds", 1, None)):
+        for name, which, bounded in (("gap", 0, True), ("gap in log-odds", 1, False)):
             signed = [(side, v[which], sign) for side, v, sign in zip(laid, values, (-1.0, 1.0), strict=True)]
-            note(name, interval(signed, ends))
+            note(name, interval(signed, bounded=bounded))
         note("gap, as it was", as_it_was(values[0][0], values[1][0]))
         pairs = [
             (g, facts[g][i][0] - facts[g][j][0], facts[g][i][1] - facts[g][j][1])
@@ -230,8 +230,8 @@ def null_test(facts: Mapping[str, Sequence[tuple[float, float]]], splits: int, s
         ]
         (side,) = layout([[Answer(g, 0.0) for g, _, _ in pairs]])
         differences = np.array([pair[1:] for pair in pairs]).T[:, None]
-        note("paired", interval([(side, differences[0], 1.0)], (-1.0, 1.0)))
-        note("paired in log-odds", interval([(side, differences[1], 1.0)], None))
+        note("paired", interval([(side, differences[0], 1.0)], bounded=True))
+        note("paired in log-odds", interval([(side, differences[1], 1.0)], bounded=False))
     return {name: float(np.mean(found)) for name, found in excluded.items()}
 
 

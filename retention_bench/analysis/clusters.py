@@ -44,17 +44,22 @@ class Side:
 
     Attributes:
         relation: The relation of every answer, counted from 0 over all sides; int64, (answers,).
+        fact: Its fact, counted from 0 in this side.
         model: Its model, the same way; a single label where models are too few.
         seed: Its seed, the same way.
         count: How often it counts in the mean; (answers,). Seeds count alike, and answers within a seed.
-        facts: How many facts there are.
     """
 
     relation: np.ndarray
+    fact: np.ndarray
     model: np.ndarray
     seed: np.ndarray
     count: np.ndarray
-    facts: int
+
+    @property
+    def facts(self) -> int:
+        """How many facts there are."""
+        return int(self.fact.max(initial=-1)) + 1
 
     @property
     def weight(self) -> np.ndarray:
@@ -76,15 +81,15 @@ def layout(sides: Sequence[Sequence[Answer]]) -> list[Side]:
         relation = _numbered((a.relation for a in answers), relations)
         model = _numbered(((a.seed, a.model) for a in answers), models)
         seed = _numbered((a.seed for a in answers), seeds)
-        named = {(a.seed, a.relation, a.fact) for a in answers if a.fact is not None}
+        names = ((a.relation, i if a.fact is None else a.fact, a.fact is None) for i, a in enumerate(answers))
         counts = np.bincount(seed, minlength=len(seeds))
         found.append(
             Side(
                 relation=relation,
+                fact=_numbered(names, {}),
                 model=model,
                 seed=seed,
                 count=counts.max(initial=0) / counts[seed],
-                facts=len(named) + sum(a.fact is None for a in answers),
             )
         )
     return found
@@ -153,6 +158,11 @@ def spread(sides: Sequence[tuple[Side, np.ndarray, float]], *, skewed: bool) -> 
     return Spread(variance=total, df=df, clusters=len(np.unique(np.concatenate(relations))))
 
 
+def by_fact(side: Side, values: np.ndarray) -> np.ndarray:
+    """The variance of a mean if facts were independent, also of one relation; (studies,)."""
+    return _sums([(side, values, 1.0)], [side.fact], 0.5)
+
+
 def _least(dimension: str) -> int:
     return MODELS if dimension == "model" else 2
 
@@ -181,17 +191,43 @@ def _one_way(
     """The clustered variance and its degrees of freedom; (studies,) each."""
     _, numbered = np.unique(np.concatenate(labels), return_inverse=True)
     clusters = int(numbered.max()) + 1
-    expected, start = np.zeros((len(sides[0][1]), clusters, clusters)), 0
+    expected, start = [], 0
     for side, values, _ in sides:
         own = numbered[start : (start := start + len(side.count))]
-        expected += _expected(side, values, own, clusters, root)
-    squares = (expected**2).sum(axis=(1, 2))
-    trace = np.trace(expected, axis1=1, axis2=2)
+        expected.append(_expected(side, values, own, clusters, root))
+    trace = sum(((c.scale**2 * (c.effect + c.common - 2 * c.weighted)).sum(axis=1) for c in expected), np.zeros(1))
+    squares = sum((_product(one, other) for one in expected for other in expected), np.zeros(1))
     return _sums(sides, labels, root), trace**2 / squares
 
 
-def _expected(side: Side, values: np.ndarray, labels: np.ndarray, clusters: int, root: float) -> np.ndarray:
-    """The covariance of a side's cluster sums where clusters have a random effect; (studies, clusters, clusters)."""
+class _Covariance(NamedTuple):
+    """The covariance of a side's cluster sums; of clusters g and h scale_g scale_h (common - weighted_g - weighted_h).
+
+    On the diagonal, where g is h, scale_g^2 effect_g comes to that. Kept so, as clusters can be ten thousand facts.
+    """
+
+    scale: np.ndarray  # (clusters,)
+    effect: np.ndarray  # (studies, clusters)
+    weighted: np.ndarray  # (studies, clusters)
+    common: np.ndarray  # (studies, 1)
+
+
+def _product(one: _Covariance, other: _Covariance) -> np.ndarray:
+    """The sum of the products of two covariances' entries; (studies,)."""
+    scale = one.scale * other.scale
+    first, second = one.common - one.weighted, other.common - other.weighted
+    all_pairs = (
+        scale.sum() * (first * second) @ scale
+        - (first @ scale) * (other.weighted @ scale)
+        - (one.weighted @ scale) * (second @ scale)
+        + scale.sum() * (one.weighted * other.weighted) @ scale
+    )
+    diagonal = one.effect * (other.effect + second - other.weighted) + other.effect * (first - one.weighted)
+    return np.asarray(all_pairs + diagonal @ scale**2)
+
+
+def _expected(side: Side, values: np.ndarray, labels: np.ndarray, clusters: int, root: float) -> _Covariance:
+    """The covariance of a side's cluster sums where clusters have a random effect as large as the data show."""
     sizes = np.bincount(labels, minlength=clusters)
     share = np.bincount(labels, side.weight, clusters)
     squares = np.bincount(labels, side.weight**2, clusters)
@@ -208,11 +244,7 @@ def _expected(side: Side, values: np.ndarray, labels: np.ndarray, clusters: int,
     effect = np.where(there, between[:, None] + within[:, None] * of_mean, 0.0)
     scale = np.where(there, share / np.where(share < 1, 1 - share, 1.0) ** root, 0.0)
     weighted = share * effect
-    common = (share * weighted).sum(axis=1)[:, None, None]
-    inner = common - weighted[:, :, None] - weighted[:, None, :]
-    diagonal = np.arange(clusters)
-    inner[:, diagonal, diagonal] += effect
-    return np.asarray(inner * scale[:, None] * scale)
+    return _Covariance(scale, effect, weighted, (share * weighted).sum(axis=1)[:, None])
 
 
 def by_cluster(values: np.ndarray, labels: np.ndarray, clusters: int) -> np.ndarray:

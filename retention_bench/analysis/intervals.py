@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from retention_bench.analysis.clusters import MODELS, Answer, Side, Z, layout, spread
+from retention_bench.analysis.clusters import MODELS, Answer, Side, Z, by_fact, layout, spread
 
 
 @dataclass(frozen=True)
@@ -104,24 +104,23 @@ def effective(side: Side, values: np.ndarray) -> np.ndarray | None:
         values: Hits as 1 and misses as 0; (studies, answers).
 
     Returns:
-        The number, at most that of the facts; None where there is a single relation.
+        The number; None where there is a single relation.
     """
     found = spread([(side, values, 1.0)], skewed=True)
     if found is None:
         return None
     p = side.mean(values)
-    wider = (Z / stats.t.ppf(0.975, found.df)) ** 2
-    alike = (p < 1e-12) | (p > 1 - 1e-12)
-    there = ~alike & (found.variance > 0)
-    n = np.divide(p * (1 - p), found.variance, out=np.full_like(p, np.inf), where=there)
+    wider = (stats.t.ppf(0.975, found.df) / Z) ** 2
+    variance = np.maximum(found.variance * wider, by_fact(side, values))
+    n = np.divide(p * (1 - p), variance, out=np.zeros_like(p), where=variance > 0)
     # Where nothing differs nothing tells how far relations do: only the quantile makes up for their being few.
-    return np.where(alike, side.facts * wider, np.minimum(n * wider, side.facts))
+    return np.where((p < 1e-12) | (p > 1 - 1e-12), side.facts / wider, n)
 
 
-def wilson(p: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wilson(p: np.ndarray, n: np.ndarray, quantile: np.ndarray | float = Z) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's interval for rates p of n trials, which need not be whole numbers."""
-    centre, half = p + Z**2 / (2 * n), Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return (centre - half) / (1 + Z**2 / n), (centre + half) / (1 + Z**2 / n)
+    centre, half = p + quantile**2 / (2 * n), quantile * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))
+    return (centre - half) / (1 + quantile**2 / n), (centre + half) / (1 + quantile**2 / n)
 
 
 def retained(before: Mapping[Any, Answer], after: Mapping[Any, Answer]) -> list[Answer]:
