@@ -135,7 +135,9 @@ def _log_rank(table: _LifeTable) -> float | None:
     else:
         signs = np.random.default_rng(0).choice([1.0, -1.0], (1 + _SWAPS, table.relations))
         signs[0] = 1  # as it is
-    statistic = np.abs(_statistic(*(_swapped(counts, signs) for counts in (risk, lost)), risk.sum((0, 1)), lost.sum((0, 1))))
+    statistic = np.abs(
+        _statistic(*(_swapped(counts, signs) for counts in (risk, lost)), risk.sum((0, 1)), lost.sum((0, 1)))
+    )
     return float(np.mean(statistic >= statistic[0] - 1e-9))
 
 

@@ -39,7 +39,7 @@ class HalfLife:
 class Curve:
     """The share of facts that survive, over the dose.
 
-    Between two doses of `doses` the share is known at neither side only; it is drawn as steps.
+    What happens between two of its doses no look has seen; it is drawn as steps.
 
     Attributes:
         doses: Doses at looks, ascending, from before the first step on.
@@ -188,7 +188,7 @@ def _bands(
     inside = (shares > 0) & (shares < 1)
     low, high = np.zeros_like(shares), np.ones_like(shares)
     logs = np.log(shares[inside])
-    stretch = np.exp(stats.t.ppf(0.975, groups - 1) * error[inside] / np.abs(shares[inside] * logs))
+    stretch = np.exp(np.minimum(stats.t.ppf(0.975, groups - 1) * error[inside] / np.abs(shares[inside] * logs), 500))
     low[inside], high[inside] = np.exp(logs * stretch), np.exp(logs / stretch)
     none_lost = shares == 1
     low[none_lost] = 0.025 ** (1 / np.maximum(through[none_lost], 1))
@@ -203,7 +203,9 @@ def _half_life(doses: np.ndarray, shares: np.ndarray, bands: tuple[np.ndarray, n
     if bands is None:
         return HalfLife(dose, None, None)
     low = _crossing(doses, bands[0])
-    return HalfLife(dose, float(doses[-1]) if low is None else low, None if dose is None else _crossing(doses, bands[1]))
+    return HalfLife(
+        dose, float(doses[-1]) if low is None else low, None if dose is None else _crossing(doses, bands[1])
+    )
 
 
 def _crossing(doses: np.ndarray, shares: np.ndarray) -> float | None:
