@@ -43,18 +43,15 @@ def curve(survival: Mapping[str, Any], *, width: int = 60, height: int = 12, enc
     labels = {0: "100 %", round((height - 1) / 2): "50 %", height - 1: "0 %"}
     lines = [f"{labels.get(row, ''):>5} {'┤' if row in labels else '│'}{''.join(plot[row])}" for row in range(height)]
     lines.append(f"{'':>6}└{'─' * width}")
-    ends = (
-        "0",
-        f"{last / 2:,.4g}" if last < 1000 else f"{last / 2:,.0f}",
-        f"{last:,.4g}" if last < 1000 else f"{last:,.0f}",
-    )
+    ends = ("0", _number(last / 2), _number(last))
     middle = width - len(ends[0]) - len(ends[2])
     lines.append(f"{'':>7}{ends[0]}{ends[1]:^{middle}}{ends[2]}")
     lines.append(f"{'':>7}{'fine-tune ' + survival['dose']:^{width}}".rstrip())
     for arm, own in curves.items():
         mark = ARMS[arm][1 if unicode else 2]
         facts = f"{own['facts']} facts of {own['relations']} relations"
-        lines.append(f"{'':>7}{mark} {ARMS[arm][0]} ({facts}): {half_life(own['half_life'], survival['dose'])}")
+        lines.append(f"{mark:>8} {ARMS[arm][0]} ({facts})")
+        lines.append(f"{'':>9}{half_life(own['half_life'], survival['dose'])}")
     text = "\n".join(line.rstrip() for line in lines)
     return text if unicode else text.translate(str.maketrans(_FRAME))
 

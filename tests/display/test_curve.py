@@ -22,7 +22,7 @@ def test_it_fits_the_stream_and_tells_the_arms_apart_without_colour(encoding, ma
     text.encode(encoding)
     assert "\x1b" not in text
     lines = text.split("\n")
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     assert lines[0].startswith("100 %")
     assert all(mark in "".join(lines[:12]) for mark in marks)
     assert "1,000" in text
@@ -37,7 +37,7 @@ def test_a_curve_falls_where_facts_are_lost():
 
 def test_half_lives_are_said():
     text = curve(SURVIVAL, encoding="utf-8")
-    assert "edited (20 facts of 5 relations): half-life 500 tokens (95 % interval 100 to open)" in text
+    assert "edited (20 facts of 5 relations)\n         half-life 500 tokens (95 % interval 100 to open)" in text
     assert "half-life not reached, above 100 tokens" in text
     assert half_life({"dose": None, "low": None, "high": None}, "tokens") == "half-life not reached"
 
