@@ -43,7 +43,7 @@ def simulate(
         rng: Where chance comes from.
         facts: About how many facts.
         relations: How many relations.
-        models: How many edited models; each stops at a step between a third of `last` and `last`, the control at `last`.
+        models: How many edited models; each stops between a third of `last` and `last`, the control at `last`.
         half_life: Of edited facts without frailty, in tokens.
         ratio: Hazard of edited facts over the control's.
         frailty: SD of the relations' log-hazards; half of its variance is shared by the arms.
@@ -86,9 +86,7 @@ def main() -> None:
     parser.add_argument("--relations", type=int, nargs="+", default=[5, 8, 15, 30])
     parser.add_argument("--frailty", type=float, nargs="+", default=[0, 0.5, 1])
     given = parser.parse_args()
-    print(
-        "| facts | relations | frailty SD | half-life | share at 200 | share at 1,000 | hazard ratio | log-rank rejects |"
-    )
+    print("| facts | relations | frailty SD | half-life | at 200 | at 1,000 | hazard ratio | log-rank rejects |")
     print("|---|---|---|---|---|---|---|---|")
     for facts, relations, frailty in itertools.product(given.facts, given.relations, given.frailty):
         print(_row(given.runs, facts, relations, frailty), flush=True)

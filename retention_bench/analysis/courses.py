@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ class Course:
     def __post_init__(self) -> None:
         if not len(self.steps) == len(self.doses) == len(self.held) > 0:
             raise ValueError(f"a course needs a dose and an answer for each look, of which there is one: {self}")
-        if any(b <= a for values in (self.steps, self.doses) for a, b in zip(values, values[1:], strict=False)):
+        if any(b <= a for values in (self.steps, self.doses) for a, b in itertools.pairwise(values)):
             raise ValueError(f"steps and doses must rise from look to look: {self}")
 
     @property
@@ -67,8 +68,8 @@ class Course:
 def between(course: Course) -> tuple[float, float]:
     """The doses between which a fact was lost: after the first, at the second or before.
 
-    The first is the last look at which it was held. The second is infinite where it was never lost: it is censored at its
-    model's last look.
+    The first is the last look at which it was held. The second is infinite where it was never lost: it is censored at
+    its model's last look.
     """
     look = course.lost_at
     return (course.doses[-1], math.inf) if look is None else (course.doses[look - 1], course.doses[look])

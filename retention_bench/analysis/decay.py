@@ -13,7 +13,7 @@ from scipy import stats
 LEAST_PROBABILITY = 1e-9
 """A probability below it counts as it: log-odds of -20.7. Otherwise one target of many tokens would outweigh all."""
 LARGEST_PROBABILITY = 1 - 1e-6
-"""A probability above it counts as it: log-odds of +13.8. Float32 logits of size 16 leave a log-probability no finer."""
+"""A probability above it counts as it: log-odds of +13.8. Float32 logits of size 16 give no finer ones."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def _mean(values: np.ndarray, relations: list[str]) -> Change:
 
     CR2 with Bell and McCaffrey's degrees of freedom (2002, "Bias reduction in standard errors for linear regression
     with multi-stage samples"; Pustejovsky & Tipton 2018), which for a mean has a closed form: a cluster's sum of
-    residuals counts 1 / sqrt(1 - m / n) times, for m of n facts. With clusters of one size it is OLS with cluster-robust
-    errors and t with one degree of freedom less than clusters.
+    residuals counts 1 / sqrt(1 - m / n) times, for m of n facts. With clusters of one size it is OLS with
+    cluster-robust errors and t with one degree of freedom less than clusters.
     """
     mean = float(values.mean())
     labels = np.unique(relations, return_inverse=True)[1]
@@ -145,7 +145,7 @@ def _mean(values: np.ndarray, relations: list[str]) -> Change:
     sums = np.bincount(labels, values - mean)
     adjust = 1 / np.sqrt(1 - sizes / n)
     error = float(np.sqrt(np.sum((adjust * sums) ** 2)) / n)
-    # What the clusters' adjusted sums are correlated like where all facts are independent: of all ways, the working one.
+    # The covariance of the clusters' adjusted sums if all facts were independent: the working model.
     working = adjust[:, None] * (np.diag(sizes) - np.outer(sizes, sizes) / n) * adjust
     dof = float(np.trace(working) ** 2 / np.sum(working**2))
     half = float(stats.t.ppf(0.975, dof)) * error

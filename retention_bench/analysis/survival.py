@@ -150,7 +150,7 @@ def curve(followed: Sequence[Course]) -> Curve:
     weights = np.ones((1 + groups * (groups > 1), len(followed)))
     for group, row in enumerate(weights[1:]):
         row[labels == group] = 0
-    estimate = turnbull(low, high, weights)
+    estimate = turnbull(low, high, weights, min(course.doses[0] for course in followed))
     doses, shares = estimate.doses, estimate.survival[0]
     facts = np.array([course.fact for course in followed])
     bands = None

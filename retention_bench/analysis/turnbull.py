@@ -15,7 +15,7 @@ class Estimate:
     """Shares that survive, for several weightings of the same observations.
 
     Attributes:
-        doses: The ends of the observations' intervals, ascending, (ends).
+        doses: The start and the ends of the observations' intervals, ascending, (ends).
         survival: The share whose time is beyond each, (weightings, ends); 1 at the first.
     """
 
@@ -23,7 +23,7 @@ class Estimate:
     survival: np.ndarray
 
 
-def turnbull(low: np.ndarray, high: np.ndarray, weights: np.ndarray) -> Estimate:
+def turnbull(low: np.ndarray, high: np.ndarray, weights: np.ndarray, start: float = 0.0) -> Estimate:
     """The nonparametric maximum-likelihood estimate from interval-censored times.
 
     Turnbull (1976), "The empirical distribution function with arbitrarily grouped, censored and truncated data": mass
@@ -36,6 +36,7 @@ def turnbull(low: np.ndarray, high: np.ndarray, weights: np.ndarray) -> Estimate
         low: Doses beyond which the times lie, (observations).
         high: Doses at or before which they lie, infinite where a time is right-censored, (observations).
         weights: How often each observation counts, (weightings, observations); each weighting counts one at least.
+        start: The dose at which all are followed from.
 
     Returns:
         The estimate. Each weighting after the first starts close to the first's estimate, so that where it cannot tell
@@ -51,7 +52,7 @@ def turnbull(low: np.ndarray, high: np.ndarray, weights: np.ndarray) -> Estimate
     first = _maximise(shares, counts[:1], inside)
     near = np.repeat(0.99 * first + 0.01 * shares, len(counts) - 1, axis=0)
     shares = np.concatenate([first, _maximise(near, counts[1:], inside)])
-    doses = np.unique(observed[np.isfinite(observed)])
+    doses = np.unique([start, *observed[np.isfinite(observed)]])
     survival = 1 - shares @ (ends[:, None] <= doses)
     return Estimate(doses, survival.clip(0, 1))
 

@@ -34,7 +34,7 @@ def test_what_is_no_log_probability_is_refused(logprob):
 def made(rng, relations=15, facts=90, spread=0.5, change=(-1.2, -0.3)):
     own = rng.normal(size=(relations, 2)) * spread
     rows = []
-    for i in range(facts):
+    for _ in range(facts):
         relation = int(rng.integers(relations))
         before = rng.normal([3, 0], 1)
         after = before + change + own[relation] + rng.normal(0, 0.7, 2)
@@ -70,5 +70,5 @@ def test_paired_is_the_difference_and_needs_two_relations():
 @pytest.mark.parametrize(("relations", "spread"), [(8, 0.5), (30, 0), (30, 0.5)])
 def test_known_decay_is_recovered(relations, spread):
     rng = np.random.default_rng(2)
-    runs = [decay(made(rng, relations, spread=spread)).paired.ci95 for _ in range(250)]
+    runs = [decay(made(rng, relations, spread=spread)).paired.ci95 for _ in range(200)]
     assert 0.92 <= np.mean([low <= -0.9 <= high for low, high in runs]) <= 0.98
