@@ -53,7 +53,7 @@ def curve(survival: Mapping[str, Any], *, width: int = 60, height: int = 12, enc
         lines.append(f"{mark:>8} {ARMS[arm][0]} ({facts})")
         lines.append(f"{'':>9}{half_life(own['half_life'], survival['dose'])}")
     text = "\n".join(line.rstrip() for line in lines)
-    return text if unicode else text.translate(str.maketrans(_FRAME))
+    return text if unicode else text.translate({ord(mark): ascii_mark for mark, ascii_mark in _FRAME.items()})
 
 
 def half_life(found: Mapping[str, float | None], dose: str) -> str:
