@@ -99,17 +99,17 @@ def test_every_question_is_asked_once_and_judged(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_target_logprob_is_that_of_the_whole_target(name: str, request: pytest.FixtureRequest, facts: FactSet) -> None:
+def test_logprob_is_that_of_the_whole_target(name: str, request: pytest.FixtureRequest, facts: FactSet) -> None:
     model, tokenizer = request.getfixturevalue(name), request.getfixturevalue(f"{name}_tokenizer")
     samples = score(model, tokenizer, facts, batch_size=3)
-    assert len({sample.target_logprob for sample in samples}) == len(samples)
+    assert len({sample.logprob for sample in samples}) == len(samples)
     for sample in samples:
         start = len(tokenizer.encode(sample.prompt))
         tokens = torch.tensor([tokenizer.encode(f"{sample.prompt} {sample.target}")])
         with torch.no_grad():
             logprobs = model(tokens).logits.log_softmax(-1)[0, start - 1 : -1]
         expected = logprobs.gather(1, tokens[0, start:, None]).sum().item()
-        assert sample.target_logprob == pytest.approx(expected, abs=1e-4)
+        assert sample.logprob == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -118,7 +118,7 @@ def test_scores_do_not_depend_on_the_batch_size(name: str, request: pytest.Fixtu
     alone, together = (score(model, tokenizer, facts, batch_size=size) for size in (1, 64))
     assert score(model, tokenizer, facts, batch_size=64) == together
     assert [(s.hit, s.token_ids, s.text) for s in alone] == [(s.hit, s.token_ids, s.text) for s in together]
-    assert [s.target_logprob for s in alone] == pytest.approx([s.target_logprob for s in together], abs=1e-4)
+    assert [s.logprob for s in alone] == pytest.approx([s.logprob for s in together], abs=1e-4)
 
 
 def test_only_the_kinds_asked_for_and_present(
