@@ -12,6 +12,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import GenerationConfig
 
 from retention_bench.errors import RetentionBenchError
+from retention_bench.results.schema import KINDS
 from retention_bench.scoring.metric import MAX_ANSWER_TOKENS, MAX_TARGET_TOKENS, DecodedText, is_answered, target_ids
 from retention_bench.scoring.prefixes import Prompt
 
@@ -104,7 +105,9 @@ class RetentionLM(TemplateLM):
         targets: dict[Target, list[tuple[str, str]]] = defaultdict(list)
         for prompt, target in set(questions):
             ids = self.prompt_ids(prompt)
-            lengths[ids] = max(lengths.get(ids, 0), self.answer_length(target.strip()))
+            lengths[ids] = max(
+                lengths.get(ids, 0), self.answer_length(target.removeprefix(" "), words=not target.startswith(" "))
+            )
             context, continuation = self._encode_pair(prompt, target)
             self._check_known(target, continuation)
             if len(context) + len(continuation) < self.max_length:  # the rest is left to lm-eval's way, which cuts
@@ -142,7 +145,7 @@ class RetentionLM(TemplateLM):
         """
         if any(request.task_name and not request.task_name.startswith("retention_") for request in requests):
             return self._write(requests, disable_tqdm)
-        asked = [(self.prompt_ids(r.args[0]), self.answer_length(r.doc.get("target", ""))) for r in requests]
+        asked = [(self.prompt_ids(r.args[0]), self._asked_length(r.doc)) for r in requests]
         missing: dict[Prompt, int] = {}
         for prompt, length in asked:
             if length > self._lengths.get(prompt, 0):
@@ -151,15 +154,21 @@ class RetentionLM(TemplateLM):
         # Cut, so that an answer does not depend on what else is asked.
         return [DecodedText(self._cut(answers[prompt], length), self.tokenizer) for prompt, length in asked]
 
-    def answer_length(self, target: str) -> int:
-        """Tokens to decode from the first content token on: those of the target, wherever a line begins with it.
+    def answer_length(self, target: str, *, words: bool) -> int:
+        """Tokens to decode from the first content token on: those of the target.
 
         Args:
             target: Without its leading space.
+            words: Whether words decide, as in a chat: then the target begins a line, and one token more tells whether
+                its last word has ended.
         """
-        bare = self.tokenizer.encode(target, add_special_tokens=False)
-        # One more, by which a word's end is known.
-        return max(1, min(MAX_TARGET_TOKENS, max(len(target_ids(target, self.tokenizer)), len(bare) + 1)))
+        if words:
+            return min(MAX_TARGET_TOKENS, len(self.tokenizer.encode(target, add_special_tokens=False)) + 1)
+        return max(1, len(target_ids(target, self.tokenizer)))
+
+    def _asked_length(self, document: Mapping[str, str]) -> int:
+        kind = KINDS.get(document.get("kind", ""))
+        return self.answer_length(document.get("target", ""), words=kind is not None and kind.form == "chat")
 
     def prompt_ids(self, prompt: str) -> Prompt:
         """A prompt's token ids, as `lm_eval --model hf` makes them.

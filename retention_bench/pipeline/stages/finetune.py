@@ -111,7 +111,7 @@ class Finetune(Stage):
     def trajectory(self, bench: Bench) -> list[dict[str, Any]]:
         """What was seen of the facts while the model was trained, a row for each fact and look; none if untracked.
 
-        Each row has the dose up to there (`step`, `tokens`, `epoch`), the fact's `relation`, and what `scoring.Point` has.
+        Each row has the dose up to there (`step`, `tokens`, `epoch`), the fact's `relation`, and what a `Point` has.
         """
         return read_jsonl(bench.get(self) / "trajectory.jsonl") if self.tracked is not None else []
 
@@ -185,10 +185,8 @@ class Finetune(Stage):
         def track(dose: Dose) -> None:
             points = follower.look()
             if processes.index() == 0:
-                points = (
-                    {**dose._asdict(), "relation": relations[point.fact_id], **point.to_json()} for point in points
-                )
-                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in points)
+                seen = ({**dose._asdict(), "relation": relations[p.fact_id], **p.to_json()} for p in points)
+                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in seen)
                 write_text(work / f"trajectory-{dose.step:09}.jsonl", "".join(rows))
 
         return track
