@@ -121,7 +121,7 @@ def test_the_target_token_under_a_tokenizer_that_adds_its_own_space(spaced_token
 def test_a_lone_leading_space_is_passed_over_on_both_sides(spaced_tokenizer: PreTrainedTokenizerBase) -> None:
     lone, east, *_ = decoded = spaced_tokenizer.convert_tokens_to_ids(["▁", "東", "京"])
     assert target_token("東京", spaced_tokenizer) == east
-    assert judge_ids(decoded, "東京", spaced_tokenizer) == Verdict(True, east, 1, strict=False, whole=False)
+    assert judge_ids(decoded, "東京", spaced_tokenizer) == Verdict(True, east, 1, strict=True, whole=True)
     assert is_stop_token(lone, spaced_tokenizer)
 
 

@@ -128,7 +128,12 @@ def test_every_question_is_asked_once_and_judged(
     assert samples[0].token_ids == tuple(llama_tokenizer.encode(" the Rome", add_special_tokens=False))
     found = {(s.kind, s.fact_id): s for s in samples}
     guinea, rome = found["intrinsic", "i2"], samples[0]
-    assert (guinea.text, guinea.strict, guinea.whole, guinea.outcome) == (" Guinea", True, True, "true")
+    assert (guinea.text, guinea.strict, guinea.whole, guinea.outcome) == (
+        " Guine",
+        True,
+        False,
+        "true",
+    )  # in other tokens
     assert (rome.relation, rome.strict, rome.whole, rome.outcome) == ("capital", False, True, "new")
     silent = found["locality", "e2"]
     assert (silent.text, silent.outcome, silent.token_ids) == ("", "none", (llama_tokenizer.eos_token_id,))

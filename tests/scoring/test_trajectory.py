@@ -9,17 +9,19 @@ import torch
 from retention_bench.facts import Fact, FactSet, first_tokens, knowledge, target_token
 from retention_bench.scoring import Follower, judge_ids, score
 
+KINDS = ("edited", "intrinsic", "intrinsic_matched")
 OBJECTS = {"capital": ["Paris", "Rome", "Berlin", "Italy"], "born": ["Italy", "Guinea"], "other": ["Japan"]}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_look_says_what_the_metric_says_and_where_the_probability_is(name, request, facts):
     model, tokenizer = request.getfixturevalue(name), request.getfixturevalue(f"{name}_tokenizer")
-    samples = {s.fact_id: s for s in score(model, tokenizer, facts, kinds=("edited", "intrinsic"))}
+    samples = {s.fact_id: s for s in score(model, tokenizer, facts, kinds=KINDS, objects=OBJECTS)}
     points = Follower(model, tokenizer, facts, OBJECTS).look()
     assert [point.fact_id for point in points] == [fact.id for fact in facts]
     for fact, point in zip(facts, points, strict=True):
         assert (point.kind, point.hit) == (samples[fact.id].kind, samples[fact.id].hit)
+        assert point.outcome == samples[fact.id].outcome
         with torch.no_grad():
             row = model(torch.tensor([tokenizer.encode(fact.question)])).logits[0, -1].softmax(-1)
         tokens = {text: target_token(text, tokenizer) for texts in OBJECTS.values() for text in texts}
@@ -66,7 +68,9 @@ def test_a_lone_space_is_passed_over_and_the_classes_still_add_up_to_one(digit_t
     others = [text for begins, text in begun.items() if not any(own and own.startswith(begins) for own in (true, new))]
     assert point.related == pytest.approx(sum(map(chance, others)), rel=1e-4)
     assert point.true + (point.edited or 0) + point.related + point.other == pytest.approx(1.0)
-    [sample] = score(model, tokenizer, FactSet.of([replace(fact, target_true="Rome", target_new=None)]))
+    [sample] = score(
+        model, tokenizer, FactSet.of([replace(fact, target_true="Rome", target_new=None)]), kinds=["intrinsic"]
+    )
     assert point.hit == judge_ids(sample.token_ids, fact.target, tokenizer).hit
 
 
