@@ -261,7 +261,7 @@ def control_of(run: Path) -> dict[str, list[tuple[float, float]]]:
     for key, before in found["base"].items():
         after = found["control_finetune"][key]
         if before["hit"]:
-            change = _logit(after["target_logprob"]) - _logit(before["target_logprob"])
+            change = _logit(after["logprob"]) - _logit(before["logprob"])
             facts[relations[key[1]]].append((float(after["hit"]), change))
     return {relation: own for relation, own in facts.items() if len(own) > 1}
 

@@ -43,7 +43,7 @@ from retention_bench.finetune import FinetuneOptions, Terms, TuningContext, make
 from retention_bench.finetune.schedule import schedule
 from retention_bench.models import load_model
 from retention_bench.pipeline import load_suite
-from retention_bench.scoring import Prober
+from retention_bench.scoring import Follower
 
 EVERY = 20
 PEAK = 989e12
@@ -218,11 +218,11 @@ def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> Non
                 if way == "bare TRL":
                     times, losses[way] = bare(model, tokenizer, task, data, options.device, folder)
                 else:
-                    prober = Prober(model, tokenizer, facts, objects)
+                    follower = Follower(model, tokenizer, facts, objects)
 
-                    def track(dose, prober=prober):
+                    def track(dose, follower=follower):
                         began = time.perf_counter()
-                        prober.look()
+                        follower.look()
                         looks.append(time.perf_counter() - began)
 
                     followed = track if "followed" in way else None

@@ -205,7 +205,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     for answer in answers:
         model = answer.get("experiment")
         where = (answer["stage"], "-" if model is None else f"{model + 1}") if staged else ()
-        logprob = "-" if answer["target_logprob"] is None else f"{answer['target_logprob']:.2f}"
+        logprob = "-" if answer["logprob"] is None else f"{answer['target_logprob']:.2f}"
         said = line(answer["text"].strip()) or repr(answer["text"])
         table.add_row(*where, said, "yes" if answer["hit"] else "no", logprob)
     return table

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 3
 
 
+FORMS: dict[str, str] = {
+    "cloze": "{}",
+    "qa": "Question: {} what?\nAnswer:",
+    "chat": "Complete the sentence with the missing words only: {} ...",
+}
+"""The forms of a question, with what is put around a prompt. That of a chat is what the user says."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of question.
@@ -33,16 +41,19 @@ class Kind:
     Attributes:
         name: Its name in samples, in rates and, behind `retention_`, in lm-eval.
         label: What tables call it.
-        about: Which facts are asked: `"edited"`, those with a `target_new`, or `"intrinsic"`, those without.
+        about: Which facts are asked: `"edited"`, those with a `target_new`, `"intrinsic"`, those without, or
+            `"intrinsic_matched"`, those without whose relations edited facts have too.
         prompts: The attribute of a `Fact` that holds its prompt or prompts.
         target: The attribute of a `Fact` that holds the object to be answered.
+        form: One of `FORMS`: how the prompt is put.
     """
 
     name: str
     label: str
-    about: Literal["edited", "intrinsic"]
+    about: Literal["edited", "intrinsic", "intrinsic_matched"]
     prompts: Literal["question", "paraphrases", "neighborhood"]
     target: Literal["target_true", "target_new"]
+    form: Literal["cloze", "qa", "chat"] = "cloze"
 
     @property
     def task(self) -> str:
@@ -50,12 +61,12 @@ class Kind:
         return f"retention_{self.name}"
 
     def questions(self, facts: FactSet) -> list[tuple[Fact, str, str]]:
-        """Its questions: the fact, the prompt and the object to be answered, in the order of the facts."""
+        """Its questions: the fact, what is asked and the object to be answered, in the order of the facts."""
         found = []
         for fact in getattr(facts, self.about):
             prompts = getattr(fact, self.prompts)
             for prompt in (prompts,) if isinstance(prompts, str) else prompts:
-                found.append((fact, prompt, getattr(fact, self.target)))
+                found.append((fact, FORMS[self.form].replace("{}", prompt), getattr(fact, self.target)))
         return found
 
 
@@ -63,12 +74,24 @@ KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("edited", "edited", "edited", "question", "target_new"),
+        Kind("edited_true", "edited, true object", "edited", "question", "target_true"),
         Kind("intrinsic", "intrinsic", "intrinsic", "question", "target_true"),
+        Kind("intrinsic_matched", "intrinsic, matched", "intrinsic_matched", "question", "target_true"),
         Kind("paraphrase", "paraphrase", "edited", "paraphrases", "target_new"),
         Kind("locality", "locality", "edited", "neighborhood", "target_true"),
+        Kind("edited_qa", "edited, as a question", "edited", "question", "target_new", "qa"),
+        Kind("intrinsic_qa", "intrinsic, as a question", "intrinsic", "question", "target_true", "qa"),
+        Kind("edited_chat", "edited, in a chat", "edited", "question", "target_new", "chat"),
+        Kind("intrinsic_chat", "intrinsic, in a chat", "intrinsic", "question", "target_true", "chat"),
     )
 }
 """All kinds of question, in the order in which they are asked."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    f"retention{end}": tuple(name for name, kind in KINDS.items() if kind.form == form)
+    for end, form in (("", "cloze"), ("_qa", "qa"), ("_chat", "chat"))
+}
+"""The groups of lm-eval tasks, with the kinds in each."""
 
 STAGES: dict[str, str] = {
     "base": "base model",
@@ -107,12 +130,18 @@ class Sample(_Typed):
         stage: At which stage of a cell it was asked; None for a checkpoint that `score` was given.
         kind: The kind of question.
         fact_id: The fact it belongs to.
+        relation: The fact's relation.
         prompt: The text the model was given.
         target: The object it should answer with, without leading space.
-        hit: Whether the first content token it decoded equals the target's first content token.
-        token_ids: The ids it decoded, up to the first content token or the end of decoding.
+        hit: Whether the first content token it decoded equals the target's first content token; in a chat the first
+            content word.
+        strict: Whether the very first token it decoded is the target's first, in a chat the very first word.
+        whole: Whether it decoded all of the target, from the first content token on.
+        outcome: What the first content token is: of the fact's new object, of its true one, of another object of the
+            relation, or another; none where decoding ended before there was one.
+        token_ids: The ids it decoded, up to the target's length from the first content token on, or the end.
         text: The same, decoded, without special tokens.
-        target_logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced);
+        logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced);
             None where the model puts out no number, as one that diverged in training.
     """
 
@@ -120,12 +149,16 @@ class Sample(_Typed):
     stage: StageName | None = None
     kind: KindName
     fact_id: str
+    relation: str
     prompt: str
     target: str
     hit: bool
+    strict: bool
+    whole: bool
+    outcome: Literal["new", "true", "related", "other", "none"]
     token_ids: Annotated[tuple[int, ...], pydantic.Field(strict=False)]
     text: str
-    target_logprob: float | None
+    logprob: float | None
 
     def to_json(self) -> dict[str, Any]:
         """The sample as plain JSON values; without `experiment` and `stage` where it is of no cell."""

@@ -11,7 +11,7 @@ from retention_bench.analysis import rate
 Row = Mapping[str, Any]
 
 CLASSES = ("true", "edited", "related", "other")
-"""The classes of tokens that a look has the probability of, see `Probe`."""
+"""The classes of tokens that a look has the probability of, see `scoring.Point`."""
 
 
 def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:

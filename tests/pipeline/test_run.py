@@ -81,7 +81,7 @@ def test_every_aggregate_follows_from_the_samples(finished):
         "hit",
         "token_ids",
         "text",
-        "target_logprob",
+        "logprob",
     } == set(rows[0])
 
 

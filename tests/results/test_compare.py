@@ -22,7 +22,7 @@ FACTS = [Fact(f"f{i}", f"Town {i}", "state", "{} lies in", "Texas", "Utah" if i 
 def sample(fact, hit, kind="edited", **more):
     target = fact.target_new if kind == "edited" else fact.target_true
     row = {"kind": kind, "fact_id": fact.id, "prompt": fact.prompt.format(fact.subject), "target": target, "hit": hit}
-    return more | row | {"token_ids": [1, 2], "text": f" {target if hit else 'the [red]sea'}", "target_logprob": -0.5}
+    return more | row | {"token_ids": [1, 2], "text": f" {target if hit else 'the [red]sea'}", "logprob": -0.5}
 
 
 def stage_rows(stage, hits):
@@ -106,7 +106,7 @@ def test_a_fact_is_inspected_in_runs_and_scores(runs, scores):
     assert (run["fact"]["subject"], run["fact"]["target_new"]) == ("Town 2", "Utah")
     (question,) = run["questions"]
     assert (question["prompt"], question["target"]) == ("Town 2 lies in", "Utah")
-    assert [(a["stage"], a["experiment"], a["hit"], a["target_logprob"]) for a in question["answers"]] == [
+    assert [(a["stage"], a["experiment"], a["hit"], a["logprob"]) for a in question["answers"]] == [
         ("post_edit", 0, True, -0.5),
         ("post_finetune", 0, False, -0.5),
     ]

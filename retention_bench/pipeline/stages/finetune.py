@@ -111,7 +111,7 @@ class Finetune(Stage):
     def trajectory(self, bench: Bench) -> list[dict[str, Any]]:
         """What was seen of the facts while the model was trained, a row for each fact and look; none if untracked.
 
-        Each row has the dose up to there (`step`, `tokens`, `epoch`), the fact's `relation`, and what `Probe` has.
+        Each row has the dose up to there (`step`, `tokens`, `epoch`), the fact's `relation`, and what a `Point` has.
         """
         return read_jsonl(bench.get(self) / "trajectory.jsonl") if self.tracked is not None else []
 
@@ -174,21 +174,19 @@ class Finetune(Stage):
     def _track(self, work: Path, model: Any, tokenizer: Any, bench: Bench) -> Track | None:
         """What asks the facts while the model is trained; each point has a file, which outlives a kill."""
         from retention_bench.finetune import processes
-        from retention_bench.scoring import Prober
+        from retention_bench.scoring import Follower
 
         if self.tracked is None:
             return None
         facts = self.tracked.group.of(self.facts.read(bench))
-        prober = Prober(model, tokenizer, facts, self.tracked.knowledge.objects(bench))
+        follower = Follower(model, tokenizer, facts, self.tracked.knowledge.objects(bench))
         relations = {fact.id: fact.relation for fact in facts}
 
         def track(dose: Dose) -> None:
-            probes = prober.look()
+            points = follower.look()
             if processes.index() == 0:
-                points = (
-                    {**dose._asdict(), "relation": relations[probe.fact_id], **probe.to_json()} for probe in probes
-                )
-                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in points)
+                seen = ({**dose._asdict(), "relation": relations[p.fact_id], **p.to_json()} for p in points)
+                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in seen)
                 write_text(work / f"trajectory-{dose.step:09}.jsonl", "".join(rows))
 
         return track
