@@ -111,7 +111,15 @@ def plan(cell: Cell) -> Gather:
     _check_pool(suite)
     if suite.facts.keywords:
         load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
-    facts = Facts(Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seed)
+    facts = Facts(
+        Knowledge(model, pool),
+        suite.facts.margin,
+        suite.facts.edited,
+        suite.facts.intrinsic,
+        cell.seed,
+        suite.facts.split,
+        suite.facts.intrinsic_matched if suite.facts.split == "relations" else 0,
+    )
     covariance: Covariance | CovarianceFile | None = None
     corpus = suite.covariance
     if editor.covariance_layers and (file := _covariance_file(cell)):
