@@ -1,7 +1,7 @@
 """The split (protocol, "Facts"): edited facts, and facts left alone that have no name in common with them.
 
-Two splits. `relations` is the paper's: edited and intrinsic facts share no relation either, and `intrinsic_matched` facts
-are reserved beside them, of the edited facts' relations. `subjects` keeps to the relations: all facts left alone are of
+Two splits. `relations` is the paper's: edited and intrinsic facts share no relation either, and `intrinsic_matched`
+facts are reserved beside them, of the edited facts' relations. `subjects` keeps to the relations: all facts left alone are of
 relations that edited facts may have too, so all of them are matched and none is intrinsic as the paper means it.
 
 A name that edited facts use, be it as subject, true or new object, is used by no fact left alone, in whatever role:
