@@ -132,7 +132,13 @@ def plan(cell: Cell) -> Gather:
     if suite.facts.keywords:
         load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
     facts = Facts(
-        Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seeds.facts
+        Knowledge(model, pool),
+        suite.facts.margin,
+        suite.facts.edited,
+        suite.facts.intrinsic,
+        cell.seeds.facts,
+        suite.facts.split,
+        suite.facts.intrinsic_matched if suite.facts.split == "relations" else 0,
     )
     covariance: Covariance | CovarianceFile | None = None
     corpus = suite.covariance

@@ -146,8 +146,8 @@ def _estimate(found: analysis.Estimate) -> Estimate:
     return Estimate.model_validate(found.to_json())
 
 
-def _mean(answers: Iterable[Answer], ends: tuple[float, float] | None = (-1.0, 1.0)) -> Estimate:
-    return _estimate(analysis.mean(answers, ends))
+def _mean(answers: Iterable[Answer], *, bounded: bool = True) -> Estimate:
+    return _estimate(analysis.mean(answers, bounded=bounded))
 
 
 def _stages(runs: Sequence[Run]) -> Rates:
@@ -195,11 +195,11 @@ def _decay(runs: Sequence[Run]) -> Decay:
     pairs = [pair for run in runs for pair in whole(run)]
     looked = [sample.logprob for pair in pairs for sample in (*pair.edited, *pair.control)]
     return Decay(
-        paired=_mean(_over(runs, lambda run: map(paired, whole(run))), None),
-        edited=_mean(_over(runs, lambda run: [_changed(*pair.edited) for pair in whole(run)]), None),
-        control=_mean(_over(runs, lambda run: [_changed(*pair.control) for pair in whole(run)]), None),
-        intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, False)]), None),
-        control_intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, True)]), None),
+        paired=_mean(_over(runs, lambda run: map(paired, whole(run))), bounded=False),
+        edited=_mean(_over(runs, lambda run: [_changed(*pair.edited) for pair in whole(run)]), bounded=False),
+        control=_mean(_over(runs, lambda run: [_changed(*pair.control) for pair in whole(run)]), bounded=False),
+        intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, False)]), bounded=False),
+        control_intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, True)]), bounded=False),
         before={
             "edited": _probability([pair.edited[0] for pair in pairs]),
             "control": _probability([pair.control[0] for pair in pairs]),
