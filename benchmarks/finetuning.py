@@ -40,10 +40,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from retention_bench.facts import FactSet, disjoint_split, read_pool
 from retention_bench.finetune import FinetuneOptions, Terms, TuningContext, make_finetune, train
-from retention_bench.finetune.training import _order
+from retention_bench.finetune.schedule import schedule
 from retention_bench.models import load_model
 from retention_bench.pipeline import load_suite
-from retention_bench.scoring import Prober
+from retention_bench.scoring import Follower
 
 EVERY = 20
 PEAK = 989e12
@@ -102,7 +102,8 @@ def bare(model, tokenizer, task, data, device, folder) -> tuple[list[float], lis
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    order = _order([len(row.input_ids) for row in data.train], task.settings.batch_size, task.settings.max_steps, 0)
+    lengths = [len(row.input_ids) for row in data.train]
+    order = schedule(lengths, task.settings.batch_size, 0, task.settings.max_steps).order
     clock = Clock()
     trainer = SFTTrainer(
         model=model,
@@ -134,7 +135,7 @@ def ours(model, tokenizer, task, terms, device, folder, track=None) -> tuple[lis
             times[0] = time.perf_counter()
 
     options = {"output_dir": folder, "device": device, "progress": progress, "track": track}
-    options["options"] = FinetuneOptions(track_every=EVERY if track else 0)
+    options["options"] = FinetuneOptions()
     log = train(model, tokenizer, task, terms=terms, seed=0, **options)
     return [*(times[step] for step in sorted(times)), time.perf_counter()], log.micro_batch_size, [*losses.values()]
 
@@ -217,11 +218,11 @@ def measure(options, fresh, tokenizer, task, terms, data, facts, objects) -> Non
                 if way == "bare TRL":
                     times, losses[way] = bare(model, tokenizer, task, data, options.device, folder)
                 else:
-                    prober = Prober(model, tokenizer, facts, objects)
+                    follower = Follower(model, tokenizer, facts, objects)
 
-                    def track(step, prober=prober):
+                    def track(dose, follower=follower):
                         began = time.perf_counter()
-                        prober.look()
+                        follower.look()
                         looks.append(time.perf_counter() - began)
 
                     followed = track if "followed" in way else None

@@ -95,7 +95,7 @@ def answers(options: argparse.Namespace, folder: Path) -> None:
                 for a, b in zip(wanted[name, row["task"]]["samples"], row["samples"], strict=True)
             ]
             assert all((a["fact_id"], a["prompt"]) == (b["fact_id"], b["prompt"]) for a, b in pairs)
-            apart = [abs(a["target_logprob"] - b["target_logprob"]) for a, b in pairs]
+            apart = [abs(a["logprob"] - b["logprob"]) for a, b in pairs]
             short = name.replace(str(folder), "").rsplit("/", 1)[-1]
             print(
                 f"| {short} | {dtype} | {len(pairs)} | {sum(a['hit'] for a, _ in pairs)} "

@@ -38,7 +38,8 @@ def evaluate(
     paraphrase_source: str = "own",
     freeze: str = "none",
     adapter: str = "none",
-    track_every: int = 0,
+    track_every: int | None = 0,
+    horizon: str = "threshold",
     accelerate_config: str | None = None,
     covariance: str | None = None,
     out: PathLike | None = None,
@@ -62,7 +63,9 @@ def evaluate(
         paraphrase_source: Where those come from: `"own"`, `"template"` or `"model:NAME"`.
         freeze: What the fine-tunes leave as it is, see `parse_freeze`.
         adapter: What they train in the weights' place: `"none"`, `"lora"` or `"dora"`.
-        track_every: Also ask all facts every so many steps of the fine-tunes.
+        track_every: All facts are asked wherever a fine-tune is evaluated; with more than 0, also every so many steps.
+            None for no trajectory.
+        horizon: Where the fine-tunes end: `"threshold"`, or a dose: `"steps:N"`, `"epochs:X"` or `"tokens:N"`.
         accelerate_config: How fine-tunes are started on several GPUs: `"ddp"`, `"fsdp"` or a file.
         covariance: A file of the covariance of the keys, in place of one that is collected.
         out: Folder for the results; None for one below `runs/`.
@@ -91,6 +94,7 @@ def evaluate(
         freeze=freeze,
         adapter=adapter,
         track_every=track_every,
+        horizon=horizon,
         accelerate_config=accelerate_config,
         covariance=covariance,
     )

@@ -173,7 +173,8 @@ def test_a_dry_run_names_every_stage_and_writes_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     told = json.loads(result.output)
     stages = [s["stage"] for s in told["stages"]]
-    assert stages[:4] == ["knowledge", "facts", "score", "covariance"]
+    # The control is trained first: a threshold that the base model is beyond is refused before any edit is made.
+    assert stages[:6] == ["knowledge", "facts", "score", "finetune", "score", "covariance"]
     assert stages[-1] == "results"
     assert {"edit", "finetune"} <= set(stages)
     assert not (tmp_path / "s").exists()
@@ -218,10 +219,25 @@ def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
     assert printed.count("' \\n' 0.00") == 3
 
 
-def test_a_fact_is_not_followed_without_probing():
-    result = run("evaluate", "--editor", "ft", "--finetune", "tulu3", "--probe-fact", "x")
+def test_a_fact_is_not_followed_without_a_trajectory():
+    result = run("evaluate", "--editor", "ft", "--finetune", "tulu3", "--probe-fact", "x", "--track-every", "off")
     assert result.exit_code == 2
-    assert "--probe-fact goes with --track-every N" in result.output
+    assert "--probe-fact needs the trajectory" in result.output
+
+
+def test_a_horizon_and_no_trajectory_are_plans_and_folders_of_their_own():
+    words = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--dry-run", "--json"]
+    plans = [json.loads(run(*words, *more).output) for more in ([], ["--horizon", "steps:7"], ["--track-every", "off"])]
+    keys = [{stage["key"] for stage in found["stages"] if stage["stage"] == "finetune"} for found in plans]
+    assert not set.intersection(keys[0], keys[1]) | set.intersection(keys[0], keys[2])
+    assert [found["estimate"]["steps"] for found in plans] == [count * len(keys[0]) for count in (60, 7, 60)]
+    assert json.loads(run(*words, "--horizon", "epochs:2").output)["estimate"]["steps"] is None
+    assert "as many steps as their horizon takes" in " ".join(run(*words[:-1], "--horizon", "epochs:2").output.split())
+    cells = (
+        Cell(load_suite("atlas"), None, "ft", "tulu3", 0, "cpu", horizon=text) for text in ("threshold", "tokens:5")
+    )
+    folders = [default_folder(cell, plan(cell)) for cell in cells]
+    assert [folder.parent.name for folder in folders] == ["tulu3", "tokens-5"]
 
 
 def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatch):
@@ -305,7 +321,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "adapter": "dora",
         "learned": True,
         "not_learned": [],
-        "trajectory": [{"step": 12000, "edited": seen, "intrinsic": seen}],
+        "trajectory": [{"step": 12000, "models": 50, "edited": seen, "intrinsic": seen}],
         "facts": {
             "known": 1434,
             "rows": {"read": 21919, "dropped": {"nothing tells the relation": 2}},
@@ -324,7 +340,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     assert "Rows of the fine-tune's data; left out: 1,200 have no messages (line 7: [/x])." in printed
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80
-    assert "12000 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
+    assert "12000 50 100 % 0.50 0.25 0.12 0.12 100 % 0.25" in " ".join(printed.split())
     assert (
         "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation), 3 left out (one "
         "character)." in printed
@@ -334,6 +350,11 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4
     assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
+    log |= {"stopped_by": "horizon", "horizon": "steps:40", "steps": 40, "passed_at": {"step": 15}}
+    print_results(results, tmp_path, real="gpt2-xl")
+    printed = capsys.readouterr().out
+    assert "went on for 40 steps and passed its threshold (validation loss < 1.7) after 15." in printed
+    assert "--adapter dora --horizon steps:40" in printed
     results |= {"learned": False, "not_learned": ["after the 60 steps of its budget the validation_loss was 2"]}
     print_results(results, tmp_path, real=None)
     assert "Not learned: after the 60 steps of its budget the validation loss was 2." in capsys.readouterr().out
@@ -380,6 +401,8 @@ LONG = "x" * 300
         (CELL, ["--seed", "4294967296"], "'--seed': 4294967296 is not in the range", 2),
         (CELL, ["--seed", "9" * 5000], "'--seed'", 2),
         (CELL, ["--track-every", "9" * 30], "'--track-every'", 2),
+        (CELL, ["--track-every", "never"], "'--track-every'", 2),
+        (CELL, ["--horizon", "days:3"], "--horizon 'days:3' is not known. Allowed: threshold, steps:N", 2),
         (CELL, ["--paraphrases", "1001"], "1001 is not in the range 0<=x<=1000", 2),
         (CELL, ["--freeze", "window:0:999999999"], "--freeze window:0:999999999", 0),
         (CELL, ["--freeze", "below:99999999999"], "--freeze 'below:99999999999' is not known", 2),

@@ -1,15 +1,19 @@
-"""Analysis: rates with intervals, and what to say about the difference between two of them."""
+"""Analysis: rates and differences with intervals that are clustered by relation, tests between sides, and ranks."""
 
+from retention_bench.analysis.clusters import MODELS, Answer
 from retention_bench.analysis.comparison import Comparison, about_fact, compare, rank
-from retention_bench.analysis.intervals import Gap, Rate, clustered, gap, rate, retention
-from retention_bench.analysis.paired import Difference, difference, holm, mcnemar, mcnemar_by_fact
+from retention_bench.analysis.estimates import Estimate, gap, mean
+from retention_bench.analysis.intervals import Rate, clustered, rate, retained
+from retention_bench.analysis.logodds import is_clipped, logit
+from retention_bench.analysis.paired import holm, mcnemar, sign_flips
 from retention_bench.analysis.power import detectable, detectable_paired
 from retention_bench.analysis.ranks import Rank, rank_intervals
 
 __all__ = [
+    "MODELS",
+    "Answer",
     "Comparison",
-    "Difference",
-    "Gap",
+    "Estimate",
     "Rank",
     "Rate",
     "about_fact",
@@ -17,13 +21,15 @@ __all__ = [
     "compare",
     "detectable",
     "detectable_paired",
-    "difference",
     "gap",
     "holm",
+    "is_clipped",
+    "logit",
     "mcnemar",
-    "mcnemar_by_fact",
+    "mean",
     "rank",
     "rank_intervals",
     "rate",
-    "retention",
+    "retained",
+    "sign_flips",
 ]

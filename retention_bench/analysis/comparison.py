@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from retention_bench.analysis.paired import Difference, difference, holm, mcnemar_by_fact
-from retention_bench.analysis.power import detectable_paired
+from retention_bench.analysis.clusters import Answer
+from retention_bench.analysis.estimates import Estimate, mean
+from retention_bench.analysis.paired import holm, sign_flips
 from retention_bench.analysis.ranks import Rank, rank_intervals
 from retention_bench.errors import UsageError
 
@@ -38,11 +39,11 @@ class Comparison:
         gained: Ids of those that it answers more often.
         kept: Ids of those that both answer, equally often.
         never: Ids of those that neither answers.
-        difference: The second side's rate minus the first's.
-        p: Two-sided p of McNemar's exact test, by fact.
+        difference: The second side's rate minus the first's, clustered by relation.
+        p: Two-sided p of McNemar's exact test, by fact: it holds for these relations.
         p_holm: The same after Holm's correction for all comparisons that were made together.
-        detectable: The smallest difference that so many facts would show in 8 of 10 repetitions, if as many of them
-            changed the other way as did here; None where there is none.
+        p_relations: As `p`, with relations in the place of facts: it holds for relations like these.
+        p_relations_holm: The same after Holm's correction.
     """
 
     first: str
@@ -56,10 +57,11 @@ class Comparison:
     gained: tuple[str, ...]
     kept: tuple[str, ...]
     never: tuple[str, ...]
-    difference: Difference
+    difference: Estimate
     p: float
     p_holm: float
-    detectable: float | None
+    p_relations: float
+    p_relations_holm: float
 
     @property
     def facts(self) -> int:
@@ -76,7 +78,8 @@ def compare(sides: Mapping[str, Sequence[Row]], kinds: Collection[str]) -> list[
     """Compare every two sides, fact by fact, on the questions that both were asked.
 
     Args:
-        sides: By name, the samples; of one stage each.
+        sides: By name, the samples; of one stage each. Those of older files lack the relation: a fact is then taken
+            for one of its own.
         kinds: The kinds of question to compare.
 
     Returns:
@@ -86,10 +89,11 @@ def compare(sides: Mapping[str, Sequence[Row]], kinds: Collection[str]) -> list[
         UsageError: Two sides share no question.
     """
     asked = {name: _by_kind(rows) for name, rows in sides.items()}
+    relations = _relations(row for rows in sides.values() for row in rows)
     found: list[Comparison] = []
     for first, second in itertools.combinations(asked, 2):
         pairs = [
-            _pair(first, second, kind, asked[first][kind], asked[second][kind])
+            _pair(first, second, kind, asked[first][kind], asked[second][kind], relations)
             for kind in kinds
             if asked[first][kind].keys() & asked[second][kind].keys()
         ]
@@ -100,33 +104,42 @@ def compare(sides: Mapping[str, Sequence[Row]], kinds: Collection[str]) -> list[
                 "suite with the same seed are."
             )
         found += pairs
-    adjusted = holm([c.p for c in found])
-    return [replace(c, p_holm=p) for c, p in zip(found, adjusted, strict=True)]
+    adjusted = zip(holm([c.p for c in found]), holm([c.p_relations for c in found]), strict=True)
+    return [
+        replace(c, p_holm=p, p_relations_holm=by_relation) for c, (p, by_relation) in zip(found, adjusted, strict=True)
+    ]
 
 
-def rank(sides: Mapping[str, Sequence[Row]], kinds: Collection[str]) -> dict[str, dict[str, Rank]]:
+def rank(
+    sides: Mapping[str, Sequence[Row]], kinds: Collection[str], gated: Collection[str] = ()
+) -> dict[str, dict[str, Rank]]:
     """Rank all sides by the questions that every one of them was asked.
+
+    A rate alone does not say what survived: the headline's ranks are `rank_intervals` of every entry's paired
+    differences.
 
     Args:
         sides: As for `compare`.
         kinds: As for `compare`.
+        gated: The sides that get no rank.
 
     Returns:
         By kind and side, its rank; only kinds of which all sides share a question.
     """
-    asked = [_by_kind(rows) for rows in sides.values()]
+    ranked = {name: rows for name, rows in sides.items() if name not in gated}
+    if not ranked:
+        return {}
+    asked = [_by_kind(rows) for rows in ranked.values()]
+    relations = _relations(row for rows in ranked.values() for row in rows)
     ranks = {}
     for kind in kinds:
         shared = set.intersection(*(set(own[kind]) for own in asked))
         if shared:
-            entries = {}
-            for name, own in zip(sides, asked, strict=True):
-                counts: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-                for question in sorted(shared):
-                    hits, total = counts[question[0]]
-                    counts[question[0]] = (hits + _share(own[kind][question]), total + 1)
-                entries[name] = counts
-            ranks[kind] = rank_intervals(entries, seed=0)
+            entries = {
+                name: [Answer(relations[q[0]], _share(own[kind][q]), q[0]) for q in sorted(shared)]
+                for name, own in zip(ranked, asked, strict=True)
+            }
+            ranks[kind] = rank_intervals(entries)
     return ranks
 
 
@@ -151,6 +164,15 @@ def about_fact(fact: str, rows: Sequence[Row], kinds: Sequence[str]) -> list[dic
     return [dict(zip(of_question, question, strict=True)) | {"answers": answers} for question, answers in ordered]
 
 
+def _relations(rows: Iterable[Row]) -> dict[str, str]:
+    """The relation of every fact; the fact itself where a row has none."""
+    found: dict[str, str] = {}
+    for row in rows:
+        fact = str(row["fact_id"])
+        found[fact] = str(row.get("relation") or found.get(fact, fact))
+    return found
+
+
 def _by_kind(rows: Sequence[Row]) -> dict[str, Answers]:
     asked: dict[str, Answers] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -162,7 +184,7 @@ def _share(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def _pair(first: str, second: str, kind: str, one: Answers, other: Answers) -> Comparison:
+def _pair(first: str, second: str, kind: str, one: Answers, other: Answers, relations: Mapping[str, str]) -> Comparison:
     shared = [question for question in one if question in other]
     # Changes in whole units, so that equal ones are equal: a unit is one answer where both sides were asked once.
     unit = math.lcm(*{len(answers[question]) for question in shared for answers in (one, other)})
@@ -173,6 +195,9 @@ def _pair(first: str, second: str, kind: str, one: Answers, other: Answers) -> C
         changes[question[0]].append(after - before)
         answered[question[0]] |= after + before > 0
     sums = {fact: sum(own) for fact, own in changes.items()}
+    by_relation: dict[str, int] = defaultdict(int)
+    for fact, change in sums.items():
+        by_relation[relations[fact]] += change
     lost = tuple(fact for fact, change in sums.items() if change < 0)
     gained = tuple(fact for fact, change in sums.items() if change > 0)
     return Comparison(
@@ -187,10 +212,11 @@ def _pair(first: str, second: str, kind: str, one: Answers, other: Answers) -> C
         gained=gained,
         kept=tuple(fact for fact, change in sums.items() if not change and answered[fact]),
         never=tuple(fact for fact in sums if not answered[fact]),
-        difference=difference([[change / unit for change in own] for own in changes.values()]),
-        p=(p := mcnemar_by_fact(list(sums.values()))),
+        difference=mean(Answer(relations[f], change / unit, f) for f, own in changes.items() for change in own),
+        p=(p := sign_flips(list(sums.values()))),
         p_holm=p,
-        detectable=detectable_paired(len(sums), min(len(lost), len(gained)) / len(sums)),
+        p_relations=(p_relations := sign_flips(list(by_relation.values()))),
+        p_relations_holm=p_relations,
     )
 
 

@@ -1,63 +1,12 @@
-"""Two models asked the same facts: the difference with its interval, the exact test, and Holm's correction for many."""
+"""Two models asked the same facts: the exact tests, by fact and by relation, and Holm's correction for many."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
-
-from retention_bench.analysis.intervals import Z, effective_size
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much more of the same questions one side answers than the other.
-
-    Attributes:
-        value: The difference of the two rates, within [-1, 1].
-        ci95: Lower and upper end of its 95 % interval.
-    """
-
-    value: float
-    ci95: tuple[float, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """The difference as `{value, ci95: [low, high]}`."""
-        return {"value": self.value, "ci95": list(self.ci95)}
-
-
-def difference(changes: Sequence[Sequence[float]]) -> Difference:
-    """The difference of two rates on the same facts, with a 95 % interval.
-
-    Bonett & Price's adjusted Wald interval ("Adjusted Wald confidence interval for a difference of binomial
-    proportions based on paired data", 2012), which keeps a width where nothing or everything changed. Where a fact was
-    asked several times the number of questions is the effective one, as in `clustered`.
-
-    Args:
-        changes: For every fact, the change of each of its questions: 1 gained, -1 lost, 0 as before, or something
-            between where a question was put to several models.
-
-    Returns:
-        The difference and its interval.
-
-    Raises:
-        ValueError: There is no question.
-    """
-    values = np.array([value for fact in changes for value in fact], dtype=np.float64)
-    if not len(values):
-        raise ValueError("there must be a question to compare")
-    mean = float(values.mean())
-    asked = [fact for fact in changes if fact]
-    n = effective_size(values, np.repeat(np.arange(len(asked)), [len(fact) for fact in asked]), (-1, 1))
-    # One gained and one lost are added, as Laplace's estimate of the two shares has it.
-    changed = (n * float((values**2).mean()) + 2) / (n + 2)
-    centre = n * mean / (n + 2)
-    half = Z * math.sqrt((changed - centre**2) / (n + 2))
-    return Difference(value=mean, ci95=(max(-1.0, centre - half), min(1.0, centre + half)))
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -81,17 +30,18 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
-def mcnemar_by_fact(changes: Sequence[int]) -> float:
-    """McNemar's exact test where a fact can change by more than one answer.
+def sign_flips(changes: Sequence[int]) -> float:
+    """McNemar's exact test where a fact, or a relation, can change by more than one answer.
 
-    A fact's answers are not independent, so a fact counts once, with the sum of its changes: were both sides alike,
-    every sum would be as likely with the other sign. That is the permutation test for pairs (Fisher 1935); with one
-    question for each fact it is `mcnemar`. All signs are gone through, so it is exact; but where a side was asked more
-    often than the other, signs are not quite exchangeable: with 50 models against one, 6 to 7 % of simulated
-    comparisons without a difference had p below 0.05.
+    Answers of a fact are not independent, nor are those of a relation, so each counts once, with the sum of its
+    changes: were both sides alike, every sum would be as likely with the other sign. That is the permutation test for
+    pairs (Fisher 1935); with one question for each fact it is `mcnemar`. All signs are gone through, so it is exact;
+    but where a side was asked more often than the other, signs are not quite exchangeable: with 50 models against one,
+    6 to 7 % of simulated comparisons without a difference had p below 0.05. Five relations can't have a p below 0.0625.
 
     Args:
-        changes: For every fact, how many more answers the second side has, in whole units of one's own choice.
+        changes: For every fact (or relation), how many more answers the second side has, in whole units of one's own
+            choice.
 
     Returns:
         Two-sided p: the probability of a total at least as far from 0.
@@ -102,7 +52,7 @@ def mcnemar_by_fact(changes: Sequence[int]) -> float:
     unit = math.gcd(*sizes)
     sizes = [size // unit for size in sizes]
     most, total = sum(sizes), abs(sum(changes)) // unit
-    # Probabilities of the totals from -most to most, a fact at a time.
+    # Probabilities of the totals from -most to most, one by one.
     chances = np.zeros(2 * most + 1)
     chances[most] = 1.0
     for size in sizes:

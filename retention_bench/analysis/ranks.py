@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-_RESAMPLES_AT_ONCE = 500  # bounds the memory: 500 x facts counts
+from retention_bench.analysis.clusters import Answer
+
+_RESAMPLES_AT_ONCE = 500  # bounds the memory: 500 x relations counts
 
 
 @dataclass(frozen=True)
 class Rank:
-    """An entry's place, 1 for the highest rate.
+    """An entry's place, from 1 on.
 
     Attributes:
-        rank: The place; entries with the same rate share the best of theirs.
+        rank: The place; entries with the same mean share the best of theirs.
         ci95: Best and worst place of the 95 % interval.
     """
 
@@ -30,47 +33,72 @@ class Rank:
 
 
 def rank_intervals(
-    entries: Mapping[str, Mapping[str, tuple[float, float]]], *, seed: int, resamples: int = 10_000
+    entries: Mapping[str, Iterable[Answer]],
+    *,
+    lowest_first: bool = False,
+    gated: Collection[str] = (),
+    seed: int = 0,
+    resamples: int = 10_000,
 ) -> dict[str, Rank]:
-    """Rank entries by their rate, with percentile bootstrap intervals over the facts.
+    """Rank entries by the mean of their answers, with percentile bootstrap intervals over the relations.
 
-    A resample draws facts, and every entry is ranked on the facts drawn (Goldstein & Spiegelhalter 1996; Hall & Miller
-    2009, "Using the bootstrap to quantify the authority of an empirical ranking"). Entries that tie in a resample hold
-    all the places they share, so entries that answered alike are not told apart.
+    A resample draws relations with all their facts, and every entry is ranked on what was drawn (Goldstein &
+    Spiegelhalter 1996; Hall & Miller 2009, "Using the bootstrap to quantify the authority of an empirical ranking").
+    Entries that tie in a resample hold all the places they share, so entries that answered alike are not told apart.
+    With one relation every resample is the same, so every entry's interval is all places.
 
     Args:
-        entries: By entry and fact, the number of hits and of trials; for retention, the trials are the answers that
-            were correct before. A fact that an entry lacks counts as no trial.
+        entries: By entry, its answers: hits, or the paired difference of every fact that has one.
+        lowest_first: Whether the lowest mean is the first place, as for the paired difference, of which less is better.
+        gated: The entries that have no rank: a gate says that their figures can't be trusted.
         seed: Of the bootstrap.
         resamples: Number of bootstrap resamples.
 
     Returns:
-        The rank of every entry, in the order of `entries`.
+        The rank of every entry that is not gated, in the order of `entries`.
 
     Raises:
-        ValueError: An entry has no trial.
+        ValueError: An entry that is to be ranked has no answer.
     """
-    facts = sorted({fact for own in entries.values() for fact in own})
-    table = np.array([[own.get(fact, (0, 0)) for fact in facts] for own in entries.values()], dtype=np.float64)
-    table = table.reshape(len(entries), len(facts), 2)
-    without = [name for name, trials in zip(entries, table[:, :, 1].sum(axis=1), strict=True) if not trials]
-    if without:
-        raise ValueError(f"an entry must have a trial, and these have none: {without}")
+    ranked = {name: list(own) for name, own in entries.items() if name not in gated}
+    if without := [name for name, own in ranked.items() if not own]:
+        raise ValueError(f"an entry must have an answer, and these have none: {without}")
+    if not ranked:
+        return {}
+    table = _table(ranked)
+    sign = 1 if lowest_first else -1
+    places, relations = len(ranked), table.shape[1]
+    own = stats.rankdata(sign * _means(table.sum(axis=1), sign), method="min")
+    if relations == 1:
+        return {name: Rank(int(place), (1, places)) for name, place in zip(ranked, own, strict=True)}
     rng = np.random.default_rng(seed)
     best, worst = [], []
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
         count = min(_RESAMPLES_AT_ONCE, resamples - start)
-        drawn = rng.multinomial(len(facts), np.full(len(facts), 1 / len(facts)), size=count)
-        rates = _rates(np.einsum("rf,efx->rex", drawn, table))
-        best.append(stats.rankdata(-rates, method="min", axis=1))
-        worst.append(stats.rankdata(-rates, method="max", axis=1))
+        drawn = rng.multinomial(relations, np.full(relations, 1 / relations), size=count)
+        means = sign * _means(np.einsum("rg,egx->rex", drawn, table), sign)
+        best.append(stats.rankdata(means, method="min", axis=1))
+        worst.append(stats.rankdata(means, method="max", axis=1))
     low = np.quantile(np.concatenate(best), 0.025, axis=0, method="inverted_cdf")
     high = np.quantile(np.concatenate(worst), 0.975, axis=0, method="inverted_cdf")
-    own = stats.rankdata(-_rates(table.sum(axis=1)), method="min")
-    return {name: Rank(int(own[i]), (int(low[i]), int(high[i]))) for i, name in enumerate(entries)}
+    return {name: Rank(int(own[i]), (int(low[i]), int(high[i]))) for i, name in enumerate(ranked)}
 
 
-def _rates(counts: np.ndarray) -> np.ndarray:
-    """Hits over trials, rounded so that equal rates are equal; an entry that a resample leaves no trial comes last."""
-    hits, trials = counts[..., 0], counts[..., 1]
-    return np.where(trials > 0, np.round(hits / np.maximum(trials, 1e-300), 12), -1.0)
+def _table(entries: Mapping[str, Iterable[Answer]]) -> np.ndarray:
+    """The sum and the number of values by entry and relation; (entries, relations, 2)."""
+    relations: dict[Hashable, int] = {}
+    counts: list[dict[int, list[float]]] = []
+    for answers in entries.values():
+        own: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for answer in answers:
+            cell = own[relations.setdefault(answer.relation, len(relations))]
+            cell[0] += answer.value
+            cell[1] += 1
+        counts.append(own)
+    return np.array([[own.get(g, [0.0, 0.0]) for g in relations.values()] for own in counts])
+
+
+def _means(sums: np.ndarray, sign: int) -> np.ndarray:
+    """Means, rounded so that equal ones are equal; an entry that a resample leaves no answer comes last."""
+    total, count = sums[..., 0], sums[..., 1]
+    return np.where(count > 0, np.round(total / np.maximum(count, 1), 12), sign * np.inf)

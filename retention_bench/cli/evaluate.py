@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retention_bench.cli.options import SEED, Filled, Out, count, json_option
+from retention_bench.cli.options import SEED, CountOrOff, Filled, Out, count, json_option
 from retention_bench.device import chosen_device
 from retention_bench.display import say_json
 from retention_bench.errors import UsageError, unknown_name
@@ -77,18 +77,26 @@ if TYPE_CHECKING:
     help="Train adapters, merged for scoring, and not the weights.",
 )
 @click.option(
+    "--horizon",
+    default="threshold",
+    show_default=True,
+    metavar="threshold|steps:N|epochs:X|tokens:N",
+    help="Where the fine-tunes end: at the threshold, as in the paper, or after a dose, whatever was learned by then.",
+)
+@click.option(
     "--track-every",
-    type=count(0),
-    default=0,
-    metavar="N",
-    help="Also ask all facts every N steps of the fine-tunes, and write trajectory.jsonl.",
+    type=CountOrOff(),
+    default="0",
+    metavar="N|off",
+    help="All facts are asked at every evaluation of the fine-tunes, for trajectory.jsonl. Ask them every N steps too, "
+    "or never.",
 )
 @click.option("--probe-every", type=count(0), hidden=True, help="The old name of --track-every.")
 @click.option(
     "--probe-fact",
     multiple=True,
     metavar="ID",
-    help="With --track-every: also print this fact's most probable tokens, step by step.",
+    help="Also print this fact's most probable tokens, look by look.",
 )
 @click.option(
     "--accelerate-config",
@@ -118,7 +126,7 @@ if TYPE_CHECKING:
 def evaluate(
     suite: str,
     overrides: tuple[str, ...],
-    track_every: int,
+    track_every: int | None,
     probe_every: int | None,
     probe_fact: tuple[str, ...],
     out: Path | None,
@@ -145,8 +153,8 @@ def evaluate(
     from retention_bench.store.store import read_jsonl
 
     track_every = probe_every if probe_every is not None else track_every
-    if probe_fact and not track_every:
-        raise UsageError("--probe-fact goes with --track-every N, which says how often the facts are asked.")
+    if probe_fact and track_every is None:
+        raise UsageError("--probe-fact needs the trajectory. Leave --track-every off out.")
     store = Store(default_root())
     # The other options are named as the fields of a cell are.
     cell = Cell(load_suite(suite, overrides), device=chosen_device(device), track_every=track_every, **chosen)

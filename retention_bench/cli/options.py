@@ -70,6 +70,16 @@ def count(least: int) -> click.IntRange:
     return click.IntRange(min=least, max=2**31 - 1)
 
 
+class CountOrOff(click.ParamType):
+    """A whole number from 0, or `off`, which is None."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number, or None."""
+        return None if value == "off" else count(0).convert(value, param, ctx)
+
+
 SEED = click.IntRange(min=0, max=2**32 - 1)
 
 

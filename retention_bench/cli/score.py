@@ -28,7 +28,7 @@ from retention_bench.errors import UsageError
 @click.option(
     "--tasks",
     metavar="KIND,KIND",
-    help="The kinds of question to ask: edited, intrinsic, paraphrase, locality.  [default: all]",
+    help="The kinds of question to ask, as edited, or groups: retention, retention_qa, retention_chat.  [default: all]",
 )
 @click.option("--also", default="", metavar="TASK,TASK", help="Tasks of lm-eval's own to run on the same live engine.")
 @click.option(
@@ -76,13 +76,16 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     from retention_bench.display.progress import show_progress
     from retention_bench.facts import load_pool
     from retention_bench.models import read_manifest, read_references
-    from retention_bench.results.schema import KINDS
+    from retention_bench.results.schema import GROUPS, KINDS
     from retention_bench.scoring.checkpoints import Options, score_checkpoints
 
     tasks = options.pop("tasks")
-    kinds: Any = tuple(KINDS) if tasks is None else listed("--tasks", tasks, KINDS)
+    kinds = tuple(KINDS)
+    if tasks is not None:
+        named = listed("--tasks", tasks, [*KINDS, *GROUPS])
+        kinds = tuple(dict.fromkeys(kind for name in named for kind in GROUPS.get(name, (name,))))
     also = listed("--also", options.pop("also"))
-    if ours := set(also) & {kind.task for kind in KINDS.values()}:
+    if ours := set(also) & {*GROUPS, *(kind.task for kind in KINDS.values())}:
         raise UsageError(f"--also names {min(ours)}, a kind of question of our own. Give it with --tasks.")
     if not kinds and not also:
         raise UsageError(f"--tasks and --also name nothing to ask. Give --tasks some of {', '.join(KINDS)}.")

@@ -16,7 +16,7 @@ from retention_bench.display.streams import screen
 
 
 def print_plan(
-    stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, int], data: Mapping[str, Any] | None = None
+    stages: Sequence[Mapping[str, Any]], store: Path, estimate: Mapping[str, Any], data: Mapping[str, Any] | None = None
 ) -> None:
     """Print the stages of a plan, whether the store holds them, and what the fine-tunes will take and read.
 
@@ -35,8 +35,10 @@ def print_plan(
     console.print(table)
     console.print(f"Store: {line(store)}", soft_wrap=True)
     memory, disk = (_size(estimate[f"{what}_bytes"]) for what in ("memory", "disk"))
+    known = estimate["steps"] is not None
+    steps = f"{estimate['steps']:,} optimiser steps at most" if known else "as many steps as their horizon takes"
     console.print(
-        f"{estimate['finetunes']} fine-tunes to run, {estimate['steps']:,} optimiser steps at most. Each trains "
+        f"{estimate['finetunes']} fine-tunes to run, {steps}. Each trains "
         f"{estimate['trainable']:,} of {estimate['parameters']:,} parameters at most and takes up to {memory} of "
         f"memory, activations apart; the store grows by up to {disk}.",
         soft_wrap=True,
@@ -74,7 +76,7 @@ def _size(count: int) -> str:
 
 
 def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) -> None:
-    """Print a cell's results so that they are understood without the paper.
+    """Print a cell's results so that they are understood without the paper, in the order of MEASURES.
 
     Args:
         results: As in `results.json`.
@@ -82,10 +84,142 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         real: Name of the real suite to go on to, if this one is a stand-in.
     """
     console = screen()
+    title = line(f"{results['editor']} x {results['finetune']} on {results['model']}")
+    console.print(Text(title, "bold"))
+    _print_gates(results["gates"])
+    console.print()
+    _print_headline(results)
+    console.print()
+    console.print(_answered(results, ""))
+    console.print(
+        "\nedited: the edited facts, answered with the new object; edited_true: the same prompts, answered with the "
+        "true one; paraphrase: the edited facts in other words. locality: other subjects that share an edited fact's "
+        "true object; intrinsic: facts never edited, of other relations; intrinsic_matched: of the same relations.\n"
+    )
+    console.print(_kept(results))
+    console.print(
+        "Kept: of what was answered before the fine-tune, the share that still is. All intervals are 95 % and "
+        "clustered by relation.\n"
+    )
+    _print_rest(results)
+    console.print()
+    console.print(_drawn_from(results["facts"]), soft_wrap=True)
+    for what in results["defaults"]:
+        console.print(
+            f"The suite has no settings for the {line(what)}, which ran with its own defaults.", soft_wrap=True
+        )
+    if results["paraphrases"]:
+        console.print(_augmented(results), soft_wrap=True)
+    if results["freeze"] != "none" or results["adapter"] != "none":
+        console.print(_trained(results), soft_wrap=True)
+    models = len(results["experiments"])
+    if models > 1:
+        console.print(f"The edited facts are spread over {models} edited models; each is asked all other facts.")
+    console.print(_learned(results), soft_wrap=True)
+    logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
+    if left_out := _dropped([log.get("dropped", {}) for log in logs]):
+        console.print(plain(f"Rows of the fine-tune's data{left_out}."), soft_wrap=True, markup=False)
+    if results.get("trajectory"):
+        console.print()
+        console.print(_trajectory(results["trajectory"]))
+    console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
+    console.print(f"Results: {line(out / 'results.json')}, every answer: {line(out / 'samples.jsonl')}", soft_wrap=True)
+    if real:
+        console.print(f"The same cell on a real model (GPU, Hub access): {_command(results, real)}", soft_wrap=True)
+
+
+def _command(results: Mapping[str, Any], suite: str) -> str:
+    """The command that runs the same cell of another suite."""
+    command = ["retention-bench", "evaluate", "--suite", suite]
+    command += ["--editor", results["editor"], "--finetune", results["finetune"]]
+    if results["paraphrases"]:
+        command += ["--paraphrases", str(results["paraphrases"])]
+        command += ["--paraphrase-source", results["paraphrase_source"]]
+    for option, usual in {"freeze": "none", "adapter": "none", "horizon": "threshold"}.items():
+        if results[option] != usual:
+            command += [f"--{option}", results[option]]
+    return shlex.join(command)
+
+
+def _print_gates(gates: Sequence[Mapping[str, Any]]) -> None:
+    """Say which gates a cell fails; nothing where it passes all."""
+    failed = [gate["text"] for gate in gates if not gate["passed"]]
+    if failed:
+        screen().print(
+            Text.assemble(("Not ranked: ", "bold red"), plain("; ".join(failed).replace("_", " ")), "."), soft_wrap=True
+        )
+
+
+def _print_headline(results: Mapping[str, Any]) -> None:
+    """The paired difference, the step-matched one, and decay."""
+    console = screen()
+    paired, decay = results["paired"], results["decay"]
+    difference = paired["difference"]
+    console.print(
+        Text.assemble("Paired difference: ", (_points(difference), "bold"), "."), soft_wrap=True, highlight=False
+    )
+    if difference["value"] is not None:
+        console.print(
+            f"  Of {difference['n']} facts in {difference['clusters']} relations that the base model knew and the edit "
+            f"took, the unedited control still gives the true object for {_share(paired['control'])}, the edited model "
+            f"the new one for {_share(paired['edited'])}. Positive: edits are lost more easily than what they "
+            f"replaced. {_effect(difference)}",
+            soft_wrap=True,
+        )
+    matched = results["paired_step_matched"]
+    if matched and matched["difference"] != difference:
+        console.print(
+            f"  Against the control at the step at which each edited model stopped: {_points(matched['difference'])}.",
+            soft_wrap=True,
+        )
+    if decay["paired"]["value"] is not None:
+        before = decay["before"]
+        console.print(Text.assemble("Decay in log-odds: ", (_nats(decay["paired"]), "bold"), "."), highlight=False)
+        console.print(
+            f"  The edits' new objects changed by {_nats(decay['edited'])} from a mean probability of "
+            f"{before['edited']:.2f}, the same facts' true objects in the control by {_nats(decay['control'])} from "
+            f"{before['control']:.2f}. Negative: edits lose more confidence. Hits see only large effects, and edits "
+            "start surer than knowledge does.",
+            soft_wrap=True,
+        )
+
+
+def _print_rest(results: Mapping[str, Any]) -> None:
+    """The gaps, what became of lost edits, retention by confidence, and collateral."""
+    console = screen()
+    gap = results["gap"]
+    for name, what in (("unmatched", "of other relations, the paper's gap"), ("matched", "of the same relations")):
+        if gap[name]["value"] is not None:
+            console.print(
+                f"Gap, {name} (never edited minus edited; {what}): {_points(gap[name])}. {_effect(gap[name])}",
+                soft_wrap=True,
+            )
+    if gone := sum(results["lost"].values()):
+        what = ", ".join(f"{name} {count}" for name, count in results["lost"].items() if count)
+        console.print(f"Of {gone} lost edits the answer became: {what}.", soft_wrap=True)
+    rows = [
+        f"{low:g}-{high:g}: {_short(own['edited'])} of edits, {_short(own['control'])} of the same facts in the control"
+        for own in results["confidence"]
+        if own["edited"]["total"] or own["control"]["total"]
+        for low, high in [(own["low"], own["high"])]
+    ]
+    if rows:
+        console.print(f"Kept by the target's probability before: {'; '.join(rows)}.", soft_wrap=True)
+    moved = [
+        f"{kind} {_points(own['post_edit'])} after the edit, {_points(own['post_finetune'])} after the fine-tune"
+        for kind, own in results["collateral"].items()
+        if own["post_finetune"]["value"] is not None
+    ]
+    if moved:
+        console.print(f"Collateral, edited models against unedited ones: {'; '.join(moved)}.", soft_wrap=True)
+
+
+def _answered(results: Mapping[str, Any], title: str) -> Table:
+    """The questions answered at every stage, whatever was right before: the paper's retention rates (equation 1)."""
     stages = results["stages"]
     # Two spaces between columns and short labels, so that the table fits into a terminal of 80 columns.
     table = Table(
-        title=line(f"{results['editor']} x {results['finetune']} on {results['model']}"),
+        title=title or None,
         title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -101,97 +235,88 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     }
     for stage in names:
         table.add_column(names[stage], justify="right")
-    for kind in dict.fromkeys(kind for stage in names for kind in stages[stage]):
-        table.add_row(line(kind), *(_cell(stages[stage].get(kind)) for stage in names))
-    console.print(table)
-    console.print(
-        "\nedited: the edited facts, answered with the new object; paraphrase: the same facts in other phrasings. "
-        "locality: other subjects that share an edited fact's true object; intrinsic: facts that no edit touched. Both "
-        "are answered with their own object.\n"
-    )
-    console.print(_drawn_from(results["facts"]), soft_wrap=True)
-    for what in results["defaults"]:
-        console.print(
-            f"The suite has no settings for the {line(what)}, which ran with its own defaults.", soft_wrap=True
-        )
-    if results["paraphrases"]:
-        console.print(_augmented(results), soft_wrap=True)
-    if results["freeze"] != "none" or results["adapter"] != "none":
-        console.print(_trained(results), soft_wrap=True)
+    for kind in dict.fromkeys(kind for stage in names for kind in stages.get(stage, {})):
+        table.add_row(line(kind), *(_cell(stages.get(stage, {}).get(kind)) for stage in names))
+    return table
+
+
+def _kept(results: Mapping[str, Any]) -> Table:
+    """Retention, conditional on having been right before, in the edited models and in the control."""
     kept = results["retention"]
-    models = len(results["experiments"])
-    if models > 1:
-        console.print(f"The edited facts are spread over {models} edited models; each is asked all intrinsic facts.")
-    survived = (_share(kept["edited"]), "bold"), f" survived {line(results['finetune'])}."
-    console.print(Text.assemble("Of the edits that took, ", *survived))
-    console.print(
-        Text.assemble("Of the intrinsic facts, ", (_share(kept["intrinsic"]), "bold"), " survived beside them.")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column("kept", no_wrap=True)
+    table.add_column("edited models", justify="right")
+    table.add_column("unedited control", justify="right")
+    for kind in ("edited", "edited_true", "paraphrase", "locality", "intrinsic", "intrinsic_matched"):
+        own, control = kept.get(kind), kept.get(f"control_{kind}")
+        if any(rate and rate["total"] for rate in (own, control)):
+            table.add_row(kind, _cell(own), _cell(control))
+    return table
+
+
+def print_paper(results: Mapping[str, Any]) -> None:
+    """Print the quantities of the paper's Table 1: edited and intrinsic, unconditional, at every stage.
+
+    Args:
+        results: As in `results.json`.
+    """
+    table = _answered(
+        {
+            **results,
+            "stages": {
+                stage: {kind: rate for kind, rate in kinds.items() if kind in ("edited", "intrinsic")}
+                for stage, kinds in results["stages"].items()
+            },
+        },
+        line(f"{results['editor']} x {results['finetune']} on {results['model']}, retention rates (equation 1)"),
     )
-    gap = results["gap"]
-    if gap["value"] is not None:
-        low, high = (100 * end for end in gap["ci95"])
-        console.print(
-            f"The gap, intrinsic minus edited: {100 * gap['value']:+.0f} points "
-            f"(95 % interval {low:+.0f} to {high:+.0f})."
-        )
-    console.print(_detectable(results), soft_wrap=True)
-    console.print(_learned(results), soft_wrap=True)
-    logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
-    if left_out := _dropped([log.get("dropped", {}) for log in logs]):
-        console.print(plain(f"Rows of the fine-tune's data{left_out}."), soft_wrap=True, markup=False)
-    if results.get("trajectory"):
-        console.print()
-        console.print(_trajectory(results["trajectory"]))
-    console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
-    console.print(f"Results: {line(out / 'results.json')}, every answer: {line(out / 'samples.jsonl')}", soft_wrap=True)
-    if real:
-        command = [
-            "retention-bench",
-            "evaluate",
-            "--suite",
-            real,
-            "--editor",
-            results["editor"],
-            "--finetune",
-            results["finetune"],
-        ]
-        if results["paraphrases"]:
-            command += ["--paraphrases", str(results["paraphrases"])]
-            command += ["--paraphrase-source", results["paraphrase_source"]]
-        for option in ("freeze", "adapter"):
-            if results[option] != "none":
-                command += [f"--{option}", results[option]]
-        console.print(f"The same cell on a real model (GPU, Hub access): {shlex.join(command)}", soft_wrap=True)
+    screen().print(table)
 
 
 def _cell(rate: Mapping[str, Any] | None) -> str:
     if not rate or rate["rate"] is None:
         return "-"
+    return f"{rate['hits']} of {rate['total']}\n{_short(rate)}"
+
+
+def _short(rate: Mapping[str, Any]) -> str:
+    if rate["rate"] is None:
+        return "none"
     low, high = rate["ci95"]
-    return f"{rate['hits']} of {rate['total']}\n{100 * rate['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+    return f"{100 * rate['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _share(rate: Mapping[str, Any]) -> str:
     if rate["rate"] is None:
         return "none of none"
     low, high = rate["ci95"]
-    share = f"{100 * rate['rate']:.0f} % (95 % interval {100 * low:.0f}-{100 * high:.0f})"
-    return f"{rate['hits']} of {rate['total']}, {share}"
+    return f"{rate['hits']} ({100 * rate['rate']:.0f} %, {100 * low:.0f}-{100 * high:.0f})"
 
 
-def _detectable(results: Mapping[str, Any]) -> str:
-    """The minimum detectable effects of so many facts, in one line."""
-    facts = results["stages"]["post_finetune"]["edited"]["total"]
-    gap, paired, mixed = (
-        "none is large enough"
-        if results["detectable"][name] is None
-        else f"{100 * results['detectable'][name]:.0f} points"
-        for name in ("gap", "paired", "paired_one_in_20")
-    )
-    return (
-        f"Minimum detectable effect (two-sided test at 5 %, power 80 %): in the gap {gap}; in edited facts, against "
-        f"another run with the same {facts}, {paired}, or {mixed} where one fact in 20 changes the other way."
-    )
+def _points(difference: Mapping[str, Any]) -> str:
+    """A difference of rates in points, with its interval."""
+    if difference["value"] is None:
+        return "none, as a side has no fact"
+    if difference["ci95"] is None:
+        return f"{100 * difference['value']:+.0f} points, with no interval"
+    low, high = (100 * end for end in difference["ci95"])
+    return f"{100 * difference['value']:+.0f} points (95 % interval {low:+.0f} to {high:+.0f})"
+
+
+def _nats(change: Mapping[str, Any]) -> str:
+    """A change of log-odds, with its interval."""
+    if change["ci95"] is None:
+        return f"{change['value']:+.2f}, with no interval"
+    low, high = change["ci95"]
+    return f"{change['value']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _effect(difference: Mapping[str, Any]) -> str:
+    """The minimum detectable effect in words."""
+    effect = difference["detectable"]
+    if effect is None:
+        return "So few relations or facts show no difference, however large."
+    return f"Minimum detectable effect: {100 * effect:.0f} points (80 % power)."
 
 
 def _drawn_from(facts: Mapping[str, Any]) -> str:
@@ -223,8 +348,15 @@ def _learned(results: Mapping[str, Any]) -> Text:
     span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     below = logs[0]["metric"] == "validation_loss"
     metric, threshold = logs[0]["metric"].replace("_", " "), logs[0]["threshold"]
+    sign = "<" if below else ">"
+    if results["learned"] and logs[0]["stopped_by"] == "horizon":
+        passed = sorted({log["passed_at"]["step"] for log in logs})
+        between = f"{passed[0]}" if len(passed) == 1 else f"{passed[0]} to {passed[-1]}"
+        return Text(
+            f"Every fine-tune went on for {span} steps and passed its threshold ({line(metric)} {sign} {threshold:g}) "
+            f"after {between}."
+        )
     if results["learned"]:
-        sign = "<" if below else ">"
         return Text(f"Every fine-tune reached its threshold ({line(metric)} {sign} {threshold:g}) after {span} steps.")
     reasons = results["not_learned"]
     more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
@@ -287,11 +419,11 @@ def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
         show_edge=False,
         pad_edge=False,
     )
-    for column in ("step", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
+    for column in ("step", "models", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
         table.add_column(column, justify="right")
     for step in steps:
         edited, intrinsic = step["edited"], step["intrinsic"]
         figures = (_probability(edited[name]) for name in ("edited", "true", "related", "other"))
         own = (f"{100 * intrinsic['rate']:.0f} %", _probability(intrinsic["true"]))
-        table.add_row(f"{step['step']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
+        table.add_row(f"{step['step']}", f"{step['models']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
     return table

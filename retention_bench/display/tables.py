@@ -156,7 +156,7 @@ def _pair_table(comparisons: Sequence[Mapping[str, Any]], one: str, other: str) 
         rates = (f"{100 * rate:.0f} %" for rate in c["rates"])
         counts = (f"{len(c[name])}" for name in ("lost", "gained", "kept", "never"))
         points = f"{100 * c['difference']['value']:+.0f}\n{100 * low:+.0f} to {100 * high:+.0f}"
-        smallest = "none" if c["detectable"] is None else f"{100 * c['detectable']:.0f}"
+        smallest = "none" if (effect := c["difference"]["detectable"]) is None else f"{100 * effect:.0f}"
         tests = f"{_p(c['p'])}\n{_p(c['p_holm'])}"
         table.add_row(f"{line(c['kind'])}\n{c['facts']} facts", *rates, *counts, points, tests, smallest)
     return table
@@ -205,7 +205,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     for answer in answers:
         model = answer.get("experiment")
         where = (answer["stage"], "-" if model is None else f"{model + 1}") if staged else ()
-        logprob = "-" if answer["target_logprob"] is None else f"{answer['target_logprob']:.2f}"
+        logprob = "-" if answer["logprob"] is None else f"{answer['target_logprob']:.2f}"
         said = line(answer["text"].strip()) or repr(answer["text"])
         table.add_row(*where, said, "yes" if answer["hit"] else "no", logprob)
     return table

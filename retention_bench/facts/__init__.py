@@ -4,7 +4,7 @@ from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.known import Knowledge, Remaining, knowledge, known_facts
 from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
 from retention_bench.facts.pool import Pool, RowCounts, load_pool, read_pool
-from retention_bench.facts.split import disjoint_split
+from retention_bench.facts.split import Split, disjoint_split
 from retention_bench.facts.target import FirstTokens, first_tokens, object_ids, target_token, token_text
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Pool",
     "Remaining",
     "RowCounts",
+    "Split",
     "augment",
     "check_source",
     "disjoint_split",

@@ -18,7 +18,9 @@ from retention_bench.finetune.base import (
 )
 from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
 from retention_bench.finetune.freezing import Freeze, parse_freeze
+from retention_bench.finetune.horizon import Horizon, parse_horizon
 from retention_bench.finetune.options import ADAPTERS, FinetuneOptions
+from retention_bench.finetune.schedule import Dose
 from retention_bench.finetune.settings import TrainingSettings
 from retention_bench.registry import FINETUNES
 
@@ -30,11 +32,13 @@ __all__ = [
     "CheckedFinetune",
     "ContaminationFilter",
     "DataCheck",
+    "Dose",
     "Example",
     "Finetune",
     "FinetuneLog",
     "FinetuneOptions",
     "Freeze",
+    "Horizon",
     "Matcher",
     "Mention",
     "Removed",
@@ -46,6 +50,7 @@ __all__ = [
     "make_finetune",
     "parse_finetune",
     "parse_freeze",
+    "parse_horizon",
     "train",
 ]
 

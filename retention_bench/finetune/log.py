@@ -17,15 +17,19 @@ class FinetuneLog:
 
     Attributes:
         steps: Optimiser steps done.
+        tokens: Tokens trained on, see `Dose`.
+        epochs: Rows trained on, over the training rows there are.
+        horizon: Where the run was to end, see `parse_horizon`.
         stopped_by: What ended the run.
-        learned: The threshold ended it, and was not reached before the first step. Only then is what the model still
-            knows retention.
+        passed_at: The first evaluation beyond the threshold, the last one of a run to it; None where there is none. A
+            run of a fixed dose may have passed it before the first step.
+        learned: The threshold was passed, after the first step or later, and the run did not diverge. Only then is what
+            the model still knows retention.
         why_not: Why nothing was learned, in words; None if it was.
         metric: The name of the metric that the stop rule looks at.
         value: The metric at the end; None where it is not a number.
-        threshold: The value that ends a run.
+        threshold: The value that ends a run, or that a fixed dose goes past.
         curve: The metric at step 0 and at every evaluation.
-        started_below: The metric was beyond the threshold before the first step, so the model was not trained at all.
         train_rows: Training rows.
         validation_rows: Validation rows.
         removed: What the contamination filter took out.
@@ -40,14 +44,17 @@ class FinetuneLog:
     """
 
     steps: int
+    tokens: int
+    epochs: float
+    horizon: str
     stopped_by: StoppedBy
+    passed_at: Point | None
     learned: bool
     why_not: str | None
     metric: str
     value: float | None
     threshold: float
     curve: tuple[Point, ...]
-    started_below: bool
     train_rows: int
     validation_rows: int
     removed: Removed
@@ -65,6 +72,7 @@ class FinetuneLog:
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "curve": [point._asdict() for point in self.curve],
+            "passed_at": self.passed_at._asdict() if self.passed_at else None,
             "removed": self.removed.to_json(),
             "dropped": to_json(self.dropped),
             "trained_layers": list(self.trained_layers),

@@ -1,4 +1,4 @@
-"""When a fine-tune ends: at its threshold, at its budget or when it diverges, the same rule for every edited model."""
+"""When a fine-tune ends: at its threshold or horizon, at its budget, or when it diverges; one rule for every model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from retention_bench.display import plain
 from retention_bench.display.progress import Progress
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune import processes
+from retention_bench.finetune.schedule import Schedule
 from retention_bench.finetune.settings import Metric
 from retention_bench.finetune.validation import Measured, reached
 
-StoppedBy = Literal["threshold", "budget", "diverged"]
+StoppedBy = Literal["threshold", "budget", "horizon", "diverged"]
+"""`horizon`: the end of a fixed dose. `budget`: the steps that a run may take to its threshold are spent."""
 
 DIVERGED = 3.0
 """A run whose validation loss is more than this times that at its start has diverged."""
@@ -41,19 +43,24 @@ class Point(NamedTuple):
 
     Attributes:
         step: Optimiser steps done.
-        value: The metric.
+        tokens: Tokens trained on until then, see `Dose`.
+        epoch: Rows trained on until then, over the training rows there are.
+        value: The metric; None where it is not a finite number.
         loss: The validation loss; None where it is not a finite number.
     """
 
     step: int
+    tokens: int
+    epoch: float
     value: float | None
     loss: float | None
 
 
 class StopRule(TrainerCallback):
-    """Evaluates before the first step, then every few steps and at the budget's end, and ends the run.
+    """Evaluates before the first step, then every few steps and after the last, and ends the run.
 
     Attributes:
+        schedule: The run's steps.
         curve: The evaluations.
         diverged: How the run diverged, in words; None if it did not.
     """
@@ -64,8 +71,9 @@ class StopRule(TrainerCallback):
         *,
         metric: Metric,
         threshold: float,
+        fixed: bool,
         every: int,
-        budget: int,
+        schedule: Schedule,
         progress: Progress,
     ) -> None:
         """Begin a run.
@@ -74,12 +82,14 @@ class StopRule(TrainerCallback):
             measure: Measures the model as it is now.
             metric: What the threshold is for.
             threshold: The value that ends the run.
+            fixed: The run passes the threshold and goes on to the end of its schedule.
             every: Optimiser steps between two evaluations.
-            budget: Optimiser steps after which the run ends in any case.
+            schedule: The run's steps; it ends with the last in any case.
             progress: Called at every step with the loss of its batch and the last evaluation.
         """
         self._measure, self._metric, self._threshold = measure, metric, threshold
-        self._every, self._budget, self._progress = every, budget, progress
+        self._fixed, self._every, self._progress = fixed, every, progress
+        self.schedule = schedule
         self._asked, self._saved, self._cost = 0.0, 0.0, 0.0  # when a checkpoint was begun and ended, and its seconds
         self.curve: list[Point] = []
         self.diverged: str | None = None
@@ -88,7 +98,8 @@ class StopRule(TrainerCallback):
         """Evaluate, note the point, and say whether the run is over.
 
         Raises:
-            RetentionBenchError: The loss is not a finite number before the first step.
+            RetentionBenchError: Before the first step the loss is not a finite number, or beyond the threshold that
+                the run would end at.
         """
         measured = self._measure()
         value = measured.loss if self._metric == "validation_loss" else measured.accuracy
@@ -98,11 +109,11 @@ class StopRule(TrainerCallback):
                     f"The validation loss is {measured.loss} before the first step. The model was broken before it was "
                     "trained: look at its edit."
                 )
-            self.curve.append(Point(step, None, None))
+            self._note(step, None, None)
             self.diverged = f"after {step} steps the validation loss is {measured.loss}"
             return True
-        self.curve.append(Point(step, value, measured.loss))
-        self._progress("fine-tune", step, self._budget, {self._metric: value})
+        self._note(step, value, measured.loss)
+        self._progress("fine-tune", step, self.schedule.steps, {self._metric: value})
         first = self.curve[0].loss
         assert first is not None  # or the run would not have begun
         if measured.loss > DIVERGED * first:
@@ -111,22 +122,38 @@ class StopRule(TrainerCallback):
                 f"{first:.4g} before the first"
             )
             return True
-        return reached(self._metric, value, self._threshold)
+        if self._fixed or not self._passed(value):
+            return False
+        if step == 0:
+            raise RetentionBenchError(_passed_at_once(self._metric, value, self._threshold))
+        return True
+
+    @property
+    def passed_at(self) -> Point | None:
+        """The first evaluation beyond the threshold."""
+        return next((point for point in self.curve if self._passed(point.value)), None)
 
     @property
     def stopped_by(self) -> StoppedBy:
         """What ended the run."""
         if self.diverged:
             return "diverged"
-        value = self.curve[-1].value
-        return "threshold" if value is not None and reached(self._metric, value, self._threshold) else "budget"
+        if self._fixed:
+            return "horizon"
+        return "threshold" if self._passed(self.curve[-1].value) else "budget"
+
+    def _passed(self, value: float | None) -> bool:
+        return value is not None and reached(self._metric, value, self._threshold)
+
+    def _note(self, step: int, value: float | None, loss: float | None) -> None:
+        self.curve.append(Point(*self.schedule.at(step), value, loss))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Evaluate where it is due."""
         step = state.global_step
-        due = step % self._every == 0 or step == self._budget
+        due = step % self._every == 0 or step == self.schedule.steps
         over = due and self.evaluate(step)
         if over:
             control.should_training_stop = True
@@ -134,7 +161,7 @@ class StopRule(TrainerCallback):
         self._asked = time.monotonic()
         affordable = (self._asked - self._saved) * CHECKPOINT_SHARE >= self._cost
         # All processes write at the same steps: the clock of the first decides.
-        control.should_save = due and not over and step < self._budget and processes.gathered(affordable)[0]
+        control.should_save = due and not over and step < self.schedule.steps and processes.gathered(affordable)[0]
         if control.should_save and processes.index() == 0:
             assert args.output_dir is not None
             for older in _checkpoints(Path(args.output_dir))[:-1]:  # so that there are never more than two
@@ -156,12 +183,12 @@ class StopRule(TrainerCallback):
         if not math.isfinite(loss) and not self.diverged:
             self.diverged = f"after {state.global_step} steps the training loss is {loss}"
             if self.curve[-1].step != state.global_step:
-                self.curve.append(Point(state.global_step, None, None))
+                self._note(state.global_step, None, None)
             control.should_training_stop, control.should_save = True, False
         figures = {"loss": loss}
         if (value := self.curve[-1].value) is not None:
             figures[self._metric] = value
-        self._progress("fine-tune", state.global_step, self._budget, figures)
+        self._progress("fine-tune", state.global_step, self.schedule.steps, figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the curve into the trainer's checkpoint and seal it: it is whole now, and damage to it is noticed."""
@@ -189,6 +216,15 @@ class StopRule(TrainerCallback):
         whole, points = processes.gathered(found)[0] or (None, [])
         self.curve = [Point(*point) for point in points]
         return Path(whole) if whole else None
+
+
+def _passed_at_once(metric: Metric, value: float, threshold: float) -> str:
+    """Why a run is refused that would end before it began."""
+    advice = "Lower" if metric == "validation_loss" else "Raise"
+    return (
+        f"The threshold {threshold:g} is passed before the first step: the {metric.replace('_', ' ')} is {value:.4g}. "
+        f"{advice} `threshold` (--set finetunes.NAME.threshold=VALUE), or give --horizon steps:N for a fixed dose."
+    )
 
 
 def _resumable(folder: Path) -> tuple[str, list[Any]] | None:

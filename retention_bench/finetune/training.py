@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -32,19 +31,17 @@ from retention_bench.finetune.cleanup import given_back, quiet
 from retention_bench.finetune.contamination import Terms
 from retention_bench.finetune.freezing import parse_freeze
 from retention_bench.finetune.heads import Classifier, collator
+from retention_bench.finetune.horizon import Horizon, parse_horizon
 from retention_bench.finetune.kernels import faster_steps
 from retention_bench.finetune.log import FinetuneLog
 from retention_bench.finetune.options import FinetuneOptions
+from retention_bench.finetune.schedule import schedule
 from retention_bench.finetune.settings import TrainingSettings
 from retention_bench.finetune.stopping import StopRule
+from retention_bench.finetune.tracking import Track, Tracker, without_autocast
 from retention_bench.finetune.validation import ROWS, measure
 
 _DEFAULTS = FinetuneOptions()
-
-Track = Callable[[int], None]
-"""Takes a point of a trajectory, given the optimiser steps done: it may run the model, and leaves it and the random
-states as they are. It is called before the first step and every `track_every` steps, in every process; by a run that
-goes on after a kill perhaps again for the same steps."""
 
 
 def train(
@@ -84,23 +81,21 @@ def train(
         device: `"cpu"` or `"cuda"`; the model is moved there and stays. A single process must see a single GPU, or the
             trainer would copy the model to all of them in every step.
         unknown: As in `TuningContext`.
-        options: What is frozen, which adapter is trained, and how often `track` is called.
+        options: What is frozen, which adapter is trained, how often `track` is called, and where the run ends.
         edited: The layers that an edit changed, for `options.freeze`.
-        track: Takes a point of the facts' trajectory, see `Track`; given with `options.track_every`, and not without.
+        track: Takes a point of the facts' trajectory, see `Track`; not with `options.track_every` None.
         progress: Called at every step with the loss.
 
     Raises:
         UsageError: A setting, the tokenizer or the model's dtype does not fit.
-        RetentionBenchError: The data cannot be used, the model is broken, or a single row does not fit the memory.
+        RetentionBenchError: The data cannot be used, the model is broken or beyond the threshold before the first step,
+            or a single row does not fit the memory.
         torch.OutOfMemoryError: Memory ran out in one of several processes, which cannot go on together then. What a
             single process does about it, a smaller `micro_batch_size`, the caller may do by starting them again.
     """
-    if (track is None) == bool(options.track_every):
-        raise UsageError(
-            f"track_every is {options.track_every}, and {'no ' if track is None else ''}track is given. Give both, or "
-            "neither."
-        )
-    settings = task.settings
+    if track is not None and options.track_every is None:
+        raise UsageError("track_every is off, and track is given. Leave track out, or let track_every be 0 or more.")
+    settings, horizon = task.settings, parse_horizon(options.horizon)
     with quiet(), given_back(model):
         layers = parse_freeze(options.freeze).apply(model, edited)
         _check_model(list(model.parameters()))
@@ -118,46 +113,52 @@ def train(
             if track is not None and trained is not model and processes.sharded():
                 raise UsageError(
                     f"Under FSDP a model cannot be asked while {task.name} trains its backbone below another head. "
-                    "Leave --track-every out, or give --accelerate-config ddp."
+                    "Give --track-every off, or --accelerate-config ddp."
                 )
             if track is not None:
-                track = _without_autocast(model, track)
+                track = without_autocast(model, track)
             micro_batch = _largest_divisor(share, settings.micro_batch_size)
             # Several processes can only begin again with a smaller micro-batch, so this must follow it.
             size = ROWS if processes.count() == 1 else min(ROWS, micro_batch)
+            lengths = [len(row.input_ids) for row in data.train]
             rule = StopRule(
                 lambda: measure(trained, data.validation, settings.classes, size),
                 metric=settings.metric,
                 threshold=settings.threshold,
+                fixed=horizon.fixed,
                 every=settings.eval_every,
-                budget=settings.max_steps,
+                schedule=schedule(lengths, settings.batch_size, seed, settings.max_steps, horizon),
                 progress=progress,
             )
             count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
             checkpoint = rule.resume(Path(output_dir))
-            if checkpoint is None and track is not None:
-                track(0)
-            started_below = checkpoint is None and rule.evaluate(step=0)
-            if not started_below:
-                run = _Run(trained, tokenizer, settings, data, rule, options, track, seed, Path(output_dir), device)
-                with faster_steps(model, device):
-                    micro_batch = run.fit(micro_batch, checkpoint)
+            tracker = Tracker(track, rule, options.track_every or 0) if track is not None else None
+            if checkpoint is None:
+                rule.evaluate(step=0)
+                if tracker is not None:
+                    tracker.look(0)
+            run = _Run(trained, tokenizer, settings, data, rule, options, tracker, seed, Path(output_dir), device)
+            with faster_steps(model, device):
+                micro_batch = run.fit(micro_batch, checkpoint)
             if processes.count() > 1:
                 processes.unshard(trained)
                 if tied:  # a head that is the embedding matrix is no part of a `Classifier`
                     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     gc.collect()  # trainer and optimiser refer to each other in circles, and the optimiser is as large as two models
-    last = rule.curve[-1]
+    last, why_not = rule.curve[-1], _why_not(rule, settings, horizon)
     return FinetuneLog(
         steps=last.step,
+        tokens=last.tokens,
+        epochs=last.epoch,
+        horizon=options.horizon,
         stopped_by=rule.stopped_by,
-        learned=rule.stopped_by == "threshold" and not started_below,
-        why_not=_why_not(rule, settings, started_below),
+        passed_at=rule.passed_at,
+        learned=why_not is None,
+        why_not=why_not,
         metric=settings.metric,
         value=last.value,
         threshold=settings.threshold,
         curve=tuple(rule.curve),
-        started_below=started_below,
         train_rows=len(data.train),
         validation_rows=len(data.validation),
         removed=data.removed,
@@ -172,33 +173,21 @@ def train(
     )
 
 
-def _without_autocast(model: Any, track: Track) -> Track:
-    """The same, without the autocast that the trainer puts around the model on a GPU: scores are taken without it.
-
-    The parameters of an FSDP model are gathered in bfloat16 for every forward pass, also for this one.
-    """
-
-    def tracked(step: int) -> None:
-        wrapped = model.__dict__.pop("forward", None)
-        try:
-            track(step)
-        finally:
-            if wrapped is not None:
-                model.forward = wrapped
-
-    return tracked
-
-
-def _why_not(rule: StopRule, settings: TrainingSettings, started_below: bool) -> str | None:
-    metric, value, threshold = settings.metric, rule.curve[-1].value, settings.threshold
-    if started_below:
-        return f"the {metric} was {value:.4g} before the first step, beyond the threshold {threshold:g}"
-    if rule.stopped_by == "diverged":
+def _why_not(rule: StopRule, settings: TrainingSettings, horizon: Horizon) -> str | None:
+    """Why nothing was learned, in words; None where the threshold was passed in training."""
+    metric, last, passed = settings.metric, rule.curve[-1], rule.passed_at
+    if rule.diverged:
         return f"the run diverged: {rule.diverged}"
-    if rule.stopped_by == "budget":
+    if passed is None:
+        allowed = "of its horizon" if horizon.fixed else "of its budget"
         return (
-            f"after the {settings.max_steps} steps of its budget the {metric} was {value:.4g}, and the threshold "
-            f"{threshold:g} was not reached"
+            f"after the {last.step} steps {allowed} the {metric} was {last.value:.4g}, and the threshold "
+            f"{settings.threshold:g} was not reached"
+        )
+    if passed.step == 0:
+        return (
+            f"the {metric} was {passed.value:.4g} before the first step, beyond the threshold "
+            f"{settings.threshold:g}, so passing it says nothing"
         )
     return None
 
@@ -213,7 +202,7 @@ class _Run:
     data: TuningData
     rule: StopRule
     options: FinetuneOptions
-    track: Track | None
+    tracker: Tracker | None
     seed: int
     output_dir: Path
     device: str
@@ -259,12 +248,9 @@ class _Run:
 
     def _train(self, micro_batch: int, checkpoint: Path | None) -> None:
         settings, on_cpu = self.settings, self.device == "cpu"
-        order = _order(
-            [len(row.input_ids) for row in self.data.train], settings.batch_size, settings.max_steps, self.seed
-        )
         arguments: Mapping[str, Any] = {
             "output_dir": str(self.output_dir),
-            "max_steps": settings.max_steps,
+            "max_steps": self.rule.schedule.steps,
             "per_device_train_batch_size": micro_batch,
             "gradient_accumulation_steps": settings.batch_size // (micro_batch * processes.count()),
             "learning_rate": settings.lr if self.options.adapter == "none" else settings.adapter_lr,
@@ -289,10 +275,11 @@ class _Run:
             "report_to": "none",
             "disable_tqdm": True,
         }
+        rows = datasets.Dataset.from_list([row._asdict() for row in self.data.train])
         common: Mapping[str, Any] = {
             "data_collator": collator(settings.classes),
-            "train_dataset": datasets.Dataset.from_list([row._asdict() for row in self.data.train]).select(order),
-            "callbacks": [self.rule, *([_Tracker(self.track, self.options.track_every)] if self.track else [])],
+            "train_dataset": rows.select(self.rule.schedule.order),
+            "callbacks": [self.rule, *([self.tracker] if self.tracker is not None else [])],
         }
         if settings.classes is None:
             config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
@@ -306,31 +293,6 @@ class _Run:
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
             )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-
-class _Tracker(TrainerCallback):
-    """Calls `track` every few steps."""
-
-    def __init__(self, track: Track, every: int) -> None:
-        self._track, self._every = track, every
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self._every == 0:
-            self._track(state.global_step)
-
-
-def _order(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[int]:
-    """The rows of all steps in training order: shuffled anew in every epoch, and by length within a step.
-
-    A step's gradient does not depend on the order of its rows, and micro-batches of like rows have little padding: on
-    the atlas chats a step has a quarter fewer tokens than with rows as they come.
-    """
-    rng = random.Random(seed)
-    order: list[int] = []
-    while len(order) < steps * batch_size:
-        order += rng.sample(range(len(lengths)), len(lengths))
-    starts = range(0, steps * batch_size, batch_size)
-    return [row for start in starts for row in sorted(order[start : start + batch_size], key=lengths.__getitem__)]
 
 
 def _share(batch_size: int) -> int:

@@ -38,7 +38,8 @@ from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Tracked
 from retention_bench.pipeline.suite import ModelConfig, Source, Suite
 from retention_bench.registry import EDITORS, FINETUNES
-from retention_bench.results import KINDS
+from retention_bench.results import KINDS, MIN_EFFICACY
+from retention_bench.results.schema import Seeds
 from retention_bench.store.fingerprints import config_file, model_fingerprint, source_fingerprint
 
 MOST_MODELS = 10_000
@@ -56,15 +57,21 @@ class Cell:
         model: A model of the suite, a folder or a Hub id; None for the suite's default.
         editor: The editor's name in the suite.
         finetune: The fine-tune's name, or `path:` and a data set, see `parse_finetune`.
-        seed: Seed of the split, the edits and the fine-tunes.
+        seed: Seed of the split, the edits and the fine-tunes, where they have none of their own.
         device: `"cpu"` or `"cuda"`.
         paraphrases: How many more prompts each fact is edited with.
         paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
         freeze: What the fine-tunes must not change, see `parse_freeze`.
         adapter: What they train in the weights' place: `none`, `lora` or `dora`.
-        track_every: Optimiser steps between two points of the trajectory of all facts; 0 for no trajectory.
+        track_every: All facts are looked at wherever a fine-tune is evaluated; with more than 0, also every so many
+            steps. None for no trajectory.
+        horizon: Where the fine-tunes end, see `parse_horizon`.
         accelerate_config: How fine-tunes are started on several GPUs, see `launcher`; None for one, in this process.
         covariance: A file of the covariance of the keys, in place of one that is collected.
+        min_efficacy: The share of the edits that must have taken for the cell to be ranked.
+        facts_seed: Seed of the split, and of the paraphrases that edits are made with; None for `seed`.
+        edit_seed: Seed of the edits, and of an editor that trains; None for `seed`.
+        finetune_seed: Seed of the fine-tunes; None for `seed`.
     """
 
     suite: Suite
@@ -77,9 +84,22 @@ class Cell:
     paraphrase_source: str = "own"
     freeze: str = "none"
     adapter: str = "none"
-    track_every: int = 0
+    track_every: int | None = 0
+    horizon: str = "threshold"
     accelerate_config: str | None = None
     covariance: str | None = None
+    min_efficacy: float = MIN_EFFICACY
+    facts_seed: int | None = None
+    edit_seed: int | None = None
+    finetune_seed: int | None = None
+
+    @property
+    def seeds(self) -> Seeds:
+        """The seed of every part."""
+        facts, edit, finetune = (
+            self.seed if own is None else own for own in (self.facts_seed, self.edit_seed, self.finetune_seed)
+        )
+        return Seeds(facts=facts, edit=edit, finetune=finetune)
 
 
 def plan(cell: Cell) -> Gather:
@@ -103,7 +123,7 @@ def plan(cell: Cell) -> Gather:
     finetune: Task = FINETUNES.make(task, tuned_by.settings)
     data, finetune_name = _data(cell, task, finetune)
     own = {f"editor {cell.editor}": named, f"fine-tune {cell.finetune}": tuned_by}
-    options = FinetuneOptions(cell.freeze, cell.adapter, cell.track_every)
+    options = FinetuneOptions(cell.freeze, cell.adapter, cell.track_every, cell.horizon)
     freeze = parse_freeze(cell.freeze)
     _check_trainable(config, freeze)
     start = _launcher(cell, finetune)
@@ -111,7 +131,15 @@ def plan(cell: Cell) -> Gather:
     _check_pool(suite)
     if suite.facts.keywords:
         load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
-    facts = Facts(Knowledge(model, pool), suite.facts.margin, suite.facts.edited, suite.facts.intrinsic, cell.seed)
+    facts = Facts(
+        Knowledge(model, pool),
+        suite.facts.margin,
+        suite.facts.edited,
+        suite.facts.intrinsic,
+        cell.seeds.facts,
+        suite.facts.split,
+        suite.facts.intrinsic_matched if suite.facts.split == "relations" else 0,
+    )
     covariance: Covariance | CovarianceFile | None = None
     corpus = suite.covariance
     if editor.covariance_layers and (file := _covariance_file(cell)):
@@ -125,7 +153,7 @@ def plan(cell: Cell) -> Gather:
             max_length=corpus.max_length,
         )
     settings = _plain(editor)
-    fit = Fit(facts, registered, settings, cell.seed, cell.editor) if isinstance(editor, FittedEditor) else None
+    fit = Fit(facts, registered, settings, cell.seeds.edit, cell.editor) if isinstance(editor, FittedEditor) else None
     paraphrases = _paraphrases(cell, facts)
     unknown = Unknown(Knowledge(model, data)) if finetune.settings.asks_base else None
 
@@ -144,9 +172,9 @@ def plan(cell: Cell) -> Gather:
             data=data,
             unknown=unknown,
             options=options,
-            tracked=Tracked(group, paraphrases) if cell.track_every else None,
+            tracked=Tracked(group, facts.knowledge) if cell.track_every is not None else None,
             launcher=start,
-            seed=cell.seed,
+            seed=cell.seeds.finetune,
             called=(finetune_name, label),
         )
 
@@ -171,7 +199,7 @@ def plan(cell: Cell) -> Gather:
             fit=fit,
             editor=registered,
             settings=settings,
-            seed=cell.seed,
+            seed=cell.seeds.edit,
             called=(cell.editor, label),
         )
         after_edit = score(f"after the edit, {label}", edit, group)
@@ -191,6 +219,10 @@ def plan(cell: Cell) -> Gather:
         control=score("the control", tuned("unedited control", everyone, None, edits), everyone),
         defaults=tuple(what for what, found in own.items() if found.given_by != "suite"),
         seed=cell.seed,
+        facts_seed=cell.seeds.facts,
+        edit_seed=cell.seeds.edit,
+        finetune_seed=cell.seeds.finetune,
+        min_efficacy=cell.min_efficacy,
         real=suite.real,
     )
 
@@ -243,6 +275,11 @@ def _launcher(cell: Cell, finetune: Task) -> Launcher | None:
             f"{start.processes} processes cannot share the {finetune.settings.batch_size} rows of a step equally. Set "
             f"num_processes, in a file for --accelerate-config, to a divisor of {finetune.settings.batch_size}."
         )
+    if start and start.sharded and cell.track_every is not None and finetune.settings.classes is not None:
+        raise UsageError(
+            f"Under FSDP a model cannot be asked while {cell.finetune} trains its backbone below another head. Give "
+            "--track-every off, or --accelerate-config ddp."
+        )
     return start
 
 
@@ -252,12 +289,12 @@ def _paraphrases(cell: Cell, facts: Facts) -> Paraphrases | None:
     if not cell.paraphrases:
         return None
     if not source.startswith(MODEL):
-        return Paraphrases(facts, cell.paraphrases, source, None, cell.seed, source)
+        return Paraphrases(facts, cell.paraphrases, source, None, cell.seeds.facts, source)
     name, config = cell.suite.model(source.removeprefix(MODEL))
     # It writes in the dtype and on the device of the base model.
     base = facts.knowledge.model
     writer = dataclasses.replace(model_of(config, base.device), dtype=base.dtype)
-    return Paraphrases(facts, cell.paraphrases, "model", writer, cell.seed, f"{MODEL}{name}")
+    return Paraphrases(facts, cell.paraphrases, "model", writer, cell.seeds.facts, f"{MODEL}{name}")
 
 
 def _check_pool(suite: Suite) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from retention_bench.finetune import Finetune as Task
-from retention_bench.finetune import parse_freeze
+from retention_bench.finetune import parse_freeze, parse_horizon
 from retention_bench.pipeline.stages import Finetune, Gather
 from retention_bench.store import Store
 
@@ -24,7 +24,8 @@ class Estimate:
         trainable: Numbers that a fine-tune can change. Which layers an edit changes is not known before it is made, so
             with `--freeze edited` or `unedited` it is the whole model.
         finetunes: Fine-tunes that are not in the store.
-        steps: Their optimiser steps if each uses up its budget.
+        steps: Their optimiser steps if each uses up its budget; None where their horizon is counted in epochs or
+            tokens, and so depends on the data.
         memory_bytes: What a fine-tune's weights, gradients and optimiser take, on each GPU where there are several;
             activations come on top, and grow with micro_batch_size and max_length.
         disk_bytes: What the store grows by: a model a fine-tune, and the checkpoints of one that runs.
@@ -33,11 +34,11 @@ class Estimate:
     parameters: int
     trainable: int
     finetunes: int
-    steps: int
+    steps: int | None
     memory_bytes: int
     disk_bytes: int
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, int | None]:
         """The estimate as plain JSON values."""
         return dataclasses.asdict(self)
 
@@ -56,6 +57,7 @@ def estimate(plan: Gather, store: Store) -> Estimate:
     control = plan.tuned_control
     start, task = control.launcher, control.made()
     parameters, trainable = _count(control, task)
+    steps = parse_horizon(control.options.horizon).known_steps(task.settings.max_steps)
     adapters = trainable if control.options.adapter != "none" else 0
     memory = _FLOAT * (parameters + adapters) + _ADAM * trainable
     if control.model.device != "cpu":
@@ -71,7 +73,7 @@ def estimate(plan: Gather, store: Store) -> Estimate:
         parameters=parameters,
         trainable=trainable,
         finetunes=missing,
-        steps=missing * task.settings.max_steps,
+        steps=None if steps is None else missing * steps,
         memory_bytes=memory,
         disk_bytes=missing * _FLOAT * parameters + (2 * checkpoint if missing else 0),
     )

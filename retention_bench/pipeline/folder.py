@@ -19,8 +19,8 @@ def default_folder(cell: Cell, plan: Gather) -> Path:
         cell: The cell.
         plan: Its plan.
     """
-    named = _model(plan.model, cell.model, plan.base.model, cell)
-    folder = Path("runs") / cell.suite.name / named / _part(cell.editor) / _part(plan.finetune)
+    model = _model(plan.model, cell.model, plan.base.model, cell)
+    folder = Path("runs") / cell.suite.name / model / _part(cell.editor) / _part(plan.finetune)
     if cell.suite.overrides:
         told_apart = hashlib.sha256(canonical(dict(cell.suite.overrides)).encode()).hexdigest()
         folder /= f"set-{told_apart[:8]}"
@@ -34,7 +34,13 @@ def default_folder(cell: Cell, plan: Gather) -> Path:
         folder /= _part(f"freeze-{cell.freeze}")
     if cell.adapter != "none":
         folder /= _part(cell.adapter)
-    return folder / f"seed-{cell.seed}"
+    if cell.horizon != "threshold":
+        folder /= _part(cell.horizon)
+    named = [f"seed-{cell.seed}"]
+    for part in ("facts", "edit", "finetune"):
+        if (seed := getattr(cell, f"{part}_seed")) is not None:
+            named.append(f"{part}-{seed}")
+    return folder / "-".join(named)
 
 
 def _model(name: str, given: str | None, model: Model, cell: Cell) -> str:

@@ -20,6 +20,7 @@ from retention_bench.data.source import SUFFIXES
 from retention_bench.data.yaml_files import read_yaml
 from retention_bench.display import cut, line, plain
 from retention_bench.errors import UsageError, unknown_name
+from retention_bench.facts import Split
 from retention_bench.finetune import parse_finetune
 from retention_bench.pipeline.overrides import is_place, override, parse_overrides
 from retention_bench.registry import EDITORS, FINETUNES
@@ -90,13 +91,18 @@ class FactsConfig(Source):
     Attributes:
         margin: The known-fact filter's lead of the true target's first token over the second.
         edited: Facts to edit.
-        intrinsic: Facts to leave alone.
+        intrinsic: Facts to leave alone; of other relations than the edited ones, or, with the split `subjects`, of any.
+        intrinsic_matched: Facts to leave alone beside them that have the edited facts' relations; as many as there are
+            where the pool has too few. Not used with the split `subjects`, where all facts left alone are such.
+        split: `relations`, as the paper's: whole relations go to a side; `subjects`: each relation's facts are divided.
         keywords: Relation keywords for the contamination filter, by relation.
     """
 
     margin: float = pydantic.Field(0.1, strict=True, ge=0, lt=1)
     edited: Facts = 50
     intrinsic: Facts = 100
+    intrinsic_matched: int = pydantic.Field(0, strict=True, ge=0, le=MOST_FACTS)
+    split: Split = "relations"
     keywords: dict[str, tuple[Filled, ...]] = {}
 
 

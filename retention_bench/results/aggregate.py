@@ -1,148 +1,245 @@
-"""From samples to rates: everything in `results.json` that is counted is counted here, from the samples alone."""
+"""From samples to measures: everything in `results.json` that is counted is counted here, from a cell's rows alone."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from retention_bench.analysis import Rate as Counted
-from retention_bench.analysis import clustered, detectable, detectable_paired, gap, rate, retention
-from retention_bench.results.schema import KINDS, STAGES, Detectable, Difference, Rate, Rates, Retention, Sample
-
-MODELS = 5
-"""With fewer edited models, nothing can be said of how much they differ; rates then hold for these models."""
+from retention_bench import analysis
+from retention_bench.analysis import Answer
+from retention_bench.results import measures
+from retention_bench.results.gates import MIN_EFFICACY, gates
+from retention_bench.results.measures import Answers, Pair
+from retention_bench.results.schema import (
+    KINDS,
+    STAGES,
+    Bin,
+    Collateral,
+    Decay,
+    Estimate,
+    Gaps,
+    Gate,
+    Paired,
+    Rate,
+    Rates,
+    Retention,
+    Sample,
+)
 
 Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Aggregates:
-    """What follows from a cell's samples; the fields are those of `Results`."""
+class Run:
+    """The rows of one cell, as its files have them.
 
-    stages: Rates
-    retention: Retention
-    gap: Difference
-    detectable: Detectable
-
-
-def aggregate(samples: Sequence[Sample], *, seed: int) -> Aggregates:
-    """Count what follows from a cell's samples.
-
-    Retention is measured from after the edit to after the fine-tune, in the same model. Samples of several experiments
-    are pooled. The intervals of rates take answers of one edited model as dependent where at least `MODELS` models
-    hold several edits each, else answers of one fact, and the gap's bootstrap resamples what they do; intrinsic facts
-    always by fact, with the outcomes in all experiments. `detectable` has the smallest differences that so many facts
-    show in 8 of 10 repetitions at 5 %: in the gap (`gap`), and in edited facts against another run with the same facts
-    (`paired`; and `paired_one_in_20` where one fact in 20 changes the other way).
-
-    Args:
+    Attributes:
         samples: The samples, with their stage and experiment.
-        seed: Seed of the bootstrap.
+        logs: How the fine-tunes went, the control's included.
+        step_matched: The control's rows of the trajectory at the step at which each edited model stopped, with the
+            model's `experiment`; none where the fine-tunes were not followed.
+        seed: The run's seed, where several are counted together.
     """
 
-    def outcomes(stage: str, kind: str) -> dict[tuple[str, int | None], bool]:
-        return {(s.fact_id, s.experiment): s.hit for s in samples if (s.stage, s.kind) == (stage, kind)}
+    samples: Sequence[Sample]
+    logs: Sequence[Row]
+    step_matched: Sequence[Row] = ()
+    seed: int | None = None
 
-    def grouped(flat: Mapping[tuple[str, int | None], bool], by: str) -> dict[Any, list[bool]]:
-        groups: dict[Any, list[bool]] = defaultdict(list)
-        for (fact, experiment), hit in sorted(flat.items()):
-            groups[experiment if by == "experiment" else fact].append(hit)
-        return groups
+    @functools.cached_property
+    def answers(self) -> Answers:
+        """The samples by stage and kind."""
+        return Answers(self.samples)
 
-    before = {kind: outcomes("post_edit", kind) for kind in ("edited", "intrinsic")}
-    after = {kind: outcomes("post_finetune", kind) for kind in ("edited", "intrinsic")}
-    control = [outcomes(stage, "intrinsic") for stage in ("base", "control_finetune")]
-    by = _clustering("edited", [s for s in samples if (s.stage, s.kind) == ("post_edit", "edited")])
-    kept = {
-        "edited": retention(
-            before["edited"], after["edited"], cluster=lambda key: key[1 if by == "experiment" else 0], by=by
-        ),
-        "intrinsic": retention(before["intrinsic"], after["intrinsic"], cluster=lambda key: key[0]),
-    }
+    @functools.cached_property
+    def pairs(self) -> list[Pair]:
+        """The facts of the headline."""
+        return measures.pairs(self.answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregates:
+    """What follows from the samples of one run or of several seeds; the fields are those of `Results`."""
+
+    ranked: bool
+    gates: list[Gate]
+    paired: Paired
+    paired_step_matched: Paired | None
+    decay: Decay
+    retention: Retention
+    stages: Rates
+    gap: Gaps
+    lost: dict[str, int]
+    confidence: list[Bin]
+    collateral: dict[str, Collateral]
+
+
+def aggregate(runs: Sequence[Run], *, min_efficacy: float = MIN_EFFICACY) -> Aggregates:
+    """Count what follows from a cell's samples, or from those of several seeds of one cell.
+
+    All intervals are clustered by relation. With several seeds a measure is the mean of the seeds' own, and its
+    interval takes seeds as crossed with relations: answers of several seeds are never pooled as if independent.
+
+    Args:
+        runs: One run, or a run of each seed.
+        min_efficacy: The share of the edits that must have taken in a run for the cell to be ranked.
+    """
+    found = [
+        gate.model_copy(update={"text": f"seed {run.seed}: {gate.text}"}) if len(runs) > 1 else gate
+        for run in runs
+        for gate in gates(run.answers, run.pairs, run.logs, min_efficacy=min_efficacy)
+    ]
+
+    def kept(kind: str, *, control: bool = False) -> list[Answer]:
+        return _over(runs, lambda run: measures.kept(run.answers, kind, control=control))
+
+    def moved(kind: str, stage: str) -> Estimate:
+        return _mean(_over(runs, lambda run: measures.collateral(run.answers, kind, stage)))
+
+    gone = [measures.outcomes(measures.lost(run.answers)) for run in runs]
     return Aggregates(
-        stages=rates(samples),
+        ranked=all(gate.passed for gate in found),
+        gates=found,
+        paired=_paired(runs, lambda run: run.pairs),
+        paired_step_matched=_paired(runs, _step_matched) if all(run.step_matched for run in runs) else None,
+        decay=_decay(runs),
         retention=Retention(
-            edited=_typed(kept["edited"]),
-            intrinsic=_typed(kept["intrinsic"]),
-            control_intrinsic=_typed(retention(*control)),
+            **{k: _rate(kept(k)) for k in ("edited", "paraphrase", "locality", "intrinsic", "intrinsic_matched")},
+            **{
+                f"control_{kind}": _rate(kept(kind, control=True))
+                for kind in ("edited_true", "intrinsic", "intrinsic_matched")
+            },
         ),
-        gap=Difference.model_validate(
-            gap(
-                grouped(before["edited"], by),
-                grouped(after["edited"], by),
-                grouped(before["intrinsic"], "fact"),
-                grouped(after["intrinsic"], "fact"),
-                seed=seed,
-            ).to_json()
+        stages=_stages(runs),
+        gap=Gaps(
+            unmatched=_estimate(analysis.gap(kept("edited"), kept("intrinsic"))),
+            matched=_estimate(analysis.gap(kept("edited"), kept("intrinsic_matched"))),
         ),
-        detectable=Detectable(
-            gap=_detectable_gap(kept["edited"], kept["intrinsic"]),
-            paired=detectable_paired(len(after["edited"])),
-            paired_one_in_20=detectable_paired(len(after["edited"]), 0.05),
-        ),
+        lost={outcome: sum(own[outcome] for own in gone) for outcome in gone[0]},
+        confidence=_confidence(runs),
+        collateral={
+            kind: Collateral(post_edit=moved(kind, "post_edit"), post_finetune=moved(kind, "post_finetune"))
+            for kind in ("locality", "intrinsic", "intrinsic_matched")
+        },
     )
 
 
-def _typed(counted: Counted) -> Rate:
-    return Rate.model_validate(counted.to_json())
+def rates(samples: Sequence[Sample]) -> Rates:
+    """Hit rates by stage and kind, whatever was right before: the paper's equation 1. Only what the samples hold."""
+    return _stages([Run(samples, ())])
 
 
-def _detectable_gap(edited: Counted, intrinsic: Counted) -> float | None:
-    if edited.rate is None or intrinsic.rate is None:
-        return None
-    return detectable(edited.rate, edited.effective or edited.total, intrinsic.effective or intrinsic.total)
+def _over(runs: Sequence[Run], measure: Callable[[Run], Iterable[Answer]]) -> list[Answer]:
+    """What the facts of all runs contribute, each with its run's seed."""
+    return [answer._replace(seed=run.seed) for run in runs for answer in measure(run)]
 
 
-def rates(samples: Iterable[Sample]) -> Rates:
-    """Hit rates by stage and kind, with intervals as `aggregate` explains them; only what the samples hold."""
-    groups: dict[tuple[str | None, str], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.stage, sample.kind].append(sample)
+def _rate(answers: Iterable[Answer]) -> Rate:
+    return Rate.model_validate(analysis.clustered(answers).to_json())
 
-    def found(kind: str, some: Sequence[Sample]) -> Rate:
-        by = _clustering(kind, some)
-        return _typed(clustered(((s.experiment if by == "experiment" else s.fact_id, s.hit) for s in some), by))
 
-    return {
-        stage: {kind: found(kind, some) for kind in KINDS if (some := groups.get((stage, kind)))}
-        for stage in STAGES
-        if any((stage, kind) in groups for kind in KINDS)
+def _estimate(found: analysis.Estimate) -> Estimate:
+    return Estimate.model_validate(found.to_json())
+
+
+def _mean(answers: Iterable[Answer], *, bounded: bool = True) -> Estimate:
+    return _estimate(analysis.mean(answers, bounded=bounded))
+
+
+def _stages(runs: Sequence[Run]) -> Rates:
+    found: Rates = {}
+    for stage, kind in itertools.product(STAGES, KINDS):
+        if own := _over(runs, lambda run: measures.shares(run.answers.of(stage, kind).values())):  # noqa: B023
+            found.setdefault(stage, {})[kind] = _rate(own)
+    return found
+
+
+def _paired(runs: Sequence[Run], pairs: Callable[[Run], Sequence[Pair]]) -> Paired:
+    return Paired(
+        difference=_mean(_over(runs, lambda run: measures.paired_difference(pairs(run)))),
+        control=_rate(_over(runs, lambda run: measures.hits_after(pairs(run), lambda pair: pair.control))),
+        edited=_rate(_over(runs, lambda run: measures.hits_after(pairs(run), lambda pair: pair.edited))),
+    )
+
+
+def _step_matched(run: Run) -> list[Pair]:
+    """The pairs of the headline with the control as it was when each edited model stopped."""
+    still = {
+        (row["fact_id"], row["experiment"]): row["outcome"] == "true"
+        for row in run.step_matched
+        if row["kind"] == "edited"
     }
+    moved = []
+    for pair in run.pairs:
+        before, after = pair.control
+        hit = still[pair.edited[0].fact_id, pair.edited[0].experiment]
+        moved.append(dataclasses.replace(pair, control=(before, after.model_copy(update={"hit": hit}))))
+    return moved
 
 
-def _clustering(kind: str, samples: Sequence[Sample]) -> str:
-    """What the answers to one kind of question, after one stage, are clustered by: `"experiment"` or `"fact"`.
+def _decay(runs: Sequence[Run]) -> Decay:
+    def whole(run: Run) -> list[Pair]:
+        return [pair for pair in run.pairs if _numbers(*pair.edited, *pair.control)]
 
-    Intrinsic facts are asked in every experiment, so they are not a part of one.
-    """
-    models = {sample.experiment for sample in samples}
-    several = len({sample.fact_id for sample in samples}) > len(models)
-    return "experiment" if KINDS[kind].about == "edited" and several and len(models) >= MODELS else "fact"
+    def others(run: Run, control: bool) -> list[tuple[Sample, Sample]]:
+        found = run.answers.before_after("intrinsic", control=control)
+        return [(before, after) for before, after in found if before.hit and _numbers(before, after)]
+
+    def paired(pair: Pair) -> Answer:
+        return measures.answer(pair.edited[0], _change(*pair.edited) - _change(*pair.control))
+
+    pairs = [pair for run in runs for pair in whole(run)]
+    looked = [sample.logprob for pair in pairs for sample in (*pair.edited, *pair.control)]
+    return Decay(
+        paired=_mean(_over(runs, lambda run: map(paired, whole(run))), bounded=False),
+        edited=_mean(_over(runs, lambda run: [_changed(*pair.edited) for pair in whole(run)]), bounded=False),
+        control=_mean(_over(runs, lambda run: [_changed(*pair.control) for pair in whole(run)]), bounded=False),
+        intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, False)]), bounded=False),
+        control_intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, True)]), bounded=False),
+        before={
+            "edited": _probability([pair.edited[0] for pair in pairs]),
+            "control": _probability([pair.control[0] for pair in pairs]),
+            "intrinsic": _probability([before for run in runs for before, _ in others(run, False)]),
+        },
+        clipped=sum(analysis.is_clipped(value) for value in looked if value is not None),
+        no_number=sum(len(run.pairs) for run in runs) - len(pairs),
+    )
 
 
-def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The course of the fine-tunes of the edited models, step by step, for each kind of fact.
+def _numbers(*samples: Sample) -> bool:
+    return all(sample.logprob is not None for sample in samples)
 
-    Args:
-        rows: As in `trajectory.jsonl`; those of the control are left out.
 
-    Returns:
-        By step: how many models were still trained, and for edited and intrinsic facts the hit rate and the mean
-        probability of every class of tokens.
-    """
-    grouped: dict[int, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["experiment"] is not None:
-            grouped[row["step"]][row["kind"]].append(row)
-    summary = []
-    for step, kinds in sorted(grouped.items()):
-        entry: dict[str, Any] = {"step": step, "models": len({r["experiment"] for k in kinds.values() for r in k})}
-        for kind, some in kinds.items():
-            entry[kind] = rate(sum(r["hit"] for r in some), len(some)).to_json()
-            for name in ("true", "edited", "related", "other"):
-                values = [r[name] for r in some if r[name] is not None]
-                entry[kind][name] = sum(values) / len(values) if values else None
-        summary.append(entry)
-    return summary
+def _change(before: Sample, after: Sample) -> float:
+    assert before.logprob is not None
+    assert after.logprob is not None
+    return analysis.logit(after.logprob) - analysis.logit(before.logprob)
+
+
+def _changed(before: Sample, after: Sample) -> Answer:
+    return measures.answer(before, _change(before, after))
+
+
+def _probability(samples: Sequence[Sample]) -> float | None:
+    found = [math.exp(sample.logprob) for sample in samples if sample.logprob is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _confidence(runs: Sequence[Run]) -> list[Bin]:
+    def found(place: int, kind: str, control: bool = False) -> Rate:
+        return _rate(_over(runs, lambda run: measures.by_confidence(run.answers, kind, control=control)[place]))
+
+    return [
+        Bin(
+            low=low,
+            high=high,
+            edited=found(place, "edited"),
+            control=found(place, "edited_true", control=True),
+            intrinsic=found(place, "intrinsic"),
+        )
+        for place, (low, high) in enumerate(itertools.pairwise(measures.BINS))
+    ]

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
     from retention_bench.facts import Fact, FactSet
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+
+
+FORMS: dict[str, str] = {
+    "cloze": "{}",
+    "qa": "Question: {} what?\nAnswer:",
+    "chat": "Complete the sentence with the missing words only: {} ...",
+}
+"""The forms of a question, with what is put around a prompt. That of a chat is what the user says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +41,19 @@ class Kind:
     Attributes:
         name: Its name in samples, in rates and, behind `retention_`, in lm-eval.
         label: What tables call it.
-        about: Which facts are asked: `"edited"`, those with a `target_new`, or `"intrinsic"`, those without.
+        about: Which facts are asked: `"edited"`, those with a `target_new`, `"intrinsic"`, those without, or
+            `"intrinsic_matched"`, those without whose relations edited facts have too.
         prompts: The attribute of a `Fact` that holds its prompt or prompts.
         target: The attribute of a `Fact` that holds the object to be answered.
+        form: One of `FORMS`: how the prompt is put.
     """
 
     name: str
     label: str
-    about: Literal["edited", "intrinsic"]
+    about: Literal["edited", "intrinsic", "intrinsic_matched"]
     prompts: Literal["question", "paraphrases", "neighborhood"]
     target: Literal["target_true", "target_new"]
+    form: Literal["cloze", "qa", "chat"] = "cloze"
 
     @property
     def task(self) -> str:
@@ -50,12 +61,12 @@ class Kind:
         return f"retention_{self.name}"
 
     def questions(self, facts: FactSet) -> list[tuple[Fact, str, str]]:
-        """Its questions: the fact, the prompt and the object to be answered, in the order of the facts."""
+        """Its questions: the fact, what is asked and the object to be answered, in the order of the facts."""
         found = []
         for fact in getattr(facts, self.about):
             prompts = getattr(fact, self.prompts)
             for prompt in (prompts,) if isinstance(prompts, str) else prompts:
-                found.append((fact, prompt, getattr(fact, self.target)))
+                found.append((fact, FORMS[self.form].replace("{}", prompt), getattr(fact, self.target)))
         return found
 
 
@@ -63,12 +74,24 @@ KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("edited", "edited", "edited", "question", "target_new"),
+        Kind("edited_true", "edited, true object", "edited", "question", "target_true"),
         Kind("intrinsic", "intrinsic", "intrinsic", "question", "target_true"),
+        Kind("intrinsic_matched", "intrinsic, matched", "intrinsic_matched", "question", "target_true"),
         Kind("paraphrase", "paraphrase", "edited", "paraphrases", "target_new"),
         Kind("locality", "locality", "edited", "neighborhood", "target_true"),
+        Kind("edited_qa", "edited, as a question", "edited", "question", "target_new", "qa"),
+        Kind("intrinsic_qa", "intrinsic, as a question", "intrinsic", "question", "target_true", "qa"),
+        Kind("edited_chat", "edited, in a chat", "edited", "question", "target_new", "chat"),
+        Kind("intrinsic_chat", "intrinsic, in a chat", "intrinsic", "question", "target_true", "chat"),
     )
 }
 """All kinds of question, in the order in which they are asked."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    f"retention{end}": tuple(name for name, kind in KINDS.items() if kind.form == form)
+    for end, form in (("", "cloze"), ("_qa", "qa"), ("_chat", "chat"))
+}
+"""The groups of lm-eval tasks, with the kinds in each."""
 
 STAGES: dict[str, str] = {
     "base": "base model",
@@ -107,12 +130,18 @@ class Sample(_Typed):
         stage: At which stage of a cell it was asked; None for a checkpoint that `score` was given.
         kind: The kind of question.
         fact_id: The fact it belongs to.
+        relation: The fact's relation.
         prompt: The text the model was given.
         target: The object it should answer with, without leading space.
-        hit: Whether the first content token it decoded equals the target's first content token.
-        token_ids: The ids it decoded, up to the first content token or the end of decoding.
+        hit: Whether the first content token it decoded equals the target's first content token; in a chat the first
+            content word.
+        strict: Whether the very first token it decoded is the target's first, in a chat the very first word.
+        whole: Whether it decoded all of the target, from the first content token on.
+        outcome: What the first content token is: of the fact's new object, of its true one, of another object of the
+            relation, or another; none where decoding ended before there was one.
+        token_ids: The ids it decoded, up to the target's length from the first content token on, or the end.
         text: The same, decoded, without special tokens.
-        target_logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced);
+        logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced);
             None where the model puts out no number, as one that diverged in training.
     """
 
@@ -120,12 +149,16 @@ class Sample(_Typed):
     stage: StageName | None = None
     kind: KindName
     fact_id: str
+    relation: str
     prompt: str
     target: str
     hit: bool
+    strict: bool
+    whole: bool
+    outcome: Literal["new", "true", "related", "other", "none"]
     token_ids: Annotated[tuple[int, ...], pydantic.Field(strict=False)]
     text: str
-    target_logprob: float | None
+    logprob: float | None
 
     def to_json(self) -> dict[str, Any]:
         """The sample as plain JSON values; without `experiment` and `stage` where it is of no cell."""
@@ -170,45 +203,164 @@ class Rate(_Typed):
         return f"{self.hits} of {self.total}, {100 * self.rate:.0f} % (95 % interval {low:.0f}-{high:.0f})"
 
 
-class Difference(_Typed):
-    """A difference of two rates with its 95 % interval; None where there is no value."""
+class Estimate(_Typed):
+    """A mean or a difference with its 95 % interval, clustered by relation; see `analysis.Estimate`.
+
+    Attributes:
+        value: The estimate; None where there is no answer.
+        ci95: The interval; None where there is none.
+        n: Number of facts, of the smaller side.
+        clusters: Number of relations.
+        df: Degrees of freedom of the interval.
+        detectable: The minimum detectable effect; None where no possible difference is large enough.
+    """
 
     value: float | None
     ci95: Interval | None
+    n: int
+    clusters: int
+    df: float | None
+    detectable: float | None
 
     def __str__(self) -> str:
+        """A difference of rates in words."""
         if self.value is None or self.ci95 is None:
             return "no difference: one side has no fact"
         low, high = (100 * end for end in self.ci95)
         return f"{100 * self.value:+.0f} points (95 % interval {low:+.0f} to {high:+.0f})"
 
 
+class Paired(_Typed):
+    """The headline: edited facts against themselves in the control (MEASURES, 1).
+
+    Counted are the edited facts whose true object the base model gives, and whose edit took.
+
+    Attributes:
+        difference: The share whose true object the control still gives, minus the share whose new object the edited
+            model still gives. Positive where edited facts are lost more easily.
+        control: The first share.
+        edited: The second.
+    """
+
+    difference: Estimate
+    control: Rate
+    edited: Rate
+
+
+class Decay(_Typed):
+    """Mean changes of logit P(target) over the fine-tune, in nats; negative where facts became less sure (MEASURES, 2).
+
+    Attributes:
+        paired: The edited facts of the headline: change in the edited model minus change in the control.
+        edited: Their new objects, in the edited models.
+        control: Their true objects, in the control.
+        intrinsic: Intrinsic facts that the base model knows, in the edited models.
+        control_intrinsic: The same, in the control.
+        before: Mean probability of the target before the fine-tune: `edited`, `control`, `intrinsic`.
+        clipped: How many of the headline's facts have a probability beyond the limits of `analysis.logit`.
+        no_number: How many are left out, since a model that diverged gives no number.
+    """
+
+    paired: Estimate
+    edited: Estimate
+    control: Estimate
+    intrinsic: Estimate
+    control_intrinsic: Estimate
+    before: dict[str, float | None]
+    clipped: int
+    no_number: int
+
+
 class Retention(_Typed):
-    """Of what was answered before the fine-tune, the share that is answered after it.
+    """Of what was answered before the fine-tune, the share that is answered after it (MEASURES, 4).
 
     Attributes:
         edited: Edited facts, in the edited models.
-        intrinsic: Intrinsic facts, in the edited models.
-        control_intrinsic: Intrinsic facts, in the unedited control.
+        paraphrase: The same in other words.
+        locality: Questions about other subjects with an edited fact's true object.
+        intrinsic: Facts never edited, of other relations, in the edited models.
+        intrinsic_matched: Facts never edited, of the edited facts' relations.
+        control_edited_true: The edited facts' true objects, in the unedited control.
+        control_intrinsic: Intrinsic facts, in the control.
+        control_intrinsic_matched: Matched facts, in the control.
     """
 
     edited: Rate
+    paraphrase: Rate
+    locality: Rate
     intrinsic: Rate
+    intrinsic_matched: Rate
+    control_edited_true: Rate
     control_intrinsic: Rate
+    control_intrinsic_matched: Rate
 
 
-class Detectable(_Typed):
-    """Minimum detectable effects: the smallest differences that show in 8 of 10 repetitions at 5 %, two-sided.
+class Gaps(_Typed):
+    """Retention of facts never edited minus that of edited facts, in the edited models (MEASURES, 6).
 
     Attributes:
-        gap: In `Results.gap`.
-        paired: In edited facts, against another run with the same facts.
-        paired_one_in_20: The same where one fact in 20 changes the other way.
+        unmatched: Against intrinsic facts: the paper's gap, of different relations on the two sides.
+        matched: Against matched intrinsic facts, of the same relations.
     """
 
-    gap: float | None
-    paired: float | None
-    paired_one_in_20: float | None
+    unmatched: Estimate
+    matched: Estimate
+
+
+class Bin(_Typed):
+    """Retention of the facts whose target had a probability in one bin before the fine-tune (MEASURES, 8).
+
+    Attributes:
+        low: The bin's lower edge, which it does not hold but for 0.
+        high: Its upper edge, which it holds.
+        edited: Edited facts, in the edited models.
+        control: The edited facts' true objects, in the control.
+        intrinsic: Intrinsic facts, in the edited models.
+    """
+
+    low: float
+    high: float
+    edited: Rate
+    control: Rate
+    intrinsic: Rate
+
+
+class Collateral(_Typed):
+    """What edits did to a kind of fact that they were not about, of those the base model answers (MEASURES, 9).
+
+    Attributes:
+        post_edit: Share answered after the edit, minus the base model's.
+        post_finetune: Share answered after the fine-tune, minus the control's.
+    """
+
+    post_edit: Estimate
+    post_finetune: Estimate
+
+
+class Gate(_Typed):
+    """One condition that a cell must meet to be compared and ranked.
+
+    Attributes:
+        name: Its name.
+        passed: Whether it is met.
+        value: What was found.
+        limit: What is asked for.
+        text: Both in words.
+    """
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    text: str
+
+
+class Seeds(_Typed):
+    """The seeds of a cell's parts."""
+
+    facts: int
+    edit: int
+    finetune: int
 
 
 class FinetuneLog(_Typed):
@@ -267,14 +419,25 @@ class Results(_Typed):
         not_learned: Why not, in words.
         paraphrases: How many more prompts each fact was edited with.
         paraphrase_source: Where they came from.
+        horizon: When the fine-tunes end: at their threshold, or after a dose.
         paraphrase_questions: How many paraphrases were asked, and how many not, since edits were made with them.
         defaults: What the suite has no settings for, so that its own defaults were used.
         seed: The seed.
+        seeds: The seeds of its parts, which are `seed` where nothing else was asked for.
         key: The key of the results in the store.
-        stages: Hit rates of all models together.
-        retention: What survived.
-        gap: Retention of intrinsic facts minus retention of edited ones; the paper's difference, of unmatched facts.
-        detectable: Minimum detectable effects.
+        ranked: Whether all gates are passed; else no rank counts the cell.
+        gates: What must hold for that, and what was found.
+        paired: The headline: the paired difference.
+        paired_step_matched: The same against the control at the step at which each edited model stopped; None where the
+            fine-tunes were not followed.
+        decay: The same contrast in log-odds.
+        survival: The same along the fine-tune; None where it was not followed.
+        retention: What survived, of what was there before.
+        stages: Hit rates of all models together, whatever was right before: the paper's retention rates (equation 1).
+        gap: Facts never edited against edited ones.
+        lost: What the edited models answer in the place of edits that took and are lost.
+        confidence: Retention by the target's probability before the fine-tune.
+        collateral: By kind, what edits did to other facts.
         experiments: The edited models.
         control: The unedited control.
         trajectory: The course of the fine-tunes of the edited models by step; None where it was not followed.
@@ -283,7 +446,7 @@ class Results(_Typed):
         timing: Seconds that each stage took when it was computed, and the highest peak memory among them.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     suite: str
     notice: str
     model: str
@@ -295,14 +458,24 @@ class Results(_Typed):
     not_learned: list[str]
     paraphrases: int
     paraphrase_source: str | None
+    horizon: str
     paraphrase_questions: dict[str, int]
     defaults: list[str]
     seed: int
+    seeds: Seeds
     key: str
-    stages: Rates
+    ranked: bool
+    gates: list[Gate]
+    paired: Paired
+    paired_step_matched: Paired | None
+    decay: Decay
+    survival: dict[str, Any] | None
     retention: Retention
-    gap: Difference
-    detectable: Detectable
+    stages: Rates
+    gap: Gaps
+    lost: dict[str, int]
+    confidence: list[Bin]
+    collateral: dict[KindName, Collateral]
     experiments: list[Experiment]
     control: Control
     trajectory: list[dict[str, Any]] | None = None

@@ -48,6 +48,7 @@ class _Metrics(_Line):
 
 class _Answers(_Line):
     key: str
+    stop_words: int
     task: Annotated[str, pydantic.AfterValidator(_ours)]
     hits: int
     total: int

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from retention_bench.scoring.evaluator import score, score_lm
     from retention_bench.scoring.hf import HFEngine, RetentionHFLM
     from retention_bench.scoring.metric import (
+        MAX_ANSWER_TOKENS,
         MAX_DECODED_TOKENS,
         DecodedText,
         LeftOut,
@@ -27,21 +28,23 @@ if TYPE_CHECKING:
         judge_text,
         scorable,
     )
-    from retention_bench.scoring.probe import Probe, Prober
-    from retention_bench.scoring.stop_words import STOP_WORDS
+    from retention_bench.scoring.stop_words import STOP_WORDS, STOP_WORDS_VERSION
     from retention_bench.scoring.tasks import FactsTask, judge_document, load_documents, tasks_dir
+    from retention_bench.scoring.trajectory import Follower, Point
     from retention_bench.scoring.vllm import RetentionVLLM, VLLMEngine
 
 _MODULES = {
+    "MAX_ANSWER_TOKENS": "metric",
     "MAX_DECODED_TOKENS": "metric",
     "STOP_WORDS": "stop_words",
+    "STOP_WORDS_VERSION": "stop_words",
     "DecodedText": "metric",
     "Engine": "engine",
     "FactsTask": "tasks",
     "HFEngine": "hf",
     "LeftOut": "metric",
-    "Probe": "probe",
-    "Prober": "probe",
+    "Follower": "trajectory",
+    "Point": "trajectory",
     "RetentionHFLM": "hf",
     "RetentionVLLM": "vllm",
     "VLLMEngine": "vllm",

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.display.progress import Progress, silent
 from retention_bench.models import Checkpoint
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS
+from retention_bench.scoring.metric import MAX_ANSWER_TOKENS
 from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt, Row, rows
 from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
@@ -25,7 +25,7 @@ FirstLogits = Callable[[Sequence[Prompt], torch.Tensor], None]
 
 
 class RetentionHFLM(RetentionLM, HFLM):
-    """`HFLM` for a loaded model, whose answers are `DecodedText` and end at the first content token.
+    """`HFLM` for a loaded model, whose answers are `DecodedText`, see `RetentionLM`.
 
     Prompts get the ids that `lm_eval --model hf` gives them. What several begin with is read once (`prefixes.rows`); an
     answer doesn't depend on what shares its forward pass beyond rounding. Puts the model into eval mode.
@@ -69,18 +69,18 @@ class RetentionHFLM(RetentionLM, HFLM):
         Returns:
             The ids decoded, by prompt.
         """
-        return self._ask(set(prompts), (), first)[0]
+        return self._ask(dict.fromkeys(prompts, 1), (), first)[0]
 
     @torch.inference_mode()
     def _ask(
-        self, prompts: Set[Prompt], targets: Iterable[Target], first: FirstLogits | None = None
+        self, prompts: Mapping[Prompt, int], targets: Iterable[Target], first: FirstLogits | None = None
     ) -> tuple[dict[Prompt, list[int]], dict[Target, tuple[float, bool]]]:
         answers: dict[Prompt, list[int]] = {}
         logprobs: dict[Target, tuple[float, bool]] = {}
         told: dict[Prompt, list[Target]] = defaultdict(list)  # by what is read for them
         for context, continuation in targets:
             told[context + continuation[:-1]].append((context, continuation))
-        sequences = prompts | told.keys()
+        sequences = prompts.keys() | told.keys()
         # A row's mask knows of no window; what is longer than one is read by itself, as the model would.
         window = getattr(self.model.config.get_text_config(), "sliding_window", None) or self.max_length
         long = sorted(sequence for sequence in sequences if len(sequence) > window)
@@ -100,7 +100,7 @@ class RetentionHFLM(RetentionLM, HFLM):
                 last = logits[[number[index] for [index] in places.values()]]
                 if first is not None:
                     first(asked, last)
-                answers.update(self._decode(asked, last.argmax(-1).tolist(), row, cache))
+                answers.update(self._decode({p: prompts[p] for p in asked}, last.argmax(-1).tolist(), row, cache))
             self._progress("scoring", len(answers), len(prompts))
         return answers, logprobs
 
@@ -125,23 +125,23 @@ class RetentionHFLM(RetentionLM, HFLM):
         return output.logits[0].float(), output.past_key_values
 
     def _decode(
-        self, prompts: Sequence[Prompt], tokens: Sequence[int], row: Row, cache: DynamicCache
+        self, prompts: Mapping[Prompt, int], tokens: Sequence[int], row: Row, cache: DynamicCache
     ) -> dict[Prompt, list[int]]:
         """Go on from first tokens; a prompt leaves the batch, and the key-value cache, once it is answered.
 
         Args:
-            prompts: Sequences of the row.
+            prompts: Sequences of the row, each with the length of its target.
             tokens: The first token of each answer.
             row: What has been read.
             cache: Of the row.
         """
         answers = {prompt: [token] for prompt, token in zip(prompts, tokens, strict=True)}
-        going_on = [prompt for prompt in prompts if self.goes_on(answers[prompt][-1])]
+        going_on = [prompt for prompt, length in prompts.items() if self.goes_on(answers[prompt], length)]
         if not going_on:
             return answers
         lengths = torch.tensor([len(prompt) for prompt in going_on], device=self.device)
         cache, mask = _select(cache, [row.paths[prompt] for prompt in going_on], self.device)
-        for step in range(MAX_DECODED_TOKENS - 1):
+        for step in range(MAX_ANSWER_TOKENS - 1):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             output = self.model(
                 input_ids=torch.tensor([answers[prompt][-1:] for prompt in going_on], device=self.device),
@@ -152,7 +152,7 @@ class RetentionHFLM(RetentionLM, HFLM):
             )
             for prompt, token in zip(going_on, output.logits[:, -1].argmax(dim=-1).tolist(), strict=True):
                 answers[prompt].append(token)
-            stay = [i for i, prompt in enumerate(going_on) if self.goes_on(answers[prompt][-1])]
+            stay = [i for i, prompt in enumerate(going_on) if self.goes_on(answers[prompt], prompts[prompt])]
             if not stay:
                 break
             going_on = [going_on[i] for i in stay]

@@ -19,14 +19,25 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from retention_bench.facts import Fact, FactSet, target_token, token_text
-from retention_bench.scoring.stop_words import is_content_character, is_stop_text
+from retention_bench.facts import Fact, FactSet, first_tokens, object_ids, target_token, token_text
+from retention_bench.scoring.stop_words import ends_answer, ends_sentence, is_content_character, is_stop_text
 
 MAX_DECODED_TOKENS = 8
-"""Tokens decoded at most; if all of them are stop tokens, it is a miss. Our choice, the paper sets no limit."""
+"""Tokens among which the first content token is looked for; without one it is a miss. Our choice, the paper sets no
+limit."""
+
+MAX_TARGET_TOKENS = 16
+"""Tokens of a target that `whole` looks at; what is longer is judged by so many."""
+
+MAX_ANSWER_TOKENS = MAX_DECODED_TOKENS + MAX_TARGET_TOKENS
+"""Tokens decoded at most, kept free in the model's context behind a prompt."""
+
+Outcome = Literal["new", "true", "related", "other", "none"]
+"""What was said: the fact's new object, its true one, another one of the relation, something else, nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,15 @@ class Verdict:
         hit: Whether the first content token equals the target's.
         content_token: Id of the first content token; None if decoding ended before there was one.
         skipped: Number of stop tokens before it, or in all.
+        strict: Whether the answer begins with the target's first content token, at most a lone space in front.
+        whole: Whether all of the target's tokens stand there, from the first content token on.
     """
 
     hit: bool
     content_token: int | None
     skipped: int
+    strict: bool
+    whole: bool
 
 
 class DecodedText(str):
@@ -50,7 +65,7 @@ class DecodedText(str):
     lm-eval passes a task nothing but the generated string; a subclass reaches the task's `process_results` intact.
 
     Attributes:
-        token_ids: The generated ids as decoded, up to the first content token or the end of decoding.
+        token_ids: The generated ids as decoded; see `is_answered` for where that ends.
         tokenizer: The tokenizer they belong to.
     """
 
@@ -118,7 +133,7 @@ def scorable(
         reason = next((bad[text] for text in own if text in bad), None)
         if reason is None and len(own) > 1 and begins[own[0]] == begins[own[1]]:
             reason = SAME
-        if reason is None and context is not None and not _fits(fact, tokenizer, context - MAX_DECODED_TOKENS):
+        if reason is None and context is not None and not _fits(fact, tokenizer, context - MAX_ANSWER_TOKENS):
             reason = TOO_LONG
         if reason is None:
             kept.append(fact)
@@ -179,41 +194,132 @@ def _fits(fact: Fact, tokenizer: PreTrainedTokenizerBase, room: int) -> bool:
     return all(len(tokenizer.encode(prompt)) <= room for prompt in long)
 
 
+def _begin(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int, bool]:
+    """How an answer begins.
+
+    Returns:
+        The place of the first content token, or None; how many stop tokens come before it; and whether the answer
+        ended before there was one.
+    """
+    begun = False
+    for place, token in enumerate(token_ids[:MAX_DECODED_TOKENS]):
+        if is_special_token(token, tokenizer):
+            return None, place, True
+        text = token_text(token, tokenizer)
+        if not is_stop_text(text):
+            lead = text[: next(i for i, character in enumerate(text) if is_content_character(character))]
+            ended = begun and ends_answer(lead.replace(".", ""), begun)  # ".NET" is a word, "\nNext" another line
+            return (None, place, True) if ended else (place, place, False)
+        if ends_answer(text, begun):
+            return None, place, True
+        begun = begun or bool(text.strip())
+    stops = min(len(token_ids), MAX_DECODED_TOKENS)
+    return None, stops, stops == MAX_DECODED_TOKENS
+
+
+def target_ids(target: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A target's tokens from its first content token on, `MAX_TARGET_TOKENS` at most."""
+    lead = first_tokens(target, tokenizer).lead
+    return object_ids(target, tokenizer)[len(lead) :][:MAX_TARGET_TOKENS]
+
+
+def is_answered(token_ids: Sequence[int], length: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether decoding may end: no further token would change the verdict.
+
+    Args:
+        token_ids: What has been decoded.
+        length: Tokens of the target from its first content token on.
+        tokenizer: The model's tokenizer.
+    """
+    place, _, ended = _begin(token_ids, tokenizer)
+    if place is None:
+        return ended
+    return len(token_ids) >= place + length or is_special_token(token_ids[-1], tokenizer)
+
+
 def judge_ids(token_ids: Sequence[int], target: str, tokenizer: PreTrainedTokenizerBase) -> Verdict:
     """Judge greedily decoded tokens.
 
     Args:
-        token_ids: Generated ids, prompt not included; at most the first `MAX_DECODED_TOKENS` count.
+        token_ids: Generated ids, prompt not included; the first content token must be among the first
+            `MAX_DECODED_TOKENS`.
         target: The object the model should answer with, without a leading space.
         tokenizer: The model's tokenizer.
 
     Returns:
-        A hit if the first token that is no stop token equals the target's first token. A special token before that,
-        stop tokens only, or no tokens: a miss without content token.
+        A hit if the first token that is no stop token equals the target's first token. A special token, the end of the
+        sentence or the line before that, stop tokens only, or no tokens: a miss without content token.
     """
-    decoded = list(token_ids)[:MAX_DECODED_TOKENS]
-    for skipped, token in enumerate(decoded):
-        if is_special_token(token, tokenizer):
-            return Verdict(hit=False, content_token=None, skipped=skipped)
-        if not is_stop_token(token, tokenizer):
-            return Verdict(hit=token == target_token(target, tokenizer), content_token=token, skipped=skipped)
-    return Verdict(hit=False, content_token=None, skipped=len(decoded))
+    decoded = list(token_ids)
+    place, skipped, _ = _begin(decoded, tokenizer)
+    if place is None:
+        return Verdict(hit=False, content_token=None, skipped=skipped, strict=False, whole=False)
+    lead, token = first_tokens(target, tokenizer)
+    wanted = target_ids(target, tokenizer)
+    return Verdict(
+        hit=decoded[place] == token,
+        content_token=decoded[place],
+        skipped=skipped,
+        strict=decoded[: place + 1] in ([token], [*lead, token]),
+        whole=bool(wanted) and decoded[place : place + len(wanted)] == wanted,
+    )
 
 
-def judge_text(text: str, target: str) -> bool:
+@dataclass(frozen=True)
+class TextVerdict:
+    """As `Verdict`, of a text.
+
+    Attributes:
+        hit: Whether the first content word equals the target's.
+        content: The first content word; None if there is none before the answer ends.
+        strict: Whether it is the very first word.
+        whole: Whether all of the target's words stand there, from its first content word on.
+    """
+
+    hit: bool
+    content: str | None
+    strict: bool
+    whole: bool
+
+
+def judge_text(text: str, target: str) -> TextVerdict:
     """Judge a generated text by words, where the tokens are not known.
 
-    Stop words are skipped on both sides, so "The Hague" is found by "Hague". Words end at punctuation; case counts.
-
-    Returns:
-        Whether the first content word of the text equals the first content word of the target.
+    Stop words are skipped on both sides, so "The Hague" is found by "Hague". Words end at punctuation; case counts. The
+    first content word must be among the first `MAX_DECODED_TOKENS` words.
     """
-    wanted = next(_content_words(target), None)
-    return wanted is not None and next(_content_words(text), None) == wanted
+    words = _words(_sentence(text))
+    place = next((i for i, word in enumerate(words[:MAX_DECODED_TOKENS]) if not is_stop_text(word)), None)
+    wanted = _words(target)
+    first = next((i for i, word in enumerate(wanted) if not is_stop_text(word)), None)
+    if place is None or first is None:
+        return TextVerdict(hit=False, content=None if place is None else words[place], strict=False, whole=False)
+    following = _words(text)
+    return TextVerdict(
+        hit=words[place] == wanted[first],
+        content=words[place],
+        strict=place == 0 and words[place] == wanted[first],
+        whole=following[place : place + len(wanted) - first] == wanted[first:],
+    )
 
 
-def _content_words(text: str) -> Iterator[str]:
-    """The words of a text that are no stop words, whichever way its accents are written (NFC).
+def content_word(text: str) -> str | None:
+    """The first word of a text that is no stop word, whatever stands in front of it."""
+    return next(_content_words(text), None)
+
+
+def _sentence(text: str) -> str:
+    """A text up to where the answer ends; a point within a word ends nothing."""
+    text = text.lstrip()
+    for place, character in enumerate(text):
+        inside = place + 1 < len(text) and is_content_character(text[place + 1])
+        if ends_answer(character, begun=True) and not (ends_sentence(character) and inside):
+            return text[:place]
+    return text
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, whichever way its accents are written (NFC).
 
     An apostrophe begins a piece of its own, as in "It 's".
     """
@@ -225,4 +331,8 @@ def _content_words(text: str) -> Iterator[str]:
         else " "
         for character in unicodedata.normalize("NFC", text)
     ).split()
-    return (piece.lstrip("'") for piece in pieces if not is_stop_text(piece))
+    return [piece if is_stop_text(piece) else piece.lstrip("'") for piece in pieces if piece != "'"]
+
+
+def _content_words(text: str) -> Iterator[str]:
+    return (word for word in _words(text) if not is_stop_text(word))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -12,7 +12,8 @@ from lm_eval.api.model import TemplateLM
 from transformers import GenerationConfig
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS, DecodedText, is_stop_token
+from retention_bench.results.schema import KINDS
+from retention_bench.scoring.metric import MAX_ANSWER_TOKENS, MAX_TARGET_TOKENS, DecodedText, is_answered, target_ids
 from retention_bench.scoring.prefixes import Prompt
 
 Target = tuple[Prompt, Prompt]
@@ -71,7 +72,7 @@ def check_greedy(config: GenerationConfig | None, name: str) -> None:
 
 
 class RetentionLM(TemplateLM):
-    """An lm-eval model whose answers are `DecodedText` and end at the first content token.
+    """An lm-eval model whose answers are `DecodedText` and end where the verdict is certain, see `is_answered`.
 
     A task of lm-eval's own is answered as lm-eval's models do. A subclass sets `_answers` and `_logprobs` by `forget`
     before it is asked anything, sets `ends`, and says how to `_ask` and to `_write`.
@@ -85,6 +86,7 @@ class RetentionLM(TemplateLM):
     ends: frozenset[int]
     vocabulary: int | None = None
     _answers: dict[Prompt, list[int]]
+    _lengths: dict[Prompt, int]
     _logprobs: dict[tuple[str, str], tuple[float, bool]]
 
     def prefetch(self, questions: Iterable[tuple[str, str]]) -> None:
@@ -93,27 +95,31 @@ class RetentionLM(TemplateLM):
         `generate_until` and `loglikelihood` take from it what they are asked next, until `forget`.
 
         Args:
-            questions: Prompts and targets, each target with its leading space.
+            questions: Prompts and targets, each target as it stands behind its prompt, with its leading space.
 
         Raises:
             RetentionBenchError: As `generate_until`.
         """
         self.forget()
-        prompts: set[Prompt] = set()
+        lengths: dict[Prompt, int] = {}
         targets: dict[Target, list[tuple[str, str]]] = defaultdict(list)
         for prompt, target in set(questions):
-            prompts.add(self.prompt_ids(prompt))
+            ids = self.prompt_ids(prompt)
+            lengths[ids] = max(
+                lengths.get(ids, 0), self.answer_length(target.removeprefix(" "), words=not target.startswith(" "))
+            )
             context, continuation = self._encode_pair(prompt, target)
             self._check_known(target, continuation)
             if len(context) + len(continuation) < self.max_length:  # the rest is left to lm-eval's way, which cuts
                 targets[tuple(context), tuple(continuation)].append((prompt, target))
-        self._answers, logprobs = self._ask(prompts, targets.keys())
+        self._answers, logprobs = self._ask(lengths, targets.keys())
+        self._lengths = lengths
         for found, asked in targets.items():
             self._logprobs.update(dict.fromkeys(asked, logprobs[found]))
 
     def forget(self) -> None:
         """Drop what `prefetch` found, as it must be where the weights change."""
-        self._answers, self._logprobs = {}, {}
+        self._answers, self._lengths, self._logprobs = {}, {}, {}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As lm-eval's, with what `prefetch` found already."""
@@ -122,13 +128,13 @@ class RetentionLM(TemplateLM):
         return [self._logprobs[r.args] if r.args in self._logprobs else next(found) for r in requests]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answer prompts greedily, each until its first content token.
+        """Answer prompts greedily, each as far as its target is long.
 
-        The length limit is `MAX_DECODED_TOKENS`; generation settings in the requests are not looked at, but in those of
+        The length limit is `MAX_ANSWER_TOKENS`; generation settings in the requests are not looked at, but in those of
         lm-eval's own tasks.
 
         Args:
-            requests: Instances whose first argument is the prompt.
+            requests: Instances whose first argument is the prompt; the `target` of their documents says how far.
             disable_tqdm: Whether lm-eval's own tasks show no bar; there is none for facts.
 
         Returns:
@@ -139,10 +145,30 @@ class RetentionLM(TemplateLM):
         """
         if any(request.task_name and not request.task_name.startswith("retention_") for request in requests):
             return self._write(requests, disable_tqdm)
-        prompts = [self.prompt_ids(request.args[0]) for request in requests]
-        missing = set(prompts) - self._answers.keys()
+        asked = [(self.prompt_ids(r.args[0]), self._asked_length(r.doc)) for r in requests]
+        missing: dict[Prompt, int] = {}
+        for prompt, length in asked:
+            if length > self._lengths.get(prompt, 0):
+                missing[prompt] = max(missing.get(prompt, 0), length)
         answers = self._answers | (self._ask(missing, ())[0] if missing else {})
-        return [DecodedText(answers[prompt], self.tokenizer) for prompt in prompts]
+        # Cut, so that an answer does not depend on what else is asked.
+        return [DecodedText(self._cut(answers[prompt], length), self.tokenizer) for prompt, length in asked]
+
+    def answer_length(self, target: str, *, words: bool) -> int:
+        """Tokens to decode from the first content token on: those of the target.
+
+        Args:
+            target: Without its leading space.
+            words: Whether words decide, as in a chat: then the target begins a line, and one token more tells whether
+                its last word has ended.
+        """
+        if words:
+            return min(MAX_TARGET_TOKENS, len(self.tokenizer.encode(target, add_special_tokens=False)) + 1)
+        return max(1, len(target_ids(target, self.tokenizer)))
+
+    def _asked_length(self, document: Mapping[str, str]) -> int:
+        kind = KINDS.get(document.get("kind", ""))
+        return self.answer_length(document.get("target", ""), words=kind is not None and kind.form == "chat")
 
     def prompt_ids(self, prompt: str) -> Prompt:
         """A prompt's token ids, as `lm_eval --model hf` makes them.
@@ -151,11 +177,11 @@ class RetentionLM(TemplateLM):
             RetentionBenchError: It leaves no room for an answer in the model's context.
         """
         ids = tuple(self.tok_encode(prompt))
-        room = self.max_length - MAX_DECODED_TOKENS
+        room = self.max_length - MAX_ANSWER_TOKENS
         if not 0 < len(ids) <= room:
             raise RetentionBenchError(
                 f"The prompt {prompt!r} is {len(ids)} tokens long; this model can answer prompts of 1 to {room} tokens "
-                f"(context {self.max_length}, {MAX_DECODED_TOKENS} kept for the answer). Leave the fact out, or use a "
+                f"(context {self.max_length}, {MAX_ANSWER_TOKENS} kept for the answer). Leave the fact out, or use a "
                 "model with a longer context."
             )
         self._check_known(prompt, ids)
@@ -174,15 +200,25 @@ class RetentionLM(TemplateLM):
                 "own tokenizer: put that into its folder, or give --tokenizer FOLDER."
             )
 
-    def goes_on(self, token: int) -> bool:
-        """Whether decoding goes on past a token: a stop word's that does not end the answer."""
-        return token not in self.ends and is_stop_token(token, self.tokenizer)
+    def goes_on(self, ids: Sequence[int], length: int) -> bool:
+        """Whether decoding goes on: not behind the model's end tokens, else see `is_answered`."""
+        return ids[-1] not in self.ends and not is_answered(ids, length, self.tokenizer)
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """Up to the first token at which decoding ends, and with it."""
+        ends = (end for end in range(1, len(ids) + 1) if not self.goes_on(ids[:end], length))
+        return ids[: next(ends, len(ids))]
 
     @abstractmethod
     def _ask(
-        self, prompts: Set[Prompt], targets: Iterable[Target]
+        self, prompts: Mapping[Prompt, int], targets: Iterable[Target]
     ) -> tuple[dict[Prompt, list[int]], dict[Target, tuple[float, bool]]]:
-        """Answer prompts; find log-probabilities of targets in nats, and whether greedy decoding gives them."""
+        """Answer prompts, and find log-probabilities of targets in nats, and whether greedy decoding gives them.
+
+        Args:
+            prompts: Each with the length that its answer should have, see `answer_length`.
+            targets: What to find the log-probabilities of.
+        """
 
     @abstractmethod
     def _write(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:

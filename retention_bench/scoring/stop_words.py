@@ -1,4 +1,4 @@
-"""The one list of stop words, and which generated tokens and words count as one.
+"""The one list of stop words, which generated tokens and words count as one, and where an answer ends.
 
 The paper decodes greedily past stop words without naming its list, so this one is our choice. The rules:
 
@@ -10,28 +10,37 @@ The paper decodes greedily past stop words without naming its list, so this one 
 4. The list holds English function words only. It leaves out whatever can be an answer, or begin one, once case is
    folded: numbers ("one"), months ("may"), names ("will"), acronyms ("us"), content words ("mine", "like"), and single
    letters other than the words "a" and "i".
-5. A contraction counts in the two pieces that byte-level tokenizers cut it into: "it" + "'s", "doesn" + "'t".
+5. Passing over a word must leave what is said of the object that follows as it is. So the list has
+   - no denial: not, no, never, neither, nor, cannot, n't, 't, and the verbs that a tokenizer cuts off before n't;
+   - no exception and no contrast: without, except, but, than, other, another, unless, although, yet, however;
+   - no restriction and no degree: only, just, even, few, less, more, rather, almost, quite, hardly;
+   - nothing that leaves it open: if, whether, or, either, perhaps, and the modal verbs ("would be French", "'d");
+   - nothing that moves it to another time: once, ever, before, after, until. Tense alone does not ("was French").
+6. A preposition stays if the object is the place, time or topic itself: in, at, on, of, within, from, to, by, during.
+   It goes if the sentence is as true of another one: near, around, off, outside, beyond, behind, above, below, over,
+   under, between, across, along, towards, against. "From" stays for origins ("is from Paris"); distances have a
+   content word in front of it ("far from", "miles from").
+7. An answer ends with its sentence or line, see `ends_answer`.
+8. A contraction counts in the two pieces that byte-level tokenizers cut it into: "it" + "'s", "they" + "'re".
 """
 
 from __future__ import annotations
 
 import unicodedata
 
+STOP_WORDS_VERSION = 2
+"""Raised with every change of the rules; answers that were judged by different versions are never mixed."""
+
 _LIST = """
-a an the this that these those such same other another each every either neither both all any some no
+a an the this that these those such same each every both all any some
 i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself
-it its itself they them their theirs themselves someone something anyone anything everyone everything
+it its itself they them their theirs themselves someone something everyone everything
 who whom whose which what when where why how whoever whatever whichever whenever wherever
-and or but nor so yet if then than because while although though unless until whereas whether since as
-of in on at by for with from to into onto upon about against between among amongst through throughout during
-before after above below over under up down out off within without along across behind beyond near around
-toward towards per via despite
+and so then because while since as
+of in on at by for with from to into onto upon about among amongst through throughout during within per via
 am is are was were be been being has have had having do does did doing done
-can could shall should would might must ought cannot
-not also very too just only even still already again ever never always often once here there now thus hence
-therefore however indeed perhaps rather quite almost more most less least much many few several own
-'s 't 're 've 'm 'll 'd n't
-aren couldn didn doesn hadn hasn isn shouldn wasn weren wouldn
+also very still already again always often here there now thus hence therefore indeed most much many several own
+'s 're 've 'm 'll
 """
 
 STOP_WORDS: frozenset[str] = frozenset(_LIST.split())
@@ -49,3 +58,28 @@ def is_stop_text(text: str) -> bool:
     """Whether a token's or a word's text is a stop word, or holds nothing that could be part of an answer."""
     word = text.strip().casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     return word in STOP_WORDS or not any(map(is_content_character, word))
+
+
+_SENTENCE_ENDS = frozenset(".!?\N{HORIZONTAL ELLIPSIS}\N{IDEOGRAPHIC FULL STOP}\N{FULLWIDTH EXCLAMATION MARK}")
+_LINE_ENDS = frozenset("\n\r\v\f\x85\N{LINE SEPARATOR}\N{PARAGRAPH SEPARATOR}")
+
+
+def ends_sentence(character: str) -> bool:
+    """Whether a character ends a sentence."""
+    return character in _SENTENCE_ENDS
+
+
+def ends_answer(text: str, begun: bool) -> bool:
+    """Whether a stop text ends an answer: a sentence's end always does, a line's end once something has been said.
+
+    White space and line ends in front of everything are passed over, as chats begin with them.
+
+    Args:
+        text: A stop text.
+        begun: Whether anything but white space came before it.
+    """
+    for character in text:
+        if character in _SENTENCE_ENDS or (begun and character in _LINE_ENDS):
+            return True
+        begun = begun or not character.isspace()
+    return False

@@ -9,7 +9,7 @@ go over to the engine, and only ids and numbers come back.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.models import Checkpoint, Layout, load_config, load_tokenizer
 from retention_bench.models.explain import explained
 from retention_bench.scoring.engine_process import EngineProcess
-from retention_bench.scoring.metric import MAX_DECODED_TOKENS
+from retention_bench.scoring.metric import MAX_ANSWER_TOKENS
 from retention_bench.scoring.model import RetentionLM, Target, check_greedy, end_tokens
 from retention_bench.scoring.prefixes import Prompt
 
@@ -175,7 +175,7 @@ class RetentionVLLM(RetentionLM):
         self.forget()
 
     def _ask(
-        self, prompts: Set[Prompt], targets: Iterable[Target]
+        self, prompts: Mapping[Prompt, int], targets: Iterable[Target]
     ) -> tuple[dict[Prompt, list[int]], dict[Target, tuple[float, bool]]]:
         logprobs: dict[Target, tuple[float, bool]] = {}
         answers: dict[Prompt, list[int]] = {}
@@ -188,22 +188,32 @@ class RetentionVLLM(RetentionLM):
                 logprobs[target] = (logprob, greedy)
                 if target[0] in prompts:
                     answers[target[0]] = [first]
-        self._continue(answers, sorted(prompts - answers.keys()), 1, len(prompts))
-        # vLLM has no stop rule for "any token but a stop word". Most answers are a single token; the others go on to
-        # the limit, and are cut here.
-        going_on = [prompt for prompt, ids in sorted(answers.items()) if self.goes_on(ids[-1])]
-        self._continue(answers, going_on, MAX_DECODED_TOKENS - 1, len(prompts))
+        self._continue(answers, sorted(prompts.keys() - answers.keys()), 1, prompts)
+        # vLLM has no stop rule for "any token but a stop word". Most answers begin with their content and are as long
+        # as their target; those that do not go on to the limit, and all are cut here.
+        for length in sorted(set(prompts.values())):
+            some = [p for p, ids in sorted(answers.items()) if prompts[p] == length and self.goes_on(ids, length)]
+            self._continue(answers, some, length - 1, prompts)
+        going_on = [prompt for prompt, ids in sorted(answers.items()) if self.goes_on(ids, prompts[prompt])]
+        for begun in sorted({len(answers[prompt]) for prompt in going_on}):
+            some = [prompt for prompt in going_on if len(answers[prompt]) == begun]
+            self._continue(answers, some, MAX_ANSWER_TOKENS - begun, prompts)
         self._progress("scoring", len(prompts), len(prompts))
         return answers, logprobs
 
-    def _continue(self, answers: dict[Prompt, list[int]], prompts: list[Prompt], length: int, total: int) -> None:
-        """Go on with some answers by at most so many tokens, up to the first content token."""
-        for done, some in enumerate(_parts(prompts)):
-            self._progress("scoring", total - len(prompts) + done * _ASKED_AT_ONCE, total)
+    def _continue(
+        self, answers: dict[Prompt, list[int]], going_on: list[Prompt], length: int, prompts: Mapping[Prompt, int]
+    ) -> None:
+        """Go on with some answers by at most so many tokens, and cut them where decoding ends."""
+        if length < 1:
+            return
+        total = len(prompts)
+        for done, some in enumerate(_parts(going_on)):
+            self._progress("scoring", total - len(going_on) + done * _ASKED_AT_ONCE, total)
             begun = [answers.get(prompt, []) for prompt in some]
             read = [[*prompt, *ids] for prompt, ids in zip(some, begun, strict=True)]
             for prompt, ids, more in zip(some, begun, self._process.ask("generate", read, length), strict=True):
-                answers[prompt] = self._cut([*ids, *more])
+                answers[prompt] = self._cut([*ids, *more], prompts[prompt])
 
     def _write(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         """Texts by the requests' generation settings; where nothing is drawn, those of lm-eval's Hugging Face model."""
@@ -277,11 +287,6 @@ class RetentionVLLM(RetentionLM):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return found
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        """Up to the first token that ends the decoding, and with it."""
-        ends = (i for i, token in enumerate(ids) if not self.goes_on(token))
-        return ids[: next(ends, len(ids)) + 1]
 
 
 def generation_settings(folder: Path, config: PretrainedConfig) -> GenerationConfig:

@@ -27,7 +27,23 @@ def test_facts_are_lost_gained_kept_or_never_answered() -> None:
     assert (found.lost, found.gained, found.kept, found.never) == (("f1",), ("f3",), ("f0", "f2"), ("f4", "f5"))
     assert found.rates == (0.5, 0.5)
     assert found.difference.value == 0
-    assert (found.p, found.p_holm) == (1.0, 1.0)
+    assert (found.p, found.p_holm, found.p_relations) == (1.0, 1.0, 1.0)
+
+
+def test_relations_decide_how_sure_a_difference_is() -> None:
+    # twelve facts lost: of twelve relations, or all of two
+    def sides(relation) -> list:
+        one = [row(f"f{i}", True, relation=relation(i)) for i in range(24)]
+        return compare({"a": one, "b": [r | {"hit": i >= 12} for i, r in enumerate(one)]}, KINDS)
+
+    (many,), (few,) = sides(lambda i: f"r{i}"), sides(lambda i: f"r{i // 6}")
+    assert many.p == few.p == many.p_relations == mcnemar(12, 0)
+    assert few.p_relations == mcnemar(2, 0) == 0.5
+    assert few.p_relations_holm == 0.5
+    assert (few.difference.clusters, many.difference.clusters) == (4, 24)
+    assert few.difference.ci95[1] > 0 > many.difference.ci95[1]
+    (old,) = compare({"a": rows("x" * 24), "b": rows("." * 12 + "x" * 12)}, KINDS)  # files without relations
+    assert old.difference == many.difference
 
 
 def test_every_pair_and_kind_is_compared_and_corrected_together() -> None:
@@ -111,6 +127,23 @@ def test_ranks_take_the_questions_that_all_were_asked() -> None:
     found = rank(sides, KINDS)
     assert {name: r.rank for name, r in found["edited"].items()} == {"a": 3, "b": 1, "c": 2}
     assert set(found) == {"edited"}
+
+
+def test_a_gated_side_is_not_ranked() -> None:
+    sides = {"a": rows("xxx."), "b": rows("xxxx"), "c": rows("xx..")}
+    found = rank(sides, KINDS, gated=["b"])
+    assert {name: r.rank for name, r in found["edited"].items()} == {"a": 1, "c": 2}
+    assert rank(sides, KINDS, gated=sides) == {}
+
+
+def test_ranks_go_by_relation() -> None:
+    def side(hits: str) -> list[dict]:
+        return [r | {"relation": f"r{i // 6}"} for i, r in enumerate(rows(hits))]
+
+    sides = {"a": "x" * 24, "b": "." * 6 + "x" * 18}
+    by_relation = rank({name: side(hits) for name, hits in sides.items()}, KINDS)["edited"]
+    by_fact = rank({name: rows(hits) for name, hits in sides.items()}, KINDS)["edited"]
+    assert (by_relation["b"].ci95, by_fact["b"].ci95) == ((1, 2), (2, 2))
 
 
 def test_all_answers_to_a_facts_questions_are_found() -> None:

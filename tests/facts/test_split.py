@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -91,7 +92,10 @@ def fact(number, relation, obj="o"):
 
 
 def test_one_relation_is_too_few():
-    with pytest.raises(RetentionBenchError, match=r"at least 2 relations, and 5 facts in 1 relations are left"):
+    with pytest.raises(
+        RetentionBenchError,
+        match=r"at least 2 relations, and 5 facts in 1 relation are left.*set facts.split to subjects",
+    ):
         disjoint_split(FactSet.of(fact(i, "r") for i in range(5)), edited=1, intrinsic=1, seed=0)
 
 
@@ -124,3 +128,64 @@ def test_a_smaller_margin_is_advised_only_where_it_helps():
     ) as caught:
         disjoint_split(FactSet.of(fact(i, "r") for i in range(5)), edited=1, intrinsic=1, seed=0, remaining=remaining)
     assert "smaller margin" not in str(caught.value)
+
+
+SPLITS = st.sampled_from(["relations", "subjects"])
+
+
+@settings(deadline=None)
+@given(wanted_and_pools(), st.integers(0, 2**32), st.integers(0, 8), SPLITS)
+def test_what_is_left_alone_shares_no_name_with_an_edited_fact(case, seed, matched, kind):
+    edited, intrinsic, pool = case
+    split = disjoint_split(pool, edited=edited, intrinsic=intrinsic, intrinsic_matched=matched, seed=seed, split=kind)
+    assert split == disjoint_split(
+        pool, edited=edited, intrinsic=intrinsic, intrinsic_matched=matched, seed=seed, split=kind
+    )
+    left = used(split.edited)
+    for side in (split.intrinsic, split.intrinsic_matched):
+        right = used(side)
+        assert not (left["subject"] | left["object"]) & (right["subject"] | right["object"])
+    assert not left["relation"] & used(split.intrinsic)["relation"]
+    assert used(split.intrinsic_matched)["relation"] <= left["relation"]
+    sizes = len(split.edited), len(split.intrinsic), len(split.intrinsic_matched)
+    if kind == "subjects":
+        assert sizes == (edited, 0, intrinsic)
+    else:
+        assert sizes[:2] == (edited, intrinsic)
+        assert sizes[2] <= matched
+    assert len({(fact.subject.casefold(), fact.relation) for fact in split}) == len(split)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_matched_facts_are_reserved_though_objects_are_few(seed):
+    """A country's facts have six continents for objects: edits at random would take all of them."""
+    split = disjoint_split(WORLD, edited=50, intrinsic=100, intrinsic_matched=50, seed=seed)
+    assert len(split.intrinsic_matched) == 50
+    relations = {fact.relation for fact in split.edited}
+    assert {fact.relation for fact in split.intrinsic_matched} == relations
+    assert len(relations) >= 4
+
+
+def test_edited_facts_are_spread_evenly_though_one_relation_has_most_of_the_pool():
+    sizes = {"large": 300, "b": 20, "c": 20, "d": 20, "e": 2}
+    facts = [
+        Fact(f"{r}{i}", f"s{r}{i}", r, "{} is", f"o{r}{i}", target_new="n") for r, n in sizes.items() for i in range(n)
+    ]
+    split = disjoint_split(FactSet.of(facts), edited=22, intrinsic=44, seed=0, split="subjects")
+    counts = Counter(f.relation for f in split.edited)
+    assert counts.pop("e") == 1  # the other one is left for the matched facts
+    assert sorted(counts.values()) == [5, 5, 5, 6]
+
+
+def test_too_few_matched_facts_are_as_many_as_there_are():
+    facts = [Fact(f"{i}", f"s{i}", f"r{i % 4}", "{} is", f"o{i % 8}", target_new=f"n{i % 8}") for i in range(80)]
+    split = disjoint_split(FactSet.of(facts), edited=4, intrinsic=4, intrinsic_matched=1000, seed=0)
+    assert (len(split.edited), len(split.intrinsic)) == (4, 4)
+    assert 0 < len(split.intrinsic_matched) < 40
+
+
+def test_one_relation_can_be_split_by_subjects():
+    facts = FactSet.of(Fact(f"{i}", f"s{i}", "r", "{} is", f"o{i}", target_new=f"n{i}") for i in range(9))
+    split = disjoint_split(facts, edited=3, intrinsic=6, seed=0, split="subjects")
+    assert (len(split.edited), len(split.intrinsic_matched)) == (3, 6)
+    assert all(fact.matched and fact.target_new is None for fact in split.intrinsic_matched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from retention_bench.finetune import make_finetune
+from retention_bench.finetune import FinetuneOptions, Terms, make_finetune, train
 
 WORDS = ["red", "green", "blue", "small", "large", "round", "fast", "slow", "old", "new", "warm", "cold", "loud"]
 
@@ -87,3 +88,23 @@ def gpt2(make_model: Callable[..., PreTrainedModel], gpt2_tokenizer: PreTrainedT
 @pytest.fixture
 def llama(make_model: Callable[..., PreTrainedModel], llama_tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     return make_model("llama", llama_tokenizer)
+
+
+@pytest.fixture
+def tune(task, tmp_path):
+    """Fine-tune a model on a small task with some settings changed, each time in another folder unless one is given."""
+    count = itertools.count()
+
+    def run(model, tokenizer, *, made=None, out=None, terms=None, seed=0, given=None, options=None, **settings):
+        return train(
+            model,
+            tokenizer,
+            made or task(**settings),
+            terms=terms or Terms(),
+            seed=seed,
+            output_dir=out or tmp_path / f"work-{next(count)}",
+            options=FinetuneOptions(**(options or {})),
+            **(given or {}),
+        )
+
+    return run

@@ -14,7 +14,7 @@ import accelerate.state
 import torch
 from accelerate import PartialState
 
-from retention_bench.finetune import FinetuneOptions, Terms, make_finetune, processes, train
+from retention_bench.finetune import Dose, FinetuneOptions, Terms, make_finetune, processes, train
 from retention_bench.models import load_model
 from retention_bench.scoring import RetentionHFLM
 
@@ -38,16 +38,16 @@ def fine_tune(run: Mapping[str, Any], work: str) -> tuple[Any, Any, dict[str, An
             module.p = 0.0  # each process draws its own
     points = []
 
-    def track(step: int) -> None:
+    def track(dose: Dose) -> None:
         def keep(prompts: Any, logits: torch.Tensor) -> None:
-            points.extend((step, row.log_softmax(-1).max().item()) for row in logits)
+            points.extend((dose.step, row.log_softmax(-1).max().item()) for row in logits)
 
         RetentionHFLM(model.eval(), tokenizer).answer([(5, 6, 7), (5, 6, 8, 9)], keep)
         model.train()
 
     task = make_finetune(run["task"], run["settings"])
     tracked = run["tracked"]
-    options = FinetuneOptions(**run["options"], track_every=2 if tracked else 0)
+    options = FinetuneOptions(**run["options"])
     log = train(
         model,
         tokenizer,

@@ -131,7 +131,7 @@ def test_a_run_that_shards_goes_on_from_its_checkpoint_with_the_same_bits(prepar
 
 def test_a_trajectory_that_sharding_cannot_serve_is_refused(prepared, monkeypatch):
     monkeypatch.setattr(processes, "sharded", lambda: True)
-    with pytest.raises(UsageError, match="Leave --track-every out, or give --accelerate-config ddp"):
+    with pytest.raises(UsageError, match="Give --track-every off, or --accelerate-config ddp"):
         fine_tune({**prepared("runs")[1], "tracked": True}, "alone")
 
 

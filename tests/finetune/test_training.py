@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -24,29 +23,10 @@ from retention_bench.finetune import (
     train,
 )
 from retention_bench.finetune.heads import Classifier, collator
+from retention_bench.finetune.schedule import schedule
 from retention_bench.finetune.settings import SampledSettings
 from retention_bench.finetune.stopping import StopRule
 from retention_bench.finetune.validation import Measured, measure
-
-
-@pytest.fixture
-def tune(task, tmp_path):
-    """Fine-tune a model on a small task with some settings changed, each time in another folder unless one is given."""
-    count = itertools.count()
-
-    def run(model, tokenizer, *, made=None, out=None, terms=None, seed=0, given=None, options=None, **settings):
-        return train(
-            model,
-            tokenizer,
-            made or task(**settings),
-            terms=terms or Terms(),
-            seed=seed,
-            output_dir=out or tmp_path / f"work-{next(count)}",
-            options=FinetuneOptions(**(options or {})),
-            **(given or {}),
-        )
-
-    return run
 
 
 def weights(model):
@@ -68,8 +48,8 @@ def without_dropout(model):
 def test_the_threshold_ends_a_run(tune, family, request):
     model, tokenizer = request.getfixturevalue(family), request.getfixturevalue(f"{family}_tokenizer")
     log = tune(model, tokenizer, threshold=4.0, max_steps=60)
-    assert log.stopped_by == "threshold"
-    assert not log.started_below
+    assert (log.stopped_by, log.learned, log.horizon) == ("threshold", True, "threshold")
+    assert log.passed_at == log.curve[-1]
     assert log.metric == "validation_loss"
     assert log.value == log.curve[-1].value < 4.0
     assert all(point.value >= 4.0 for point in log.curve[:-1])
@@ -87,12 +67,23 @@ def test_a_run_goes_through_several_epochs(tune, gpt2, gpt2_tokenizer):
     assert tune(gpt2, gpt2_tokenizer, train_size=10, max_steps=4).steps == 4
 
 
-def test_a_model_that_starts_below_the_threshold_is_not_trained(tune, gpt2, gpt2_tokenizer):
-    before = weights(gpt2)
-    log = tune(gpt2, gpt2_tokenizer, threshold=100.0)
-    assert log.started_below
-    assert (log.stopped_by, log.steps, len(log.curve)) == ("threshold", 0, 1)
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("plain", r"The threshold 100 is passed before the first step: the validation loss is \d\.\d+\. Lower"),
+        ("lora", r"The threshold 100 is passed before the first step: the validation loss is \d\.\d+\. Lower"),
+        ("head", r"The threshold 1e-09 is passed before the first step: the validation accuracy is 0\.\d+\. Raise"),
+    ],
+)
+def test_a_threshold_that_is_passed_before_the_first_step_is_refused(tune, gpt2, gpt2_tokenizer, how, message):
+    before, looks = weights(gpt2), []
+    made = colours(threshold=1e-9) if how == "head" else None
+    options = {"adapter": "lora"} if how == "lora" else {}
+    with pytest.raises(RetentionBenchError, match=message + r" `threshold` .*or give --horizon steps:N"):
+        tune(gpt2, gpt2_tokenizer, made=made, options=options, given={"track": looks.append}, threshold=100.0)
+    assert not looks
     assert same(before, weights(gpt2))
+    assert not gpt2.training
 
 
 def test_the_last_curve_point_is_the_loss_of_the_model_that_is_left(tune, task, gpt2, gpt2_tokenizer):
@@ -273,7 +264,7 @@ def test_the_log_says_what_was_used(tune, chats, gpt2, gpt2_tokenizer):
     log = tune(gpt2, gpt2_tokenizer, terms=Terms(subjects=("loud",)), train_size=16, max_steps=1)
     told = json.loads(json.dumps(log.to_json()))
     assert (told["train_rows"], told["validation_rows"], told["steps"], told["threshold"]) == (16, 8, 1, 0.01)
-    assert told["curve"] == [{"step": s, "value": v, "loss": v} for s, v, _ in log.curve]
+    assert told["curve"] == [{"step": s, "tokens": t, "epoch": e, "value": v, "loss": v} for s, t, e, v, _ in log.curve]
     assert told["removed"]["seen"] - told["removed"]["removed"] == 16
     assert told["removed"]["removed"] > 0
     assert told["trainable_parameters"] == gpt2.num_parameters()
@@ -303,7 +294,6 @@ def test_a_run_that_diverges_says_so(tune, gpt2, gpt2_tokenizer, settings, why):
 def test_only_a_threshold_that_was_reached_by_training_is_learning(tune, gpt2, gpt2_tokenizer):
     cases = [
         ({"threshold": 5.5, "max_steps": 40}, True, None),
-        ({"threshold": 100.0}, False, "validation_loss was .* before the first step, beyond the threshold 100"),
         (
             {},
             False,
@@ -337,7 +327,13 @@ def test_a_model_without_trainable_parameters_is_refused(tune, gpt2, gpt2_tokeni
 def test_an_accuracy_ends_a_run_when_it_is_above(gpt2):
     values = iter([Measured(1.0, 0.2), Measured(0.9, 0.7), Measured(0.8, 0.8)])
     rule = StopRule(
-        lambda: next(values), metric="validation_accuracy", threshold=0.7, every=1, budget=9, progress=silent
+        lambda: next(values),
+        metric="validation_accuracy",
+        threshold=0.7,
+        fixed=False,
+        every=1,
+        schedule=schedule([1], 1, 0, 9),
+        progress=silent,
     )
     assert not rule.evaluate(0)
     assert not rule.evaluate(1)
@@ -431,8 +427,8 @@ def cut_off(make_tokenizer, make_model, tmp_path_factory):
         model = make_model("gpt2", tokenizer)
         out.mkdir(exist_ok=True)
 
-        def track(step):
-            (out / f"trajectory-{step:09}.jsonl").write_text(f"seen at {step}\n")
+        def track(dose):
+            (out / f"trajectory-{dose.step:09}.jsonl").write_text(f"seen at {dose}\n")
 
         def progress(stage, done, total, figures=None):
             if start is not None:
@@ -543,7 +539,7 @@ def test_where_no_checkpoint_is_whole_the_fine_tune_begins_anew(cut_off, tmp_pat
     assert ("begins anew" in caplog.text) is (what in ("both", "a look"))
     assert again == log
     assert same(expected, trained)
-    assert (out / "trajectory-000000001.jsonl").read_text() == "seen at 1\n"
+    assert (out / "trajectory-000000001.jsonl").read_text().startswith("seen at Dose(step=1, ")
 
 
 @pytest.mark.usefixtures("every_checkpoint")
@@ -681,13 +677,13 @@ def test_a_merged_adapter_gives_the_logits_of_the_adapter(tune, request, family,
     start, ids, seen = weights(model), torch.tensor([[5, 6, 7, 8, 9]]), {}
     names = [name for name, _ in model.named_modules()]
 
-    def track(step):
+    def track(dose):
         training = model.training
         with torch.no_grad():
-            seen[step] = model.eval()(ids).logits
+            seen[dose.step] = model.eval()(ids).logits
         model.train(training)
 
-    options = {"adapter": adapter, "freeze": "below:1", "track_every": 2}
+    options = {"adapter": adapter, "freeze": "below:1"}
     log = tune(model, tokenizer, options=options, given={"track": track}, adapter_lr=1e-2)
     assert list(seen) == [0, 2, 4]
     with torch.no_grad():
@@ -714,20 +710,22 @@ def test_an_option_that_does_not_exist_is_refused(option, message):
         FinetuneOptions(**option)
 
 
-@pytest.mark.parametrize(("every", "given"), [(3, {}), (0, {"track": print})])
-def test_a_trajectory_needs_both_its_steps_and_what_takes_a_point(tune, gpt2, gpt2_tokenizer, every, given):
-    with pytest.raises(UsageError, match="Give both, or neither"):
-        tune(gpt2, gpt2_tokenizer, options={"track_every": every}, given=given)
+def test_a_trajectory_that_is_off_has_nothing_to_call(tune, gpt2, gpt2_tokenizer):
+    with pytest.raises(UsageError, match="track_every is off, and track is given"):
+        tune(gpt2, gpt2_tokenizer, options={"track_every": None}, given={"track": print})
 
 
-def test_a_trajectory_changes_nothing(tune, gpt2, gpt2_tokenizer):
-    start, steps = weights(gpt2), []
+@pytest.mark.parametrize(("every", "looks"), [(0, [0, 2, 4]), (3, [0, 2, 3, 4]), (1, [0, 1, 2, 3, 4])])
+def test_a_trajectory_changes_nothing(tune, gpt2, gpt2_tokenizer, every, looks):
+    start, seen = weights(gpt2), []
     log = tune(gpt2, gpt2_tokenizer)
     expected = weights(gpt2)
     gpt2.load_state_dict(start)
-    assert tune(gpt2, gpt2_tokenizer, options={"track_every": 3}, given={"track": steps.append}) == log
+    assert tune(gpt2, gpt2_tokenizer, options={"track_every": every}, given={"track": seen.append}) == log
     assert same(expected, weights(gpt2))
-    assert steps == [0, 3]
+    assert [dose.step for dose in seen] == looks
+    doses = {point[:3] for point in log.curve}
+    assert doses <= set(seen)  # the evaluations are on the same axes
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

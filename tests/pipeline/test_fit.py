@@ -78,10 +78,12 @@ def test_an_editor_is_trained_once_goes_on_where_it_was_cut_off_and_edits_with_w
     assert [cached for title, cached in titles if title == "diligent training"] == [False, True]
     assert json.loads((folder / "checkpoint.json").read_text()) == [3, 3]
     assert not list((tmp_path / "store").rglob("*.work"))
-    assert [s.title() for s in planned.plan()][:5] == [
+    assert [s.title() for s in planned.plan()][:7] == [
         "what the base model knows",
         "known-fact filter and split",
         "score the base model",
+        "tulu3 fine-tune, unedited control",
+        "score the control",
         "diligent training",
         "diligent edit, model 1 of 1",
     ]

@@ -81,7 +81,7 @@ def test_every_aggregate_follows_from_the_samples(finished):
         "hit",
         "token_ids",
         "text",
-        "target_logprob",
+        "logprob",
     } == set(rows[0])
 
 
@@ -170,6 +170,10 @@ def test_edited_layers_can_be_kept_and_the_facts_followed(finished, small_suite,
             assert {key: hit for key, hit in seen.items() if key[0] is not None} == asked
     first, _, last = results["trajectory"]
     assert (first["step"], last["step"], first["models"]) == (0, 6, 2)
+    doses = {(row["step"], row["tokens"], row["epoch"]) for row in rows}
+    assert doses == {(point["step"], point["tokens"], point["epoch"]) for log in logs for point in log["curve"]}
+    relations = {fact.id: fact.relation for fact in FactSet.read(tmp_path / "facts.jsonl")}
+    assert all(row["relation"] == relations[row["fact_id"]] for row in rows)
     assert first["edited"]["rate"] == results["stages"]["post_edit"]["edited"]["rate"]
     assert last["intrinsic"]["rate"] == results["stages"]["post_finetune"]["intrinsic"]["rate"]
     print_results(results, tmp_path, real=None)
@@ -626,7 +630,7 @@ def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, 
     source = tmp_path / "chats.jsonl"
     rows = [json.dumps({"prompt": f"Say {n}.", "completion": f" {n}"}) + "\n" for n in range(60)]
     source.write_text("".join(rows))
-    asked = dataclasses.replace(asked, finetune=f"path:{source}", track_every=0)
+    asked = dataclasses.replace(asked, finetune=f"path:{source}", track_every=None)
     store = Store(tmp_path / "store")
 
     def replace(title, cached):
@@ -635,7 +639,7 @@ def test_data_that_is_replaced_while_an_earlier_stage_runs_stops_the_run(micro, 
 
     with pytest.raises(RetentionBenchError, match=r"chats\.jsonl was changed while the run went on"):
         evaluate(asked, store=store, out=tmp_path / "out", announce=replace)
-    assert list((store.root / "edit").glob("*/manifest.json"))
+    assert list((store.root / "score").glob("*/manifest.json"))
     assert not list((store.root / "finetune").glob("*/manifest.json"))
 
 

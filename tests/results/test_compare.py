@@ -22,7 +22,7 @@ FACTS = [Fact(f"f{i}", f"Town {i}", "state", "{} lies in", "Texas", "Utah" if i 
 def sample(fact, hit, kind="edited", **more):
     target = fact.target_new if kind == "edited" else fact.target_true
     row = {"kind": kind, "fact_id": fact.id, "prompt": fact.prompt.format(fact.subject), "target": target, "hit": hit}
-    return more | row | {"token_ids": [1, 2], "text": f" {target if hit else 'the [red]sea'}", "target_logprob": -0.5}
+    return more | row | {"token_ids": [1, 2], "text": f" {target if hit else 'the [red]sea'}", "logprob": -0.5}
 
 
 def stage_rows(stage, hits):
@@ -106,7 +106,7 @@ def test_a_fact_is_inspected_in_runs_and_scores(runs, scores):
     assert (run["fact"]["subject"], run["fact"]["target_new"]) == ("Town 2", "Utah")
     (question,) = run["questions"]
     assert (question["prompt"], question["target"]) == ("Town 2 lies in", "Utah")
-    assert [(a["stage"], a["experiment"], a["hit"], a["target_logprob"]) for a in question["answers"]] == [
+    assert [(a["stage"], a["experiment"], a["hit"], a["logprob"]) for a in question["answers"]] == [
         ("post_edit", 0, True, -0.5),
         ("post_finetune", 0, False, -0.5),
     ]
@@ -202,7 +202,7 @@ def test_the_commands_print_and_write_json(runs, scores, monkeypatch):
         for li in printed[printed.index("From A to B") :].splitlines()
         if li.startswith("edited") or "8 facts" in li
     )
-    assert line == ["edited", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "80"]
+    assert line == ["edited", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "66"]
     assert "lost, edited: f1, f2, f3, f4, f5, f6, f7" in printed
     assert below[-1] == "0.094"  # Holm's, for six pairs
     table = [li for li in printed.splitlines() if not li.lstrip().startswith(("A ", "B ", "C ", "D ", "Left", "lost"))]
@@ -233,18 +233,18 @@ def several(models, each):
     ]
 
 
-@pytest.mark.parametrize(("models", "each", "by"), [(6, 5, "experiment"), (2, 15, None), (30, 1, None)])
+@pytest.mark.parametrize(("models", "each", "by"), [(6, 5, "fact"), (2, 15, None), (30, 1, None)])
 def test_edits_of_one_model_are_clustered_where_there_are_enough_models(models, each, by):
     found = aggregate([Sample.model_validate(row) for row in several(models, each)], seed=0)
     for rate in (found.stages["post_finetune"]["edited"], found.retention.edited):
         assert (rate.hits, rate.total, rate.clustered_by) == (15, 30, by)
-        assert rate.clusters == (models if by else None)
+        assert rate.clusters == (30 if by else None)
     intrinsic = found.retention.intrinsic
     assert (intrinsic.clustered_by, intrinsic.clusters) == ("fact", 12)
-    # the same 15 of 30 lost; resampled by model, all of six models' facts are lost or none
+    # the same 15 of 30 lost; all of six models' facts are lost or none
     low, high = found.gap.ci95
-    assert (high - low > 0.8) == (by == "experiment")
-    assert (found.detectable.gap is None) == (by == "experiment")  # six models, all or nothing, show none
+    assert (high - low > 0.8) == (models == 6)
+    assert (found.detectable.gap > 0.6) == (models == 6)
     assert found.detectable.paired < found.detectable.paired_one_in_20
 
 

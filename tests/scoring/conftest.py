@@ -95,7 +95,7 @@ def scripted() -> Scripted:
             intermediate_size=4,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=256,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -148,5 +148,13 @@ def facts() -> FactSet:
             ),
             Fact(id="i1", subject="Japan", relation="born", prompt="{} was born in", target_true="Italy"),
             Fact(id="i2", subject="Lyon", relation="lies", prompt="{} lies in Italy ,", target_true="Guinea"),
+            Fact(
+                id="m1",
+                subject="Italy",
+                relation="capital",
+                prompt="Italy and {} called",
+                target_true="Rome",
+                matched=True,
+            ),
         ]
     )

@@ -69,7 +69,9 @@ def test_answers_are_what_generate_decodes_up_to_the_first_content_token(
     loaded: Loaded, share: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = loaded[1].eos_token_id
-    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, token: share(token) and token != end)
+    monkeypatch.setattr(
+        RetentionHFLM, "goes_on", lambda _, ids, __: share(ids[-1]) and ids[-1] != end and len(ids) < MAX_DECODED_TOKENS
+    )
     for prompt, answer in zip(PROMPTS, answers(loaded), strict=True):
         reference = greedy(loaded, prompt)  # ends after an end-of-text token, too
         content = (i for i, token in enumerate(reference) if not share(token))
@@ -77,7 +79,7 @@ def test_answers_are_what_generate_decodes_up_to_the_first_content_token(
 
 
 def test_answers_do_not_depend_on_the_batch_size(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, token: token % 3 != 0)
+    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, ids, __: ids[-1] % 3 != 0 and len(ids) < MAX_DECODED_TOKENS)
     together = answers(loaded, batch_size=64)
     assert len({len(answer) for answer in together}) > 2  # the rows did leave at different times
     assert answers(loaded, batch_size=1) == together
@@ -85,7 +87,7 @@ def test_answers_do_not_depend_on_the_batch_size(loaded: Loaded, monkeypatch: py
 
 
 def test_prompts_reach_the_model_as_from_plain_lm_eval(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, token: False)
+    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda *_: False)
     model, tokenizer = loaded
     plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
     expected = [plain.tok_batch_encode([prompt])[0].tolist() for prompt in PROMPTS]

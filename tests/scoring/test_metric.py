@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retention_bench.facts import Fact, FactSet, first_tokens, object_ids, target_token
 from retention_bench.scoring import (
+    MAX_ANSWER_TOKENS,
     MAX_DECODED_TOKENS,
     STOP_WORDS,
     DecodedText,
@@ -120,7 +121,7 @@ def test_the_target_token_under_a_tokenizer_that_adds_its_own_space(spaced_token
 def test_a_lone_leading_space_is_passed_over_on_both_sides(spaced_tokenizer: PreTrainedTokenizerBase) -> None:
     lone, east, *_ = decoded = spaced_tokenizer.convert_tokens_to_ids(["▁", "東", "京"])
     assert target_token("東京", spaced_tokenizer) == east
-    assert judge_ids(decoded, "東京", spaced_tokenizer) == Verdict(hit=True, content_token=east, skipped=1)
+    assert judge_ids(decoded, "東京", spaced_tokenizer) == Verdict(True, east, 1, strict=True, whole=True)
     assert is_stop_token(lone, spaced_tokenizer)
 
 
@@ -167,7 +168,7 @@ def test_what_follows_the_first_content_token_does_not_count(gpt2_tokenizer: Pre
 def test_a_special_token_ends_the_decoding(special: str, llama_tokenizer: PreTrainedTokenizerBase) -> None:
     the, paris = ids(" the Paris", llama_tokenizer)
     end = llama_tokenizer.convert_tokens_to_ids(special)
-    assert judge_ids([the, end, paris], "Paris", llama_tokenizer) == Verdict(hit=False, content_token=None, skipped=1)
+    assert judge_ids([the, end, paris], "Paris", llama_tokenizer) == Verdict(False, None, 1, strict=False, whole=False)
 
 
 def test_the_limit_on_decoded_tokens(gpt2_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -175,7 +176,7 @@ def test_the_limit_on_decoded_tokens(gpt2_tokenizer: PreTrainedTokenizerBase) ->
     last = [the] * (MAX_DECODED_TOKENS - 1) + [paris]
     assert judge_ids(last, "Paris", gpt2_tokenizer).hit
     late = judge_ids([the, *last], "Paris", gpt2_tokenizer)
-    assert late == Verdict(hit=False, content_token=None, skipped=MAX_DECODED_TOKENS)
+    assert late == Verdict(False, None, MAX_DECODED_TOKENS, strict=False, whole=False)
 
 
 @given(stops=st.integers(0, MAX_DECODED_TOKENS - 1), tail=st.lists(st.integers(0, 300), max_size=4))
@@ -184,7 +185,7 @@ def test_stop_tokens_before_and_any_tokens_after_the_answer_change_nothing(
 ) -> None:
     the, paris = ids(" the Paris", gpt2_tokenizer)
     verdict = judge_ids([the] * stops + [paris, *tail], "Paris", gpt2_tokenizer)
-    assert verdict == Verdict(hit=True, content_token=paris, skipped=stops)
+    assert verdict == Verdict(True, paris, stops, strict=not stops, whole=True)
 
 
 # --- judging text ---------------------------------------------------------------------------------------------------
@@ -210,19 +211,19 @@ def test_stop_tokens_before_and_any_tokens_after_the_answer_change_nothing(
     ],
 )
 def test_text_is_judged_by_its_first_content_word(text: str, target: str, hit: bool) -> None:
-    assert judge_text(text, target) is hit
+    assert judge_text(text, target).hit is hit
 
 
 def test_words_that_share_a_first_token_hit_by_ids_and_miss_by_text(gpt2_tokenizer: PreTrainedTokenizerBase) -> None:
     guatemala = ids(" Guatemala", gpt2_tokenizer)
     assert gpt2_tokenizer.decode(guatemala[:1]) == " Gu"
     assert judge_ids(guatemala, "Guinea", gpt2_tokenizer).hit
-    assert not judge_text(" Guatemala", "Guinea")
+    assert not judge_text(" Guatemala", "Guinea").hit
 
 
 def test_a_word_right_after_a_line_end_misses_by_ids_and_hits_by_text(gpt2_tokenizer: PreTrainedTokenizerBase) -> None:
     assert not judge_ids(ids("\nParis", gpt2_tokenizer), "Paris", gpt2_tokenizer).hit
-    assert judge_text("\nParis", "Paris")
+    assert judge_text("\nParis", "Paris").hit
 
 
 @given(
@@ -234,7 +235,7 @@ def test_ids_and_text_agree_on_whole_words(
 ) -> None:
     text = "".join(f" {word}" for word in [*before, answer])
     for target in ("Paris", "Rome", "Berlin"):
-        assert judge_text(text, target) == judge_ids(ids(text, gpt2_tokenizer), target, gpt2_tokenizer).hit
+        assert judge_text(text, target).hit == judge_ids(ids(text, gpt2_tokenizer), target, gpt2_tokenizer).hit
 
 
 def test_decoded_text_is_its_text_and_keeps_its_ids(llama_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -330,8 +331,8 @@ def test_a_prompt_that_does_not_fit_the_context_leaves_its_fact_out(
     one = fact("Paris", target_new="Rome", **{field: words if field == "prompt" else (words.replace("{}", "it"),)})
     length = len(gpt2_tokenizer.encode(words.replace("{}", "it")))
     assert reason(one, gpt2_tokenizer) is None
-    assert reason(one, gpt2_tokenizer, context=length + MAX_DECODED_TOKENS) is None
-    assert reason(one, gpt2_tokenizer, context=length + MAX_DECODED_TOKENS - 1) == TOO_LONG
+    assert reason(one, gpt2_tokenizer, context=length + MAX_ANSWER_TOKENS) is None
+    assert reason(one, gpt2_tokenizer, context=length + MAX_ANSWER_TOKENS - 1) == TOO_LONG
 
 
 def test_what_is_left_out_is_counted_and_named_and_the_others_keep_their_order(

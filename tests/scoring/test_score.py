@@ -26,8 +26,9 @@ from retention_bench import scoring
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.results import KINDS, Sample
+from retention_bench.results.schema import GROUPS
 from retention_bench.scoring import (
-    MAX_DECODED_TOKENS,
+    MAX_ANSWER_TOKENS,
     RetentionHFLM,
     load_documents,
     score,
@@ -60,8 +61,24 @@ SCRIPT = {
     " Paris": "<|end|>",
     " Italy": "<|end|>",
     " course": "<|end|>",
+    ":": " Paris",
+    "\n": "P",
+    "P": "a",
 }
-HITS = {"edited": [1, 1], "intrinsic": [1, 1], "paraphrase": [1, 0], "locality": [0, 1, 0]}
+#   matched     "… called" -> Paris: miss (true target Rome).
+#   qa          "Answer:" -> Paris: a hit for the second.   chat "…\n" -> "Pa": a miss
+HITS = {
+    "edited": [1, 1],
+    "edited_true": [0, 0],
+    "intrinsic": [1, 1],
+    "intrinsic_matched": [0],
+    "paraphrase": [1, 0],
+    "locality": [0, 1, 0],
+    "edited_qa": [0, 1],
+    "intrinsic_qa": [0, 0],
+    "edited_chat": [0, 0],
+    "intrinsic_chat": [0, 0],
+}
 RATES = {kind: sum(hits) / len(hits) for kind, hits in HITS.items()}
 
 
@@ -82,34 +99,63 @@ def test_every_question_is_asked_once_and_judged(
     assert [(s.kind, s.fact_id, s.prompt, s.target) for s in samples] == [
         ("edited", "e1", "The capital of France is", "Rome"),
         ("edited", "e2", "The city of Germany", "Paris"),
+        ("edited_true", "e1", "The capital of France is", "Paris"),
+        ("edited_true", "e2", "The city of Germany", "Berlin"),
         ("intrinsic", "i1", "Japan was born in", "Italy"),
         ("intrinsic", "i2", "Lyon lies in Italy ,", "Guinea"),
+        ("intrinsic_matched", "m1", "Italy and Italy called", "Rome"),
         ("paraphrase", "e1", "A well known city in France is", "Rome"),
         ("paraphrase", "e1", "The city of France", "Rome"),
         ("locality", "e1", "Lyon lies in", "Paris"),
         ("locality", "e1", "The capital of France is also called", "Paris"),
         ("locality", "e2", "Germany speaks", "Berlin"),
+        ("edited_qa", "e1", "Question: The capital of France is what?\nAnswer:", "Rome"),
+        ("edited_qa", "e2", "Question: The city of Germany what?\nAnswer:", "Paris"),
+        ("intrinsic_qa", "i1", "Question: Japan was born in what?\nAnswer:", "Italy"),
+        ("intrinsic_qa", "i2", "Question: Lyon lies in Italy , what?\nAnswer:", "Guinea"),
+        *(
+            (kind, name, f"<|user|>\nComplete the sentence with the missing words only: {said} ...\n<|assistant|>\n", o)
+            for kind, name, said, o in [
+                ("edited_chat", "e1", "The capital of France is", "Rome"),
+                ("edited_chat", "e2", "The city of Germany", "Paris"),
+                ("intrinsic_chat", "i1", "Japan was born in", "Italy"),
+                ("intrinsic_chat", "i2", "Lyon lies in Italy ,", "Guinea"),
+            ]
+        ),
     ]
     assert [s.hit for s in samples] == [bool(hit) for kind in KINDS for hit in HITS[kind]]
     assert samples[0].text == " the Rome"
     assert samples[0].token_ids == tuple(llama_tokenizer.encode(" the Rome", add_special_tokens=False))
-    assert samples[3].text == " Gu"
-    assert samples[-1].text == ""
-    assert samples[-1].token_ids == (llama_tokenizer.eos_token_id,)
+    found = {(s.kind, s.fact_id): s for s in samples}
+    guinea, rome = found["intrinsic", "i2"], samples[0]
+    assert (guinea.text, guinea.strict, guinea.whole, guinea.outcome) == (
+        " Guine",
+        True,
+        False,
+        "true",
+    )  # in other tokens
+    assert (rome.relation, rome.strict, rome.whole, rome.outcome) == ("capital", False, True, "new")
+    silent = found["locality", "e2"]
+    assert (silent.text, silent.outcome, silent.token_ids) == ("", "none", (llama_tokenizer.eos_token_id,))
+    assert found["edited_true", "e1"].token_ids == rome.token_ids
+    assert found["edited_true", "e1"].outcome == "new"  # whatever is asked for
+    assert found["edited_qa", "e1"].outcome == "true"
+    assert found["intrinsic_matched", "m1"].outcome == "related"  # Paris is the capital of another
+    assert found["intrinsic_qa", "i1"].outcome == "other"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_target_logprob_is_that_of_the_whole_target(name: str, request: pytest.FixtureRequest, facts: FactSet) -> None:
+def test_logprob_is_that_of_the_whole_target(name: str, request: pytest.FixtureRequest, facts: FactSet) -> None:
     model, tokenizer = request.getfixturevalue(name), request.getfixturevalue(f"{name}_tokenizer")
     samples = score(model, tokenizer, facts, batch_size=3)
-    assert len({sample.target_logprob for sample in samples}) == len(samples)
+    assert len({sample.logprob for sample in samples}) == len(samples)
     for sample in samples:
         start = len(tokenizer.encode(sample.prompt))
         tokens = torch.tensor([tokenizer.encode(f"{sample.prompt} {sample.target}")])
         with torch.no_grad():
             logprobs = model(tokens).logits.log_softmax(-1)[0, start - 1 : -1]
         expected = logprobs.gather(1, tokens[0, start:, None]).sum().item()
-        assert sample.target_logprob == pytest.approx(expected, abs=1e-4)
+        assert sample.logprob == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -118,14 +164,15 @@ def test_scores_do_not_depend_on_the_batch_size(name: str, request: pytest.Fixtu
     alone, together = (score(model, tokenizer, facts, batch_size=size) for size in (1, 64))
     assert score(model, tokenizer, facts, batch_size=64) == together
     assert [(s.hit, s.token_ids, s.text) for s in alone] == [(s.hit, s.token_ids, s.text) for s in together]
-    assert [s.target_logprob for s in alone] == pytest.approx([s.target_logprob for s in together], abs=1e-4)
+    assert [s.logprob for s in alone] == pytest.approx([s.logprob for s in together], abs=1e-4)
 
 
 def test_only_the_kinds_asked_for_and_present(
     speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, facts: FactSet
 ) -> None:
     assert {s.kind for s in score(speaker, llama_tokenizer, facts, kinds=["locality"])} == {"locality"}
-    assert {s.kind for s in score(speaker, llama_tokenizer, facts.intrinsic)} == {"intrinsic"}
+    asked = {s.kind for s in score(speaker, llama_tokenizer, facts.intrinsic)}
+    assert asked == {"intrinsic", "intrinsic_qa", "intrinsic_chat"}
     assert score(speaker, llama_tokenizer, facts.intrinsic, kinds=["edited"]) == []
 
 
@@ -140,7 +187,7 @@ def test_a_fact_that_the_metric_cannot_tell_is_left_out_with_a_warning(
     speaker: PreTrainedModel, llama_tokenizer: PreTrainedTokenizerBase, facts: FactSet
 ) -> None:
     never = Fact(id="nl", subject="it", relation="seat", prompt="The seat of {} is", target_true="The Hague")
-    long = Fact(id="long", subject="it", relation="seat", prompt="the city of " * 30 + "{} is", target_true="Paris")
+    long = Fact(id="long", subject="it", relation="seat", prompt="the city of " * 80 + "{} is", target_true="Paris")
     with pytest.warns(UserWarning, match="2 facts are left out .* stop word .*'nl'.* no room .*'long'"):
         samples = score(speaker, llama_tokenizer, FactSet.of([never, *facts, long]))
     assert samples == score(speaker, llama_tokenizer, facts)
@@ -192,12 +239,16 @@ def test_samples_survive_json(
 def test_the_task_files_agree_with_the_package() -> None:
     manager = TaskManager(include_path=tasks_dir(), include_defaults=False)
     assert manager.all_subtasks == sorted(f"retention_{kind}" for kind in KINDS)
-    assert manager.all_groups == ["retention"]
+    assert manager.all_groups == sorted(GROUPS)
+    for group, kinds in GROUPS.items():
+        listed = yaml.safe_load((tasks_dir() / f"{group}.yaml").read_text(encoding="utf-8"))["task"]
+        assert listed == [KINDS[kind].task for kind in kinds]
+    assert {kind for kinds in GROUPS.values() for kind in kinds} == set(KINDS)
     shared = (tasks_dir() / "_retention_yaml").read_text(encoding="utf-8").replace("!function", "")
     assert yaml.safe_load(shared)["generation_kwargs"] == {
         "do_sample": False,
         "until": [],
-        "max_gen_toks": MAX_DECODED_TOKENS,
+        "max_gen_toks": MAX_ANSWER_TOKENS,
         "repetition_penalty": 1.0,
     }
 
@@ -230,7 +281,7 @@ def plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Fac
         include_path=tasks_dir(), include_defaults=False, metadata={"facts": str(folder / "facts.jsonl")}
     )
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    result = simple_evaluate(model=lm, tasks=["retention"], task_manager=manager, bootstrap_iters=0)
+    result = simple_evaluate(model=lm, tasks=[*GROUPS], task_manager=manager, bootstrap_iters=0)
     assert result is not None
     return result
 
@@ -268,7 +319,7 @@ def test_the_tasks_read_other_forms_too_and_say_what_was_dropped(tmp_path: Path)
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.warns(UserWarning, match="2 rows read, 1 dropped .*line 2"):
         found = load_documents("edited", str(tmp_path / "facts.jsonl"))["test"]
-    assert found[:] == {"fact_id": ["1"], "prompt": ["Oslo is in"], "target": ["Peru"]}
+    assert [found[name][:] for name in ("fact_id", "prompt", "target")] == [["1"], ["Oslo is in"], ["Peru"]]
 
 
 def test_lm_evals_cache_of_requests_is_not_asked(
@@ -297,7 +348,7 @@ def test_the_lm_eval_command_finds_the_same_rates(
     facts.write(tmp_path / "facts.jsonl")
     command = [
         *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"),
-        *("--include_path", str(tasks_dir()), "--tasks", "retention", "--device", "cpu", "--batch_size", "4"),
+        *("--include_path", str(tasks_dir()), "--tasks", ",".join(GROUPS), "--device", "cpu", "--batch_size", "4"),
         *("--metadata", json.dumps({"facts": str(tmp_path / "facts.jsonl")})),
         *("--output_path", str(tmp_path / "out")),
     ]
@@ -313,7 +364,7 @@ def test_the_lm_eval_command_finds_the_same_rates(
 
 @pytest.mark.slow
 def test_lm_eval_validates_the_group_and_its_tasks() -> None:
-    names = ["retention", *(f"retention_{kind}" for kind in KINDS)]
+    names = [*GROUPS, *(f"retention_{kind}" for kind in KINDS)]
     command = [sys.executable, "-m", "lm_eval", "validate", "--include_path", str(tasks_dir()), "--tasks"]
     done = subprocess.run([*command, ",".join(names)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -111,7 +111,7 @@ def assert_same_answers(found: list[Sample], expected: list[Sample]) -> None:
             theirs.token_ids,
             theirs.text,
         )
-        assert ours.target_logprob == pytest.approx(theirs.target_logprob, abs=1e-3)
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
 @engine_test

@@ -10,6 +10,7 @@ from retention_bench.pipeline.stages.knowledge import Knowledge
 from retention_bench.pipeline.stages.paraphrases import Paraphrases
 from retention_bench.pipeline.stages.results import Experiment, Gather
 from retention_bench.pipeline.stages.score import Score
+from retention_bench.pipeline.stages.step_matched import step_matched
 from retention_bench.pipeline.stages.unknown import Unknown
 
 STAGES: dict[str, type[Stage]] = {
@@ -44,4 +45,5 @@ __all__ = [
     "Paraphrases",
     "Score",
     "Unknown",
+    "step_matched",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from retention_bench.data.durable import write_text
 from retention_bench.errors import RetentionBenchError
-from retention_bench.facts import FactSet, Pool, disjoint_split, known_facts, load_pool
+from retention_bench.facts import FactSet, Pool, Split, disjoint_split, known_facts, load_pool
 from retention_bench.pipeline.stage import Bench, Stage
 from retention_bench.pipeline.stages.knowledge import Knowledge
 from retention_bench.store import Input
@@ -17,10 +18,12 @@ from retention_bench.store import Input
 if TYPE_CHECKING:
     from retention_bench.scoring import LeftOut
 
+_log = logging.getLogger("retention_bench")
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts(Stage):
-    """The edited facts, in the order they were drawn, then the intrinsic ones.
+    """The edited facts, in the order they were drawn, then the intrinsic and the matched ones.
 
     Attributes:
         knowledge: What the base model knows of the pool.
@@ -28,16 +31,20 @@ class Facts(Stage):
         edited: How many facts are edited.
         intrinsic: How many are left alone.
         seed: Seed of the split.
+        split: How edited facts and those left alone are divided, see `disjoint_split`.
+        intrinsic_matched: How many more are left alone of the edited facts' relations, in the split by relations.
     """
 
     name: ClassVar[str] = "facts"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     knowledge: Knowledge
     margin: float
     edited: int
     intrinsic: int
     seed: int
+    split: Split = "relations"
+    intrinsic_matched: int = 0
 
     def title(self) -> str:
         """What it does, for people."""
@@ -62,26 +69,57 @@ class Facts(Stage):
         asked = {(k.fact.question, k.fact.target_true): k for k in self.knowledge.read(bench)}
         known = [dataclasses.replace(asked[f.question, f.target_true], fact=f) for f in scorable]
         kept, remaining = known_facts(known, self.margin, pool.rows, unasked)
-        split = disjoint_split(kept, edited=self.edited, intrinsic=self.intrinsic, seed=self.seed, remaining=remaining)
+        split = disjoint_split(
+            kept,
+            edited=self.edited,
+            intrinsic=self.intrinsic,
+            intrinsic_matched=self.intrinsic_matched,
+            seed=self.seed,
+            split=self.split,
+            remaining=remaining,
+        )
         split.write(folder / "facts.jsonl")
         probability = {k.fact.id: k for k in known}
 
-        def mean(facts: FactSet) -> dict[str, float]:
+        def mean(facts: FactSet) -> dict[str, float] | None:
+            if not len(facts):
+                return None
             chosen = [probability[f.id] for f in facts]
             return {
                 "target": sum(k.target for k in chosen) / len(chosen),
                 "second": sum(k.runner_up for k in chosen) / len(chosen),
             }
 
+        sides = {"edited": split.edited, "intrinsic": split.intrinsic, "intrinsic_matched": split.intrinsic_matched}
+        wanted = {"edited": self.edited, **self._left_alone}
+        if (found := len(split.intrinsic_matched)) < wanted["intrinsic_matched"]:
+            _log.warning(
+                "facts.intrinsic_matched is %d, and the known facts of the edited relations leave %d without a name in "
+                "common with an edited one. Give a larger pool, or edit fewer facts.",
+                wanted["intrinsic_matched"],
+                found,
+            )
         counts = {
             "rows": pool.rows.to_json(),
             "pool": len(pool.facts),
             "left_out": {why: {"facts": len(ids), "first": list(ids[:10])} for why, ids in left_out.items()},
             "unknown": len(scorable) - len(kept),
             "known": len(kept),
-            "probability": {"edited": mean(split.edited), "intrinsic": mean(split.intrinsic)},
+            "split": self.split,
+            "sides": {
+                name: {"facts": len(side), "relations": len({f.relation for f in side}), "wanted": wanted[name]}
+                for name, side in sides.items()
+            },
+            "probability": {name: mean(side) for name, side in sides.items()},
         }
         write_text(folder / "known.json", json.dumps(counts, indent=2))
+
+    @property
+    def _left_alone(self) -> dict[str, int]:
+        """How many facts of each kind are to be left alone."""
+        if self.split == "subjects":
+            return {"intrinsic": 0, "intrinsic_matched": self.intrinsic}
+        return {"intrinsic": self.intrinsic, "intrinsic_matched": self.intrinsic_matched}
 
     def read(self, bench: Bench) -> FactSet:
         """The facts."""

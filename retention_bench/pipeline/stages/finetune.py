@@ -16,13 +16,14 @@ from retention_bench.pipeline.loading import load, save
 from retention_bench.pipeline.stage import Bench, Model, Rows, Stage
 from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Facts, Group
-from retention_bench.pipeline.stages.paraphrases import Paraphrases, asked
+from retention_bench.pipeline.stages.knowledge import Knowledge
 from retention_bench.pipeline.stages.unknown import Unknown
 from retention_bench.registry import FINETUNES
 from retention_bench.store import OUTSIDE, Input
+from retention_bench.store.store import read_jsonl
 
 if TYPE_CHECKING:
-    from retention_bench.finetune import Track
+    from retention_bench.finetune import Dose, Track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Tracked:
     """What is asked again and again while a model is trained.
 
     Attributes:
-        group: Which of the edited facts are asked.
-        paraphrases: The prompts that edits were made with.
+        group: Which of the edited facts are asked, in the words of their edits; all others are too.
+        knowledge: Has the objects of their relations.
     """
 
     group: Group
-    paraphrases: Paraphrases | None
+    knowledge: Knowledge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Finetune(Stage):
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     model: Model
     facts: Facts
@@ -96,8 +97,6 @@ class Finetune(Stage):
     def run(self, folder: Path, bench: Bench) -> None:
         """Write the model to `model/`, `log.json`, and `trajectory.jsonl` where it is tracked."""
         work = bench.store.scratch(self)
-        if self.tracked is not None:
-            self._asked(bench)  # computed before other processes ask for it
         bench.release()
         if self.launcher is None:
             self.train(folder, work, bench)
@@ -108,6 +107,13 @@ class Finetune(Stage):
         """How it went, see `FinetuneLog`."""
         found: dict[str, Any] = json.loads((bench.get(self) / "log.json").read_text(encoding="utf-8"))
         return found
+
+    def trajectory(self, bench: Bench) -> list[dict[str, Any]]:
+        """What was seen of the facts while the model was trained, a row for each fact and look; none if untracked.
+
+        Each row has the dose up to there (`step`, `tokens`, `epoch`), the fact's `relation`, and what a `Point` has.
+        """
+        return read_jsonl(bench.get(self) / "trajectory.jsonl") if self.tracked is not None else []
 
     def train(self, folder: Path, work: Path, bench: Bench, micro_batch_size: int | None = None) -> None:
         """Edit a model, train it and write it.
@@ -165,25 +171,22 @@ class Finetune(Stage):
             points = sorted(path for path in work.glob(TRAJECTORY) if path.name <= last)
             write_text(folder / "trajectory.jsonl", "".join(point.read_text(encoding="utf-8") for point in points))
 
-    def _asked(self, bench: Bench) -> Any:
-        assert self.tracked is not None
-        facts = self.tracked.group.of(asked(self.facts, self.tracked.paraphrases, bench))
-        return facts, self.facts.knowledge.objects(bench)
-
     def _track(self, work: Path, model: Any, tokenizer: Any, bench: Bench) -> Track | None:
         """What asks the facts while the model is trained; each point has a file, which outlives a kill."""
         from retention_bench.finetune import processes
-        from retention_bench.scoring import Prober
+        from retention_bench.scoring import Follower
 
         if self.tracked is None:
             return None
-        prober = Prober(model, tokenizer, *self._asked(bench))
+        facts = self.tracked.group.of(self.facts.read(bench))
+        follower = Follower(model, tokenizer, facts, self.tracked.knowledge.objects(bench))
+        relations = {fact.id: fact.relation for fact in facts}
 
-        def track(step: int) -> None:
-            probes = prober.look()
+        def track(dose: Dose) -> None:
+            points = follower.look()
             if processes.index() == 0:
-                points = ({"step": step, **probe.to_json()} for probe in probes)
-                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in points)
-                write_text(work / f"trajectory-{step:09}.jsonl", "".join(rows))
+                seen = ({**dose._asdict(), "relation": relations[p.fact_id], **p.to_json()} for p in points)
+                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in seen)
+                write_text(work / f"trajectory-{dose.step:09}.jsonl", "".join(rows))
 
         return track

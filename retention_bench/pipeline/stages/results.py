@@ -16,10 +16,12 @@ from retention_bench.pipeline.stages.edit import Edit
 from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Finetune
 from retention_bench.pipeline.stages.score import Score
-from retention_bench.results.aggregate import aggregate, rates, summarise
+from retention_bench.pipeline.stages.step_matched import step_matched
+from retention_bench.results.aggregate import Run, aggregate, rates
 from retention_bench.results.schema import SCHEMA_VERSION, Results, Sample
+from retention_bench.results.trajectory import summarise
 from retention_bench.store import OUTSIDE
-from retention_bench.store.store import Store, manifest, read_jsonl, versions
+from retention_bench.store.store import Store, manifest, versions
 from retention_bench.version import PACKAGE
 
 
@@ -59,15 +61,19 @@ class Gather(Stage):
         editor: The editor's name in the suite.
         finetune: The fine-tune's name in the results.
         base: The score of the base model.
-        experiments: The edited models.
         control: The score of the unedited control.
+        experiments: The edited models.
         defaults: What the suite has no settings for, so that its own defaults were used.
         seed: The cell's seed.
+        facts_seed: The seed of the split.
+        edit_seed: The seed of the edits.
+        finetune_seed: The seed of the fine-tunes.
+        min_efficacy: The share of the edits that must have taken for the cell to be ranked.
         real: The suite to name as the real one to go on to, where this one is a stand-in.
     """
 
     name: ClassVar[str] = "results"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
 
     suite: str
     notice: str
@@ -75,10 +81,14 @@ class Gather(Stage):
     editor: str
     finetune: str
     base: Score
+    control: Score  # before the edits: a threshold that the base model is beyond is refused before any is made
     experiments: tuple[Experiment, ...]
-    control: Score
     defaults: tuple[str, ...]
     seed: int
+    facts_seed: int
+    edit_seed: int
+    finetune_seed: int
+    min_efficacy: float
     real: str | None = dataclasses.field(metadata=OUTSIDE)
 
     def title(self) -> str:
@@ -117,7 +127,8 @@ class Gather(Stage):
     ) -> Results:
         logs = [finetune.log(bench) for finetune in self.finetunes]
         control, paraphrases = self.tuned_control, self.base.paraphrases
-        counted = aggregate(samples, seed=self.seed)
+        matched = step_matched(bench, control, [e.finetune for e in self.experiments])
+        counted = aggregate([Run(samples, logs, matched)], min_efficacy=self.min_efficacy)
         row = {
             "schema_version": SCHEMA_VERSION,
             "suite": self.suite,
@@ -131,19 +142,19 @@ class Gather(Stage):
             "not_learned": sorted({log["why_not"] for log in logs if log["why_not"]}),
             "paraphrases": paraphrases.count if paraphrases else 0,
             "paraphrase_source": paraphrases.shown if paraphrases else None,
+            "horizon": control.options.horizon,
             "paraphrase_questions": _paraphrase_questions(facts, asked),
             "defaults": list(self.defaults),
             "seed": self.seed,
+            "seeds": {"facts": self.facts_seed, "edit": self.edit_seed, "finetune": self.finetune_seed},
             "key": self.key,
-            "stages": counted.stages,
-            "retention": counted.retention,
-            "gap": counted.gap,
-            "detectable": counted.detectable,
+            "survival": None,
+            **{field.name: getattr(counted, field.name) for field in dataclasses.fields(counted)},
             "experiments": [
                 {
                     "index": index,
                     "edited": [f.id for f in facts.edited.facts[e.group.start : e.group.stop]],
-                    "stages": rates(s for s in samples if s.experiment == index),
+                    "stages": rates([s for s in samples if s.experiment == index]),
                     "finetune_log": logs[index],
                 }
                 for index, e in enumerate(self.experiments)
@@ -160,10 +171,8 @@ class Gather(Stage):
         """The rows of all models' trajectories, the control's last and with `experiment` null."""
         rows: list[dict[str, Any]] = []
         for index, finetune in enumerate(self.finetunes):
-            path = bench.get(finetune) / "trajectory.jsonl"
-            if path.is_file():
-                own = index if index < len(self.experiments) else None
-                rows += [{"experiment": own, **row} for row in read_jsonl(path)]
+            own = index if index < len(self.experiments) else None
+            rows += [{"experiment": own, **row} for row in finetune.trajectory(bench)]
         return rows
 
     def _provenance(self, facts: FactSet) -> dict[str, Any]:

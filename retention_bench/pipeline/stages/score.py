@@ -36,7 +36,7 @@ class Score(Stage):
     """
 
     name: ClassVar[str] = "score"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     model: Model
     facts: Facts
@@ -60,7 +60,14 @@ class Score(Stage):
         from retention_bench.scoring import score
 
         with self.loaded(bench) as (model, tokenizer):
-            samples = score(model, tokenizer, self.asked(bench), kinds=self.kinds, progress=bench.progress)
+            samples = score(
+                model,
+                tokenizer,
+                self.asked(bench),
+                kinds=self.kinds,
+                objects=self.facts.knowledge.objects(bench),
+                progress=bench.progress,
+            )
         lines = (json.dumps(sample.to_json(), ensure_ascii=False) + "\n" for sample in samples)
         write_text(folder / "samples.jsonl", "".join(lines))
 

@@ -24,6 +24,7 @@ from retention_bench.results.schema import KINDS
 from retention_bench.results.score_file import ScoreFile
 from retention_bench.scoring.checkpoints.parity import check_parity
 from retention_bench.scoring.engine_process import EngineError, EngineProcess
+from retention_bench.scoring.stop_words import STOP_WORDS_VERSION
 from retention_bench.store.fingerprints import config_file, model_fingerprint
 from retention_bench.store.output import exclusive
 from retention_bench.store.store import versions
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from retention_bench.models import Checkpoint
     from retention_bench.scoring.engine import Engine
 
-VERSION = 4
+VERSION = 5
 """Raised when what is computed changes, so that nothing of the old is taken for the new."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -145,6 +146,7 @@ class _Batch:
         progress: Progress,
         process: EngineProcess | None,
     ) -> None:
+        from retention_bench.scoring.judge import objects_of
         from retention_bench.scoring.tasks import documents
 
         self.facts, self.file, self.options = facts, file, options
@@ -159,6 +161,7 @@ class _Batch:
         self.contents = {task: _task_content(self.manager, task, options.include_path) for task in options.also}
         self.engine: Engine | None = None
         self.asked = facts
+        self.objects = objects_of(facts)
         self.left_out: Mapping[str, tuple[str, ...]] = {}
         self.process = process
         self.architecture = ""
@@ -247,6 +250,7 @@ class _Batch:
             "adapter": _files(Path(reference.adapter)) if reference.adapter else None,
             "tokenizer": _files(Path(self.options.tokenizer)) if self.options.tokenizer else None,
             "facts": self.facts.sha256,
+            "stop_words": STOP_WORDS_VERSION,
             "backend": self.options.backend,
             "dtype": self.options.dtype,
             "device": self.options.device,
@@ -342,6 +346,7 @@ class _Batch:
                 "dtype": self.options.dtype,
                 "device": self.options.device,
                 "facts": self.facts.sha256,
+                "stop_words": STOP_WORDS_VERSION,
                 "versions": versions(),
                 "parity": self.parity,
                 "task": task,
@@ -349,7 +354,11 @@ class _Batch:
 
         kinds = [kind for kind in self.options.kinds if KINDS[kind].task in tasks]
         began = time.monotonic()
-        samples = [sample.to_json() for sample in score_lm(self.engine.lm, self.asked, kinds=kinds)] if kinds else []
+        samples = (
+            [sample.to_json() for sample in score_lm(self.engine.lm, self.asked, kinds=kinds, objects=self.objects)]
+            if kinds
+            else []
+        )
         seconds = time.monotonic() - began
         for kind in kinds:
             own = [sample for sample in samples if sample["kind"] == kind]

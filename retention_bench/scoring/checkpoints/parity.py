@@ -63,7 +63,7 @@ def check_parity(
         equal = [greedy for _, greedy in lm._loglikelihood_tokens(answers, disable_tqdm=True)]
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     tolerance = PARITY_TOLERANCE[dtype]
-    distance = [_distance(a.target_logprob, b) for a, b in zip(ours, theirs, strict=True)]
+    distance = [_distance(a.logprob, b) for a, b in zip(ours, theirs, strict=True)]
     exact = dtype == "float32"
     wrong = [a.prompt for a, d in zip(ours, distance, strict=True) if d > tolerance]
     if wrong and (exact or statistics.median(distance) > tolerance):

@@ -64,13 +64,13 @@ def test_every_form_of_a_checkpoint_is_scored_as_a_model_of_its_own(zoo, facts, 
             assert [(s["prompt"], s["hit"], s["token_ids"]) for s in ours] == [
                 (s.prompt, s.hit, list(s.token_ids)) for s in theirs
             ]
-            logprobs = [s["target_logprob"] for s in ours]
-            assert logprobs == pytest.approx([s.target_logprob for s in theirs], abs=1e-4)
+            logprobs = [s["logprob"] for s in ours]
+            assert logprobs == pytest.approx([s.logprob for s in theirs], abs=1e-4)
             assert found[task]["hits"] == sum(s["hit"] for s in ours)
             parity = found[task]["parity"]
             assert parity["logprob_distance"] < 1e-4
             assert parity["equal_answers"] == parity["prompts"] == len(facts)
-        answers.add(tuple(s["target_logprob"] for task in TASKS for s in found[task]["samples"]))
+        answers.add(tuple(s["logprob"] for task in TASKS for s in found[task]["samples"]))
     assert len(answers) == len(references)  # no two of them are alike
 
 
@@ -277,7 +277,7 @@ def test_half_precision_passes_the_comparison(zoo, facts, tmp_path, dtype):
     for row, other in zip(rows, exact, strict=True):
         assert row["parity"]["logprob_distance_median"] <= row["parity"]["logprob_distance"]
         pairs = zip(row["samples"], other["samples"], strict=True)
-        apart = [abs(a["target_logprob"] - b["target_logprob"]) for a, b in pairs]
+        apart = [abs(a["logprob"] - b["logprob"]) for a, b in pairs]
         assert 0 < max(apart) < 0.5
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.facts import Fact, FirstTokens, first_tokens, token_text
 from retention_bench.scoring.hf import RetentionHFLM
-from retention_bench.scoring.metric import judge_ids
+from retention_bench.scoring.judge import outcome_of
+from retention_bench.scoring.metric import Outcome, judge_ids
 from retention_bench.scoring.prefixes import Prompt
 
 TOP = 5
@@ -19,7 +20,7 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Probe:
+class Point:
     """One fact at one moment of a fine-tune: the token classes of the paper's figure 4.
 
     The probabilities are those of the token right after the prompt, each object standing for its first content token.
@@ -30,8 +31,9 @@ class Probe:
 
     Attributes:
         fact_id: The fact.
-        kind: `"edited"` or `"intrinsic"`.
+        kind: `"edited"`, `"intrinsic"` or `"intrinsic_matched"`.
         hit: What the retention metric says.
+        outcome: What the first content token of the answer is, as in `Sample`.
         true: Probability of the original object.
         edited: Probability of the new object; None for an intrinsic fact.
         related: Of all other objects of the same relation.
@@ -42,6 +44,7 @@ class Probe:
     fact_id: str
     kind: str
     hit: bool
+    outcome: Outcome
     true: float | None
     edited: float | None
     related: float | None
@@ -49,11 +52,11 @@ class Probe:
     top: tuple[tuple[str, float], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The probe as plain JSON values."""
+        """The point as plain JSON values."""
         return asdict(self)
 
 
-class Prober:
+class Follower:
     """Asks a model the same facts again and again; leaves its weights, mode and all random states as they are.
 
     Args:
@@ -78,11 +81,11 @@ class Prober:
         self._classes = [_Classes.of(fact, starts.get(fact.relation, set()), tokenizer) for fact in self._facts]
 
     @torch.inference_mode()
-    def look(self) -> list[Probe]:
+    def look(self) -> list[Point]:
         """Ask all facts.
 
         Returns:
-            A probe a fact, in their order.
+            A point a fact, in their order.
         """
         training = self._model.training
         try:
@@ -98,27 +101,30 @@ class Prober:
         finally:
             self._model.train(training)
         return [
-            self._probe(fact, classes, [found[(*prompt, *lead)] for lead in classes.leads], answers[prompt])
+            self._point(fact, classes, [found[(*prompt, *lead)] for lead in classes.leads], answers[prompt])
             for fact, classes, prompt in zip(self._facts, self._classes, prompts, strict=True)
         ]
 
-    def _probe(self, fact: Fact, classes: _Classes, rows: Sequence[torch.Tensor], answer: Sequence[int]) -> Probe:
-        kind = "intrinsic" if fact.target_new is None else "edited"
-        hit = judge_ids(answer, fact.target, self._tokenizer).hit
+    def _point(self, fact: Fact, classes: _Classes, rows: Sequence[torch.Tensor], answer: Sequence[int]) -> Point:
+        kind = "edited" if fact.target_new is not None else "intrinsic_matched" if fact.matched else "intrinsic"
+        verdict = judge_ids(answer, fact.target, self._tokenizer)
+        content, named = verdict.content_token, frozenset(classes.related)
+        outcome = outcome_of(content, new=classes.new, true=classes.true, related=named)
         row = _passing_over(classes.leads, rows)
         if not row.isfinite().all():
-            return Probe(fact.id, kind, hit, None, None, None, None, ())
+            return Point(fact.id, kind, verdict.hit, outcome, None, None, None, None, ())
         true, new, related = classes.true, classes.new, classes.related
-        named = sorted({true, *([] if new is None else [new]), *related})
+        every = sorted({true, *([] if new is None else [new]), *related})
         top = row.topk(TOP)
-        return Probe(
+        return Point(
             fact_id=fact.id,
             kind=kind,
-            hit=hit,
+            hit=verdict.hit,
+            outcome=outcome,
             true=row[true].item(),
             edited=None if new is None else row[new].item(),
             related=row[related].sum().item(),
-            other=max(0.0, 1.0 - row[named].sum().item()),
+            other=max(0.0, 1.0 - row[every].sum().item()),
             top=tuple(
                 (token_text(token, self._tokenizer), value)
                 for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)

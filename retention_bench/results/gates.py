@@ -1,0 +1,84 @@
+"""Gates: what must hold before a cell's figures are compared or ranked (MEASURES, "Gates")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from retention_bench.results.measures import Answers, Pair
+from retention_bench.results.schema import Gate
+
+MIN_EFFICACY = 0.8
+"""The share of the edits that must have taken, where nothing else is asked for."""
+
+MIN_FACTS = 20
+MIN_RELATIONS = 5
+"""What must be left on either side of the comparison that a cell makes."""
+
+
+def gates(
+    answers: Answers, pairs: Sequence[Pair], logs: Sequence[Mapping[str, Any]], *, min_efficacy: float = MIN_EFFICACY
+) -> list[Gate]:
+    """Look whether a cell may be ranked.
+
+    Args:
+        answers: Its answers.
+        pairs: The facts of its headline.
+        logs: How its fine-tunes went, the control's included.
+        min_efficacy: The share of the edits that must have taken.
+
+    Returns:
+        Every gate, with what was found and what it asks for.
+    """
+    edits = list(answers.of("post_edit", "edited").values())
+    took = sum(sample.hit for sample in edits)
+    learned = sum(bool(log["learned"]) for log in logs)
+    reasons = sorted({log["why_not"] for log in logs if log["why_not"]})
+    sides = {
+        "edited": [pair.edited[0] for pair in pairs],
+        "intrinsic": [
+            before
+            for kind in ("intrinsic", "intrinsic_matched")
+            for before, _ in answers.before_after(kind, control=True)
+            if before.hit
+        ],
+    }
+    found = [
+        Gate(
+            name="learned",
+            passed=learned == len(logs),
+            value=learned,
+            limit=len(logs),
+            text=f"{learned} of {len(logs)} fine-tunes learned{f' ({reasons[0]})' if reasons else ''}",
+        ),
+        Gate(
+            name="efficacy",
+            passed=bool(edits) and took >= min_efficacy * len(edits),
+            value=took / len(edits) if edits else 0.0,
+            limit=min_efficacy,
+            text=f"{took} of {len(edits)} edits took; {100 * min_efficacy:g} % must",
+        ),
+    ]
+    for side, some in sides.items():
+        facts, relations = len({s.fact_id for s in some}), len({s.relation for s in some})
+        what = {
+            "edited": "edited facts that the base model knew and the edit took",
+            "intrinsic": "facts never edited that the base model knew",
+        }[side]
+        found += [
+            Gate(
+                name=f"{side}_facts",
+                passed=facts >= MIN_FACTS,
+                value=facts,
+                limit=MIN_FACTS,
+                text=f"{facts} {what}; {MIN_FACTS} are needed",
+            ),
+            Gate(
+                name=f"{side}_relations",
+                passed=relations >= MIN_RELATIONS,
+                value=relations,
+                limit=MIN_RELATIONS,
+                text=f"{relations} relations among the {what}; {MIN_RELATIONS} are needed",
+            ),
+        ]
+    return found
