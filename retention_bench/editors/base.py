@@ -66,7 +66,7 @@ class EditRequest:
 
     @property
     def separate(self) -> tuple[EditRequest, ...]:
-        """A request for each prompt, so that each is written in its own right ("training volume", paper section 5.1)."""
+        """A request for each prompt: the "training volume" of the paper's section 5.1."""
         return tuple(dataclasses.replace(self, prompt=prompt, paraphrases=()) for prompt in self.prompts)
 
     @classmethod

@@ -222,7 +222,7 @@ def _probability(
             targets.append(object_ids(target, tokenizer))
         rows = [[*prompt, *target[:-1]] for prompt, target in zip(prompts, targets, strict=True)]
         states = last_hidden(model, *pad(rows, model.device))
-        for state, prompt, target in zip(states, prompts, targets, strict=True):
-            predicted = log_probabilities(model, state[len(prompt) - 1 : len(prompt) - 1 + len(target)])
-            total += float(predicted[range(len(target)), target].double().sum().exp())
+        for state, prompt, ids in zip(states, prompts, targets, strict=True):
+            predicted = log_probabilities(model, state[len(prompt) - 1 : len(prompt) - 1 + len(ids)])
+            total += float(predicted[range(len(ids)), ids].double().sum().exp())
     return total / len(asked)
