@@ -253,13 +253,21 @@ def test_paraphrases_have_a_folder_and_a_stage_of_their_own(tmp_path, monkeypatc
     monkeypatch.setattr(running, "evaluate", stop)
     command = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--device", "cpu", "--seed", "3"]
     where = {"RETENTION_BENCH_STORE": str(tmp_path)}
-    for more in ([], ["--paraphrases", "2"], ["--paraphrases", "1", "--paraphrase-source", "model:atlas-llama"]):
+    for more in (
+        [],
+        ["--paraphrases", "2"],
+        ["--paraphrases", "1", "--paraphrase-source", "model:atlas-llama"],
+        ["--paraphrases", "3", "--paraphrase-source", "own+template+model:atlas-llama"],
+        ["--paraphrases", "3", "--paraphrase-source", "own+template", "--paraphrase-mode", "separate"],
+    ):
         assert "far enough" in run(*command, *more, env=where).output
     common = Path("runs/atlas/atlas-gpt2/ft/tulu3")
     assert folders == [
         (common / "seed-3", 0, "own"),
         (common / "paraphrases-2-own" / "seed-3", 2, "own"),
         (common / "paraphrases-1-model-atlas-llama" / "seed-3", 1, "model:atlas-llama"),
+        (common / "paraphrases-3-own-template-model-atlas-llama" / "seed-3", 3, "own+template+model:atlas-llama"),
+        (common / "paraphrases-3-own-template-separate" / "seed-3", 3, "own+template"),
     ]
     dry = run(*command, "--paraphrases", "2", "--dry-run", "--json", env=where)
     assert [s["stage"] for s in json.loads(dry.output)["stages"]][:4] == ["knowledge", "facts", "paraphrases", "score"]
