@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from retention_bench.analysis import survival
 from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet
 from retention_bench.pipeline.stage import Bench, Stage
@@ -18,11 +19,14 @@ from retention_bench.pipeline.stages.finetune import Finetune
 from retention_bench.pipeline.stages.score import Score
 from retention_bench.pipeline.stages.step_matched import step_matched
 from retention_bench.results.aggregate import Run, aggregate, rates
+from retention_bench.results.figure import draw
 from retention_bench.results.schema import SCHEMA_VERSION, Results, Sample
 from retention_bench.results.trajectory import summarise
 from retention_bench.store import OUTSIDE
 from retention_bench.store.store import Store, manifest, versions
 from retention_bench.version import PACKAGE
+
+FIGURES = ("survival.svg", "survival.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Gather(Stage):
         return [*(e.finetune for e in self.experiments), self.tuned_control]
 
     def run(self, folder: Path, bench: Bench) -> None:
-        """Write `facts.jsonl`, `samples.jsonl`, `results.json`, and `trajectory.jsonl` where there is one."""
+        """Write facts, samples and results; where the fine-tunes were followed, their trajectory and its figure."""
         facts, asked = self.base.facts.read(bench), self.base.asked(bench)
         scored: list[tuple[int | None, str, Score]] = [(None, "base", self.base)]
         for index, e in enumerate(self.experiments):
@@ -120,6 +124,15 @@ class Gather(Stage):
         _write_rows(folder / "samples.jsonl", [sample.to_json() for sample in samples])
         if steps:
             _write_rows(folder / "trajectory.jsonl", steps)
+        if results.survival is not None and results.survival.curves:
+            for file in FIGURES:
+                draw(
+                    results.survival.model_dump(),
+                    folder / file,
+                    editor=self.editor,
+                    finetune=self.finetune,
+                    model=self.model,
+                )
         results.save(folder / "results.json")
 
     def _results(
@@ -148,7 +161,7 @@ class Gather(Stage):
             "seed": self.seed,
             "seeds": {"facts": self.facts_seed, "edit": self.edit_seed, "finetune": self.finetune_seed},
             "key": self.key,
-            "survival": None,
+            "survival": survival(steps).to_json() if steps else None,
             **{field.name: getattr(counted, field.name) for field in dataclasses.fields(counted)},
             "experiments": [
                 {
