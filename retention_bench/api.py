@@ -42,6 +42,7 @@ def evaluate(
     device: str = "auto",
     paraphrases: int = 0,
     paraphrase_source: str = "own",
+    paraphrase_mode: str = "mean",
     freeze: str = "none",
     adapter: str = "none",
     track_every: int | None = 0,
@@ -58,7 +59,8 @@ def evaluate(
     What was computed before is taken from the store, so a run that was interrupted goes on with the stage it was in.
 
     Args:
-        editor: The editor, by its name in the suite.
+        editor: The editor, by its name in the suite; or a placebo: `"none"`, `"random:EDITOR"`,
+            `"scaled:FACTOR:EDITOR"` or `"scaled:matched:EDITOR"`.
         finetune: The downstream fine-tune; or `path:` and a data set of one's own, see `parse_finetune`.
         suite: A suite, its name, or a YAML file.
         overrides: Other values for keys of the suite, as `"facts.edited=25"`.
@@ -70,7 +72,10 @@ def evaluate(
         min_efficacy: The share of the edits that must have taken for the cell to be ranked.
         device: `"auto"`, `"cpu"` or `"cuda"`.
         paraphrases: Edit each fact with so many more prompts.
-        paraphrase_source: Where those come from: `"own"`, `"template"` or `"model:NAME"`.
+        paraphrase_source: Where those come from: `"own"`, `"template"`, `"model:NAME"`, or several, as in
+            `"own+template+model:NAME"`, each of which fills what those before it leave.
+        paraphrase_mode: `"mean"` writes a fact once, for all its prompts together; `"separate"` makes each prompt a
+            request of its own.
         freeze: What the fine-tunes leave as it is, see `parse_freeze`.
         adapter: What they train in the weights' place: `"none"`, `"lora"` or `"dora"`.
         track_every: All facts are asked wherever a fine-tune is evaluated; with more than 0, also every so many steps.
@@ -105,6 +110,7 @@ def evaluate(
         device=chosen_device(device),
         paraphrases=paraphrases,
         paraphrase_source=paraphrase_source,
+        paraphrase_mode=paraphrase_mode,
         freeze=freeze,
         adapter=adapter,
         track_every=track_every,

@@ -205,7 +205,10 @@ EDITORS = Registry(
         "lora": "retention_bench.editors.lora:LoRA",
         "malmen": "retention_bench.editors.malmen:MALMEN",
         "memit": "retention_bench.editors.memit:MEMIT",
+        "none": "retention_bench.editors.placebo:NoEdit",
+        "random": "retention_bench.editors.placebo:RandomEdit",
         "rome": "retention_bench.editors.rome:ROME",
+        "scaled": "retention_bench.editors.placebo:ScaledEdit",
     },
     members=("name", "edits_per_model", "covariance_layers", "template_lengths", "edit"),
 )

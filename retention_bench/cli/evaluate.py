@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     "--editor",
     required=True,
     help="The editor, by its name in the suite or in `retention-bench list editors`; one that the suite does not name "
-    "has its own defaults.",
+    "has its own defaults. Or a placebo: none (no change), random:EDITOR (noise with its norms), scaled:FACTOR:EDITOR, "
+    "or scaled:matched:EDITOR (as sure of the new objects as the base model was of the true ones).",
 )
 @click.option(
     "--finetune",
@@ -74,9 +75,17 @@ if TYPE_CHECKING:
     "--paraphrase-source",
     default="own",
     show_default=True,
-    metavar="own|template|model:NAME",
+    metavar="own|template|model:NAME|A+B",
     help="Where those come from: the fact's own paraphrases (which are not asked then), other words before its prompt, "
-    "or an instruct model (one of the suite, a folder, or a Hub id) that writes them.",
+    "or an instruct model (one of the suite, a folder, or a Hub id) that writes them. With "
+    "own+template+model:NAME each fills what those before it leave.",
+)
+@click.option(
+    "--paraphrase-mode",
+    type=click.Choice(["mean", "separate"]),
+    default="mean",
+    show_default=True,
+    help="mean: a fact is written once, for all its prompts together. separate: each prompt is a request of its own.",
 )
 @click.option(
     "--freeze",

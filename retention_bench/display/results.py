@@ -138,6 +138,8 @@ def _command(results: Mapping[str, Any], suite: str) -> str:
     if results["paraphrases"]:
         command += ["--paraphrases", str(results["paraphrases"])]
         command += ["--paraphrase-source", results["paraphrase_source"]]
+        if results["paraphrase_mode"] != "mean":
+            command += ["--paraphrase-mode", results["paraphrase_mode"]]
     for option, usual in {"freeze": "none", "adapter": "none", "horizon": "threshold"}.items():
         if results[option] != usual:
             command += [f"--{option}", results[option]]
@@ -386,8 +388,10 @@ def _drawn_from(facts: Mapping[str, Any]) -> str:
 def _augmented(results: Mapping[str, Any]) -> str:
     """With which prompts the facts were edited, and what that leaves to ask, in one line."""
     count, source = results["paraphrases"], results["paraphrase_source"]
-    questions = results["paraphrase_questions"]
-    text = f"Each fact was edited with {count} more prompt{'s' * (count > 1)} ({source})."
+    questions, counts = results["paraphrase_questions"], results["paraphrase_counts"]
+    came = source if len(counts) < 2 else f"{source}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items())
+    how = ", each a request of its own" if results["paraphrase_mode"] == "separate" else ""
+    text = f"Each fact was edited with {count} more prompt{'s' * (count > 1)} ({came}{how})."
     if not questions["used_by_edits"]:
         return text
     if not questions["asked"]:

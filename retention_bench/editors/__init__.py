@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.editors.base import (
+    DerivedEditor,
     EditContext,
     Editor,
     EditRequest,
     FittedEditor,
+    parse_editor,
 )
 from retention_bench.registry import EDITORS
 
@@ -48,6 +50,7 @@ __all__ = [
     "ROME",
     "AlphaEdit",
     "Covariance",
+    "DerivedEditor",
     "EditContext",
     "EditRequest",
     "Editor",
@@ -57,6 +60,7 @@ __all__ = [
     "edit_sequentially",
     "make_editor",
     "null_space_projector",
+    "parse_editor",
     "sample_context_templates",
 ]
 

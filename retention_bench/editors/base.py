@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import UsageError
@@ -29,6 +29,7 @@ class EditRequest:
         subject: The subject.
         target_new: The object to write; kept without surrounding spaces, the one before it is part of its first token.
         paraphrases: Other prompts for the same triple, in the form of `prompt`, that the edit shall hold for too.
+        target_true: The object that the model answers with before the edit, where it is known; no edit aims at it.
 
     Raises:
         UsageError: A prompt has no place for the subject, or a field is empty; the fact is named.
@@ -39,6 +40,7 @@ class EditRequest:
     subject: str
     target_new: str
     paraphrases: tuple[str, ...] = ()
+    target_true: str | None = None
 
     def __post_init__(self) -> None:
         for prompt in (self.prompt, *self.paraphrases):
@@ -62,6 +64,11 @@ class EditRequest:
         """The prompt, then its paraphrases."""
         return (self.prompt, *self.paraphrases)
 
+    @property
+    def separate(self) -> tuple[EditRequest, ...]:
+        """A request for each prompt: the "training volume" of the paper's section 5.1."""
+        return tuple(dataclasses.replace(self, prompt=prompt, paraphrases=()) for prompt in self.prompts)
+
     @classmethod
     def from_fact(cls, fact: Fact, paraphrases: Sequence[str] = ()) -> EditRequest:
         """The request that writes a fact's `target_new`.
@@ -78,7 +85,7 @@ class EditRequest:
             raise UsageError(
                 f"Fact {fact.id!r} has no target_new, so there is nothing to edit. Leave it out, or give it one."
             )
-        return cls(fact.id, fact.prompt, fact.subject, fact.target_new, tuple(paraphrases))
+        return cls(fact.id, fact.prompt, fact.subject, fact.target_new, tuple(paraphrases), fact.target_true)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,7 @@ class EditContext:
         cache_c: Keys of earlier edits by layer, each [keys, d_mlp]: AlphaEdit's `cache_c` is the sum of their k k^T.
             See `edit_sequentially`.
         fitted: The folder that the editor's `fit` wrote, for editors that train first.
+        delta: The edit of the same requests by the editor that a `DerivedEditor` names.
 
     Raises:
         UsageError: A template does not contain `{}` exactly once.
@@ -104,6 +112,7 @@ class EditContext:
     progress: Progress = silent
     cache_c: Mapping[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     fitted: Path | None = None
+    delta: WeightDelta | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
@@ -205,3 +214,46 @@ class FittedEditor(Protocol):
         Raises:
             RetentionBenchError: The facts cannot be trained on, or the training diverges.
         """
+
+
+@runtime_checkable
+class DerivedEditor(Protocol):
+    """What an editor also has if it makes its edit of another editor's, which it gets as `EditContext.delta`.
+
+    The other editor's `edits_per_model` counts, and its own does not.
+    """
+
+    @property
+    def of(self) -> str:
+        """The other editor, by its name in the suite."""
+
+
+_FORMS = {"random": ("random:EDITOR", "random:memit"), "scaled": ("scaled:FACTOR:EDITOR", "scaled:0.5:memit")}
+
+
+def parse_editor(text: str) -> tuple[str, dict[str, Any]]:
+    """Read an editor as it is named on the command line.
+
+    Args:
+        text: An editor's name; or `random:EDITOR`, `scaled:FACTOR:EDITOR` or `scaled:matched:EDITOR`.
+
+    Returns:
+        The editor's name, and the settings that go over the suite's for it: none, or those behind the colons.
+
+    Raises:
+        UsageError: Something is missing behind a colon, or the factor is no number.
+    """
+    name, colon, rest = text.partition(":")
+    if not colon or name not in _FORMS:
+        return text, {}
+    form, example = _FORMS[name]
+    settings: dict[str, Any] = {}
+    if name == "scaled":
+        factor, _, rest = rest.partition(":")
+        try:
+            settings["factor"] = factor if factor == "matched" else float(factor)
+        except ValueError:
+            raise UsageError(f"{text!r}: the factor {factor!r} is no number and not 'matched'. Write {form}.") from None
+    if not rest:
+        raise UsageError(f"{text!r} does not name the editor that it is made of. Write {form}, as in {example}.")
+    return name, {**settings, "of": rest}

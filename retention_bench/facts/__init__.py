@@ -2,13 +2,14 @@
 
 from retention_bench.facts.fact import Fact, FactSet
 from retention_bench.facts.known import Knowledge, Remaining, knowledge, known_facts
-from retention_bench.facts.paraphrases import MODEL, augment, check_source, unseen
+from retention_bench.facts.paraphrases import MODEL, Augmented, Sources, augment, parse_source, unseen
 from retention_bench.facts.pool import Pool, RowCounts, load_pool, read_pool
 from retention_bench.facts.split import Split, disjoint_split
 from retention_bench.facts.target import FirstTokens, first_tokens, object_ids, target_token, token_text
 
 __all__ = [
     "MODEL",
+    "Augmented",
     "Fact",
     "FactSet",
     "FirstTokens",
@@ -16,15 +17,16 @@ __all__ = [
     "Pool",
     "Remaining",
     "RowCounts",
+    "Sources",
     "Split",
     "augment",
-    "check_source",
     "disjoint_split",
     "first_tokens",
     "knowledge",
     "known_facts",
     "load_pool",
     "object_ids",
+    "parse_source",
     "read_pool",
     "target_token",
     "token_text",

@@ -7,7 +7,7 @@ bounded number of times.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retention_bench.data.clock import strftime_now
@@ -45,6 +45,7 @@ def write_paraphrases(
     *,
     seed: int,
     name: str,
+    had: Mapping[str, Sequence[str]],
     progress: Progress = silent,
 ) -> dict[str, tuple[str, ...]]:
     """Let an instruct model write paraphrases of facts' prompts.
@@ -55,13 +56,14 @@ def write_paraphrases(
         model: An instruct model.
         tokenizer: Its tokenizer.
         facts: The facts.
-        count: Prompts for each.
+        count: Prompts for each, with those that it has.
         seed: Seed of the sampling.
         name: The model's name, for errors.
+        had: By fact id prompts that it has already, which come first.
         progress: Told how many facts are done.
 
     Returns:
-        As `augment`.
+        By fact id its prompts.
 
     Raises:
         RetentionBenchError: After `ROUNDS` rounds a fact has too few, or its question does not fit into the model's
@@ -69,7 +71,7 @@ def write_paraphrases(
     """
     import torch
 
-    found: dict[str, list[str]] = {fact.id: [] for fact in facts}
+    found: dict[str, list[str]] = {fact.id: list(had.get(fact.id, ())) for fact in facts}
     answers: dict[str, str] = {}
     devices = range(torch.cuda.device_count()) if model.device.type == "cuda" else ()
     with torch.random.fork_rng(devices), torch.inference_mode():
@@ -81,17 +83,18 @@ def write_paraphrases(
                 for fact, answer in zip(batch, _answers(model, tokenizer, batch, count + SPARE), strict=True):
                     answers[fact.id] = answer
                     mine = found[fact.id]
-                    had = {prompt.casefold() for prompt in mine}
-                    mine += [prompt for prompt in usable_prompts(answer, fact) if prompt.casefold() not in had]
+                    there = {prompt.casefold() for prompt in mine}
+                    mine += [prompt for prompt in usable_prompts(answer, fact) if prompt.casefold() not in there]
                 done = sum(len(prompts) >= count for prompts in found.values())
                 progress("paraphrases", done, len(facts))
     for fact in facts:
         if len(found[fact.id]) < count:
+            own = len(had.get(fact.id, ()))
             raise RetentionBenchError(
-                f"Fact {fact.id!r}: in {ROUNDS} rounds {name} wrote {len(found[fact.id])} usable paraphrases, and "
-                f"{count} are wanted. They must contain {fact.subject!r} once and break off before the object. Its "
-                f"last answer began {answers[fact.id].strip()[:80]!r}. Name a more able instruct model, ask for fewer, "
-                "or give the source own or template."
+                f"Fact {fact.id!r}: in {ROUNDS} rounds {name} wrote {len(found[fact.id]) - own} usable paraphrases, "
+                f"and {count - own} are wanted. They must contain {fact.subject!r} once and break off before the "
+                f"object. Its last answer began {answers[fact.id].strip()[:80]!r}. Name a more able instruct model, "
+                "ask for fewer, or give the source own or template."
             )
     return {fact.id: tuple(found[fact.id][:count]) for fact in facts}
 

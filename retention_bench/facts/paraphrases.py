@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from retention_bench.display.progress import Progress, silent
@@ -55,20 +55,64 @@ _WITHIN = frozenset(
 """Words that are written in lower case where a sentence does not begin with them."""
 
 
-def check_source(source: str, count: int = 0) -> None:
-    """Refuse a source of paraphrases that there is not, or that has fewer than `count` for any fact.
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where paraphrases come from, in the order in which they fill a fact's.
+
+    Attributes:
+        names: Of `own`, `template` and `model`, each once.
+        model: The instruct model's name, where one writes; it comes last.
+    """
+
+    names: tuple[str, ...]
+    model: str | None = None
+
+
+def parse_source(text: str, count: int = 0) -> Sources:
+    """Read a source of paraphrases, or several with `+` between them: `own+template+model:NAME`.
+
+    What follows `model:` is the model's name to the end, since a folder may have a `+` in its name.
 
     Raises:
-        UsageError: It is none of `own`, `template` and `model:` with a name, or has too few.
+        UsageError: One is none of `own`, `template` and `model:` with a name, one stands there twice, or they have
+            fewer than `count` for any fact.
     """
-    if source not in _PICK and (not source.startswith(MODEL) or source == MODEL):
-        error = unknown_name("paraphrase source", source, [*_PICK, f"{MODEL}NAME"])
-        raise UsageError(f"{error} NAME is an instruct model's folder or Hub id.")
-    if source == "template" and count > len(OPENINGS):
+    before, colon, model = text.partition(MODEL)
+    names = before.removesuffix("+").split("+") if before or not colon else []
+    for name in names:
+        if name not in _PICK:
+            raise _unknown(name)
+    if colon and (not model or (before and not before.endswith("+"))):
+        raise _unknown(text)
+    if len(set(names)) < len(names):
+        raise UsageError(f"The paraphrase source {text!r} names one source twice. Name each once.")
+    if names == ["template"] and not colon and count > len(OPENINGS):
         raise UsageError(
             f"The paraphrase source 'template' has {len(OPENINGS)} openings, and {count} paraphrases a fact were asked "
-            f"for. Ask for {len(OPENINGS)} at most, or give {MODEL}NAME for an instruct model that writes them."
+            f"for. Ask for {len(OPENINGS)} at most, or let an instruct model write more: template+{MODEL}NAME."
         )
+    return Sources((*names, *([MODEL.rstrip(":")] if colon else [])), model or None)
+
+
+def _unknown(name: str) -> UsageError:
+    error = unknown_name("paraphrase source", name, [*_PICK, f"{MODEL}NAME"])
+    return UsageError(
+        f"{error} NAME is an instruct model's folder or Hub id; several sources are joined as in own+template."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmented:
+    """More prompts for facts.
+
+    Attributes:
+        prompts: By fact id its prompts with `{}` once, where the subject goes; they differ from each other and from
+            the fact's own by more than capitals.
+        counts: How many of all of them came from each source, by its name in `Sources.names`.
+    """
+
+    prompts: Mapping[str, tuple[str, ...]]
+    counts: Mapping[str, int]
 
 
 def augment(
@@ -79,40 +123,68 @@ def augment(
     seed: int,
     load: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
     progress: Progress = silent,
-) -> dict[str, tuple[str, ...]]:
+) -> Augmented:
     """Find more prompts for facts, in the form of `Fact.prompt`.
 
     Args:
         facts: The facts.
         count: Prompts for each. The first of them are those that a smaller count gives, except for a model's.
         source: `own` takes a fact's paraphrases, in their order; `template` puts the fact's prompt behind one of
-            `OPENINGS`; `model:NAME` lets the instruct model in a folder or on the Hub write them.
+            `OPENINGS`; `model:NAME` lets the instruct model in a folder or on the Hub write them. Of several, as in
+            `own+template+model:NAME`, each fills what those before it leave.
         seed: Seed of the openings and of the model's sampling.
         load: Loads the model that a source `model:NAME` names, and its tokenizer; such a source needs it.
         progress: Told how many facts a model has written for.
 
     Returns:
-        By fact id `count` prompts with `{}` once, where the subject goes, that differ from each other and from the
-        fact's own.
+        `count` prompts for each fact, and where they came from.
 
     Raises:
         UsageError: No such source, a negative count, more than the source has for every fact, or a model without
             `load`.
         RetentionBenchError: A fact has too few, and is named. Also what `load` raises.
     """
-    check_source(source, count)
+    sources = parse_source(source, count)
     if count < 0:
         raise UsageError(f"{count} paraphrases a fact were asked for. Give 0 or more.")
     facts = list(facts)
-    if count == 0:
-        return {fact.id: () for fact in facts}
-    if not source.startswith(MODEL):
-        return {fact.id: _PICK[source](fact, count, seed) for fact in facts}
-    if load is None:
-        raise UsageError(f"The paraphrase source {source!r} needs its model. Give augment `load`, or another source.")
-    name = source.removeprefix(MODEL)
-    model, tokenizer = load(name)
-    return write_paraphrases(model, tokenizer, facts, count, seed=seed, name=name, progress=progress)
+    counts = dict.fromkeys(sources.names, 0)
+    prompts: dict[str, tuple[str, ...]] = {}
+    for fact in facts:
+        found = {fact.prompt.casefold(): fact.prompt}
+        for name in sources.names:
+            for prompt in _PICK[name](fact, seed) if name in _PICK else ():
+                if len(found) <= count and prompt.casefold() not in found:
+                    found[prompt.casefold()] = prompt
+                    counts[name] += 1
+        prompts[fact.id] = tuple(found.values())[1:]
+        if len(prompts[fact.id]) < count and sources.model is None:
+            raise _too_few(fact, source, len(prompts[fact.id]), count)
+    lacking = [fact for fact in facts if len(prompts[fact.id]) < count]
+    if sources.model is not None and lacking:
+        if load is None:
+            raise UsageError(
+                f"The paraphrase source {source!r} needs its model. Give augment `load`, or another source."
+            )
+        model, tokenizer = load(sources.model)
+        prompts |= write_paraphrases(
+            model, tokenizer, lacking, count, seed=seed, name=sources.model, had=dict(prompts), progress=progress
+        )
+        counts[sources.names[-1]] = count * len(facts) - sum(counts.values())
+    return Augmented(prompts, counts)
+
+
+def _too_few(fact: Fact, source: str, found: int, count: int) -> RetentionBenchError:
+    has, more = (
+        f"{source} gives {found} paraphrases of it",
+        f"{source}+{MODEL}NAME for an instruct model that writes them",
+    )
+    if source == "own":
+        has = f"it has {found} paraphrases of its own in which the subject {fact.subject!r} stands"
+        more = f"own+template, or {more}"
+    return RetentionBenchError(
+        f"Fact {fact.id!r}: {has}, and {count} are wanted. Ask for fewer, leave the fact out, or add a source: {more}."
+    )
 
 
 def unseen(facts: FactSet, prompts: Mapping[str, Sequence[str]]) -> FactSet:
@@ -124,34 +196,31 @@ def unseen(facts: FactSet, prompts: Mapping[str, Sequence[str]]) -> FactSet:
     """
 
     def kept(fact: Fact) -> Fact:
-        used = {prompt.replace("{}", fact.subject).rstrip() for prompt in prompts.get(fact.id, ())}
-        rest = tuple(text for text in fact.paraphrases if text.rstrip() not in used)
+        used = {_plain(prompt.replace("{}", fact.subject)) for prompt in prompts.get(fact.id, ())}
+        rest = tuple(text for text in fact.paraphrases if _plain(text) not in used)
         return dataclasses.replace(fact, paraphrases=rest)
 
     return FactSet.of(kept(fact) for fact in facts)
 
 
-def _own(fact: Fact, count: int, seed: int) -> tuple[str, ...]:
-    """A fact's first paraphrases, each with the subject's last occurrence taken out."""
-    found: dict[str, None] = {}  # ordered, each once
+def _plain(text: str) -> str:
+    """What two prompts share that differ in capitals and spaces alone, as a model's may from a fact's own."""
+    return " ".join(text.casefold().split())
+
+
+def _own(fact: Fact, seed: int) -> Iterator[str]:
+    """A fact's paraphrases, each with the subject's last occurrence taken out."""
     for text in fact.paraphrases:
         before, subject, after = text.rpartition(fact.subject)
         prompt = f"{before}{{}}{after}".rstrip()
-        if subject and "{}" not in text and prompt.count("{}") == 1 and prompt != fact.prompt:
-            found[prompt] = None
-    if len(found) < count:
-        raise RetentionBenchError(
-            f"Fact {fact.id!r}: it has {len(found)} paraphrases of its own in which the subject {fact.subject!r} "
-            f"stands, and {count} are wanted. Ask for fewer, leave the fact out, or give another source: template, or "
-            f"{MODEL}NAME for an instruct model that writes them."
-        )
-    return tuple(found)[:count]
+        if subject and "{}" not in text and prompt.count("{}") == 1:
+            yield prompt
 
 
-def _template(fact: Fact, count: int, seed: int) -> tuple[str, ...]:
+def _template(fact: Fact, seed: int) -> Iterator[str]:
     """A fact's prompt behind openings, drawn in an order of the fact's own."""
-    drawn = random.Random(f"{seed} {fact.id}").sample(OPENINGS, len(OPENINGS))[:count]
-    return tuple(opening + _behind(opening, fact.prompt) for opening in drawn)
+    for opening in random.Random(f"{seed} {fact.id}").sample(OPENINGS, len(OPENINGS)):
+        yield opening + _behind(opening, fact.prompt)
 
 
 def _behind(opening: str, prompt: str) -> str:
@@ -162,4 +231,4 @@ def _behind(opening: str, prompt: str) -> str:
     return prompt[0].lower() + prompt[1:]
 
 
-_PICK = {"own": _own, "template": _template}
+_PICK: dict[str, Callable[[Fact, int], Iterator[str]]] = {"own": _own, "template": _template}

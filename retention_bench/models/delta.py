@@ -82,6 +82,14 @@ class WeightDelta:
             merged[name] = _sum(name, merged[name], entry) if name in merged else entry
         return WeightDelta(merged, self.base or other.base)
 
+    def scaled(self, factor: float) -> WeightDelta:
+        """Every summand times a finite number; low-rank entries stay in their factors."""
+
+        def times(entry: Tensor | LowRank) -> Tensor | LowRank:
+            return LowRank(entry.left * factor, entry.right) if isinstance(entry, LowRank) else entry * factor
+
+        return WeightDelta({name: times(entry) for name, entry in self.entries.items()}, self.base)
+
     def norms(self) -> dict[str, float]:
         """Frobenius norm by parameter name."""
         return {name: _norm(entry) for name, entry in self.entries.items()}

@@ -12,32 +12,30 @@ import re
 from pathlib import Path
 from typing import Any
 
-from retention_bench.data import find_file, read_json
-from retention_bench.editors import Editor, FittedEditor
-from retention_bench.errors import UsageError
-from retention_bench.facts import MODEL, check_source, load_pool
+from retention_bench.data import read_json
+from retention_bench.errors import UsageError, unknown_name
+from retention_bench.facts import MODEL, load_pool, parse_source
 from retention_bench.finetune import Finetune as Task
 from retention_bench.finetune import FinetuneOptions, Freeze, parse_freeze
 from retention_bench.pipeline.distributed.launching import Launcher, check_one_gpu, launcher
+from retention_bench.pipeline.edits import edits_of, plain_settings, rows_of
 from retention_bench.pipeline.stage import Model, Rows
 from retention_bench.pipeline.stages import (
-    Covariance,
-    CovarianceFile,
     Edit,
     Experiment,
     Facts,
     Finetune,
-    Fit,
     Gather,
     Knowledge,
     Paraphrases,
     Score,
     Unknown,
 )
+from retention_bench.pipeline.stages.edit import PARAPHRASE_MODES
 from retention_bench.pipeline.stages.facts import Group
 from retention_bench.pipeline.stages.finetune import Tracked
-from retention_bench.pipeline.suite import ModelConfig, Source, Suite
-from retention_bench.registry import EDITORS, FINETUNES
+from retention_bench.pipeline.suite import ModelConfig, Suite
+from retention_bench.registry import FINETUNES
 from retention_bench.results import KINDS, MIN_EFFICACY
 from retention_bench.results.schema import Seeds
 from retention_bench.store.fingerprints import config_file, model_fingerprint, source_fingerprint
@@ -60,7 +58,9 @@ class Cell:
         seed: Seed of the split, the edits and the fine-tunes, where they have none of their own.
         device: `"cpu"` or `"cuda"`.
         paraphrases: How many more prompts each fact is edited with.
-        paraphrase_source: Where they come from, see `augment`; a model can be one of the suite's.
+        paraphrase_source: Where they come from, see `parse_source`; a model can be one of the suite's.
+        paraphrase_mode: How an edit takes them: `mean` writes a fact once, for all its prompts together; `separate`
+            makes each prompt a request of its own.
         freeze: What the fine-tunes must not change, see `parse_freeze`.
         adapter: What they train in the weights' place: `none`, `lora` or `dora`.
         track_every: All facts are looked at wherever a fine-tune is evaluated; with more than 0, also every so many
@@ -82,6 +82,7 @@ class Cell:
     device: str
     paraphrases: int = 0
     paraphrase_source: str = "own"
+    paraphrase_mode: str = "mean"
     freeze: str = "none"
     adapter: str = "none"
     track_every: int | None = 0
@@ -117,12 +118,10 @@ def plan(cell: Cell) -> Gather:
     """
     suite = cell.suite
     model_name, config = suite.model(cell.model)
-    named, tuned_by = suite.editor(cell.editor, config), suite.finetune(cell.finetune, config)
-    registered, task = named.registered, tuned_by.registered
-    editor: Editor = EDITORS.make(registered, named.settings, entry=cell.editor)
+    tuned_by = suite.finetune(cell.finetune, config)
+    task = tuned_by.registered
     finetune: Task = FINETUNES.make(task, tuned_by.settings)
     data, finetune_name = _data(cell, task, finetune)
-    own = {f"editor {cell.editor}": named, f"fine-tune {cell.finetune}": tuned_by}
     options = FinetuneOptions(cell.freeze, cell.adapter, cell.track_every, cell.horizon)
     freeze = parse_freeze(cell.freeze)
     _check_trainable(config, freeze)
@@ -140,21 +139,17 @@ def plan(cell: Cell) -> Gather:
         suite.facts.split,
         suite.facts.intrinsic_matched if suite.facts.split == "relations" else 0,
     )
-    covariance: Covariance | CovarianceFile | None = None
-    corpus = suite.covariance
-    if editor.covariance_layers and (file := _covariance_file(cell)):
-        covariance = CovarianceFile.of(model, file, editor.covariance_layers)
-    elif editor.covariance_layers:
-        covariance = Covariance.of(
-            model,
-            rows_of(corpus),
-            editor.covariance_layers,
-            texts=corpus.texts,
-            max_length=corpus.max_length,
-        )
-    settings = _plain(editor)
-    fit = Fit(facts, registered, settings, cell.seeds.edit, cell.editor) if isinstance(editor, FittedEditor) else None
     paraphrases = _paraphrases(cell, facts)
+    edits = edits_of(
+        cell.editor,
+        suite,
+        config,
+        facts,
+        paraphrases=paraphrases,
+        mode=cell.paraphrase_mode,
+        covariance=cell.covariance,
+        seed=cell.seeds.edit,
+    )
     unknown = Unknown(Knowledge(model, data)) if finetune.settings.asks_base else None
 
     def score(called: str, checkpoint: Edit | Finetune | None, group: Group) -> Score:
@@ -168,7 +163,7 @@ def plan(cell: Cell) -> Gather:
             edit=edit,
             frozen_by=frozen_by,
             task=task,
-            settings=_plain(finetune.settings),
+            settings=plain_settings(finetune.settings),
             data=data,
             unknown=unknown,
             options=options,
@@ -179,7 +174,7 @@ def plan(cell: Cell) -> Gather:
         )
 
     everyone = Group(0, suite.facts.edited)
-    size = editor.edits_per_model or suite.facts.edited
+    size = edits.edits_per_model or suite.facts.edited
     count = math.ceil(suite.facts.edited / size)
     if count > MOST_MODELS:
         raise UsageError(
@@ -190,24 +185,14 @@ def plan(cell: Cell) -> Gather:
     for index in range(count):
         group = Group(index * size, min((index + 1) * size, suite.facts.edited))
         label = f"model {index + 1} of {count}"
-        edit = Edit(
-            model=model,
-            facts=facts,
-            group=group,
-            paraphrases=paraphrases,
-            covariance=covariance,
-            fit=fit,
-            editor=registered,
-            settings=settings,
-            seed=cell.seeds.edit,
-            called=(cell.editor, label),
-        )
+        edit = edits.make(group, label)
         after_edit = score(f"after the edit, {label}", edit, group)
         experiments.append(
             Experiment(after_edit, score(f"after the fine-tune, {label}", tuned(label, group, edit), group))
         )
     # The control leaves alone what the edited models leave alone.
-    edits = tuple(e.edit for e in experiments) if freeze.needs_edit else ()
+    frozen_by = tuple(e.edit for e in experiments) if freeze.needs_edit else ()
+    own = [*((f"editor {found.name}", found) for found in edits.resolved), (f"fine-tune {cell.finetune}", tuned_by)]
     return Gather(
         suite=suite.name,
         notice=" ".join(suite.notice.split()),
@@ -216,8 +201,8 @@ def plan(cell: Cell) -> Gather:
         finetune=finetune_name,
         base=score("the base model", None, everyone),
         experiments=tuple(experiments),
-        control=score("the control", tuned("unedited control", everyone, None, edits), everyone),
-        defaults=tuple(what for what, found in own.items() if found.given_by != "suite"),
+        control=score("the control", tuned("unedited control", everyone, None, frozen_by), everyone),
+        defaults=tuple(what for what, found in own if found.given_by == "its own defaults"),
         seed=cell.seed,
         facts_seed=cell.seeds.facts,
         edit_seed=cell.seeds.edit,
@@ -234,24 +219,6 @@ def model_of(config: ModelConfig, device: str) -> Model:
         RetentionBenchError: The model's files are missing.
     """
     return Model(config.path, model_fingerprint(config.path, config.revision), config.dtype, device, config.revision)
-
-
-def rows_of(source: Source) -> Rows:
-    """A suite's rows as stages read them.
-
-    Raises:
-        UsageError: There is no such file, or a Hub data set has no revision.
-    """
-    fingerprint = source_fingerprint(source.source, source.revision)
-    return Rows(source.source, fingerprint, source.config, source.revision)
-
-
-def _covariance_file(cell: Cell) -> str | None:
-    """The file that the covariance is taken from, where one is given: with the cell, or in the suite."""
-    if cell.covariance is not None:
-        return str(find_file(cell.covariance, "covariance file").resolve())
-    file = cell.suite.covariance.file
-    return None if file is None else str(find_file(file, "covariance file"))
 
 
 def _data(cell: Cell, task: str, finetune: Task) -> tuple[Rows, str]:
@@ -284,17 +251,19 @@ def _launcher(cell: Cell, finetune: Task) -> Launcher | None:
 
 
 def _paraphrases(cell: Cell, facts: Facts) -> Paraphrases | None:
-    source = cell.paraphrase_source
-    check_source(source, cell.paraphrases)
+    if cell.paraphrase_mode not in PARAPHRASE_MODES:
+        raise unknown_name("paraphrase mode", cell.paraphrase_mode, PARAPHRASE_MODES)
+    sources = parse_source(cell.paraphrase_source, cell.paraphrases)
     if not cell.paraphrases:
         return None
-    if not source.startswith(MODEL):
-        return Paraphrases(facts, cell.paraphrases, source, None, cell.seeds.facts, source)
-    name, config = cell.suite.model(source.removeprefix(MODEL))
+    if sources.model is None:
+        return Paraphrases(facts, cell.paraphrases, sources.names, None, cell.seeds.facts, cell.paraphrase_source)
+    name, config = cell.suite.model(sources.model)
     # It writes in the dtype and on the device of the base model.
     base = facts.knowledge.model
     writer = dataclasses.replace(model_of(config, base.device), dtype=base.dtype)
-    return Paraphrases(facts, cell.paraphrases, "model", writer, cell.seeds.facts, f"{MODEL}{name}")
+    shown = "+".join([*sources.names[:-1], f"{MODEL}{name}"])
+    return Paraphrases(facts, cell.paraphrases, sources.names, writer, cell.seeds.facts, shown)
 
 
 def _check_pool(suite: Suite) -> None:
@@ -335,9 +304,3 @@ def _check_trainable(model: ModelConfig, freeze: Freeze) -> None:
 
 def _config(model: ModelConfig) -> dict[str, Any]:
     return read_json(config_file(model.path, model.revision), dict[str, Any], "model's configuration")
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    """A dataclass's settings as JSON values, without where its data lie: their content has a fingerprint of its own."""
-    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("source", "revision")}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

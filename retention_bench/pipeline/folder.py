@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from retention_bench.data.durable import canonical
+from retention_bench.facts import MODEL
 from retention_bench.pipeline.cell import Cell
 from retention_bench.pipeline.stage import Model
 from retention_bench.pipeline.stages import Gather
@@ -28,8 +29,10 @@ def default_folder(cell: Cell, plan: Gather) -> Path:
         source = paraphrases.shown
         if paraphrases.writer:
             given = cell.paraphrase_source.partition(":")[2]
-            source = f"model-{_model(source.partition(':')[2], given, paraphrases.writer, cell)}"
-        folder /= _part(f"paraphrases-{paraphrases.count}-{source}")
+            before, _, writer = source.partition(MODEL)
+            source = f"{before}model-{_model(writer, given, paraphrases.writer, cell)}"
+        mode = "" if cell.paraphrase_mode == "mean" else f"-{cell.paraphrase_mode}"
+        folder /= _part(f"paraphrases-{paraphrases.count}-{source}{mode}")
     if cell.freeze != "none":
         folder /= _part(f"freeze-{cell.freeze}")
     if cell.adapter != "none":

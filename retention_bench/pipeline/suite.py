@@ -19,6 +19,7 @@ from retention_bench.data import find_file, locate, shortened
 from retention_bench.data.source import SUFFIXES
 from retention_bench.data.yaml_files import read_yaml
 from retention_bench.display import cut, line, plain
+from retention_bench.editors import parse_editor
 from retention_bench.errors import UsageError, unknown_name
 from retention_bench.facts import Split
 from retention_bench.finetune import parse_finetune
@@ -165,14 +166,14 @@ class Resolved:
         name: The name that it was asked for by.
         registered: Its name in the registry.
         settings: What to make it of, see `Registry.make`.
-        given_by: Where the settings are from: the suite, or the editor or fine-tune itself, which the suite does not
-            name. Overrides go over both.
+        given_by: Where the settings are from: the suite; the editor or fine-tune itself, which the suite does not
+            name; or the name, as in `scaled:0.5:memit`. Overrides go over the first two.
     """
 
     name: str
     registered: str
     settings: Mapping[str, Any]
-    given_by: Literal["suite", "its own defaults"]
+    given_by: Literal["suite", "its own defaults", "its name"]
 
 
 class Suite(_Strict):
@@ -232,12 +233,17 @@ class Suite(_Strict):
         """An editor and its settings for a model.
 
         Args:
-            name: An entry of the suite, or a registered editor, which then has its own defaults.
+            name: An entry of the suite; a registered editor, which then has its own defaults; or one of the forms of
+                `parse_editor`.
             model: The model.
 
         Raises:
             UsageError: There is no such editor.
         """
+        asked, given = parse_editor(name)
+        if given:
+            found = self.editor(asked, model)
+            return Resolved(name, found.registered, {**found.settings, **given}, "its name")
         if name not in model.editors and name not in EDITORS.names():
             raise unknown_name("editor", name, {*model.editors, *EDITORS.names()})
         registered = model.registered.get(name, name)

@@ -469,6 +469,8 @@ class Results(_Typed):
         not_learned: Why not, in words.
         paraphrases: How many more prompts each fact was edited with.
         paraphrase_source: Where they came from.
+        paraphrase_mode: How the edits took them: `mean` or `separate`.
+        paraphrase_counts: How many of all the edits' prompts came from each source.
         horizon: When the fine-tunes end: at their threshold, or after a dose.
         paraphrase_questions: How many paraphrases were asked, and how many not, since edits were made with them.
         defaults: What the suite has no settings for, so that its own defaults were used.
@@ -508,6 +510,8 @@ class Results(_Typed):
     not_learned: list[str]
     paraphrases: int
     paraphrase_source: str | None
+    paraphrase_mode: str | None = None
+    paraphrase_counts: dict[str, int] = {}
     horizon: str
     paraphrase_questions: dict[str, int]
     defaults: list[str]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retention_bench.errors import RetentionBenchError, UsageError
-from retention_bench.facts import Fact, FactSet, augment, llm_paraphrases, unseen
+from retention_bench.facts import Fact, FactSet, Sources, augment, llm_paraphrases, parse_source, unseen
 from retention_bench.facts.llm_paraphrases import usable_prompts
 from retention_bench.facts.paraphrases import OPENINGS
 from retention_bench.models import load_model
@@ -60,17 +60,19 @@ def check(prompts, fact, count):
 
 @given(facts(), st.integers(0, len(OPENINGS)), st.integers(0, 5))
 def test_openings_leave_the_end_of_a_prompt_and_follow_the_seed(fact, count, seed):
-    prompts = augment([fact], count, "template", seed=seed)[fact.id]
+    prompts = augment([fact], count, "template", seed=seed).prompts[fact.id]
     check(prompts, fact, count)
-    assert augment([fact], count, "template", seed=seed)[fact.id] == prompts
+    assert augment([fact], count, "template", seed=seed).prompts[fact.id] == prompts
     assert all(prompt.endswith(fact.prompt[1:]) for prompt in prompts)
-    assert prompts[: count // 2] == augment([fact], count // 2, "template", seed=seed)[fact.id]  # fewer are the first
+    assert (
+        prompts[: count // 2] == augment([fact], count // 2, "template", seed=seed).prompts[fact.id]
+    )  # fewer are the first
 
 
 @given(facts(), st.integers(0, 4))
 def test_own_paraphrases_are_taken_as_they_stand_or_refused(fact, count):
     try:
-        prompts = augment([fact], count, "own", seed=0)[fact.id]
+        prompts = augment([fact], count, "own", seed=0).prompts[fact.id]
     except RetentionBenchError:
         return
     check(prompts, fact, count)
@@ -78,11 +80,11 @@ def test_own_paraphrases_are_taken_as_they_stand_or_refused(fact, count):
     assert used <= {text.rstrip() for text in fact.paraphrases}
     [left] = unseen(FactSet.of([fact]), {fact.id: prompts}).facts
     assert not used & {text.rstrip() for text in left.paraphrases}
-    assert prompts[: count // 2] == augment([fact], count // 2, "own", seed=1)[fact.id]
+    assert prompts[: count // 2] == augment([fact], count // 2, "own", seed=1).prompts[fact.id]
 
 
 def test_own_paraphrases_lose_the_subjects_last_occurrence():
-    assert augment([SALTA], 3, "own", seed=0) == {
+    assert augment([SALTA], 3, "own", seed=0).prompts == {
         "salta": ("{} is a city in", "Salta, and nobody but {}, belongs to", "Whoever visits {} visits")
     }
 
@@ -94,14 +96,14 @@ def test_too_few_paraphrases_of_its_own_name_the_fact_and_other_sources():
 
 def test_facts_are_given_openings_of_their_own():
     other = dataclasses.replace(SALTA, id="other")
-    drawn = augment([SALTA, other], 6, "template", seed=0)
+    drawn = augment([SALTA, other], 6, "template", seed=0).prompts
     assert drawn["salta"] != drawn["other"]
-    assert drawn["salta"] != augment([SALTA], 6, "template", seed=1)["salta"]
-    everything = augment([SALTA], len(OPENINGS), "template", seed=0)["salta"]
+    assert drawn["salta"] != augment([SALTA], 6, "template", seed=1).prompts["salta"]
+    everything = augment([SALTA], len(OPENINGS), "template", seed=0).prompts["salta"]
     assert "It is known that the city of {} lies in" in everything
     assert "Fact: The city of {} lies in" in everything
     begun = dataclasses.replace(SALTA, prompt="{} lies in")
-    assert "In short, {} lies in" in augment([begun], len(OPENINGS), "template", seed=0)["salta"]
+    assert "In short, {} lies in" in augment([begun], len(OPENINGS), "template", seed=0).prompts["salta"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,10 @@ def test_facts_are_given_openings_of_their_own():
         ("templates", 1, "Unknown paraphrase source 'templates'. Did you mean 'template'.*instruct model's folder"),
         ("model:", 1, "Unknown paraphrase source 'model:'"),
         ("template", len(OPENINGS) + 1, f"has {len(OPENINGS)} openings, and {len(OPENINGS) + 1} paraphrases"),
+        ("own+templat", 1, "Unknown paraphrase source 'templat'. Did you mean 'template'"),
+        ("own+own", 1, "names one source twice"),
+        ("own+model:", 1, "Unknown paraphrase source"),
+        ("ownmodel:x", 1, "Unknown paraphrase source"),
         ("own", -1, "-1 paraphrases a fact were asked for"),
         ("model:/nowhere/at/all", 1, "There is no model folder at /nowhere/at/all"),
     ],
@@ -126,13 +132,13 @@ def test_a_model_that_nobody_can_load_is_a_usage_error():
 
 def test_none_at_all_needs_no_source_of_them():
     bare = dataclasses.replace(SALTA, paraphrases=())
-    assert augment([bare], 0, "own", seed=0) == {"salta": ()}
-    assert augment([bare], 0, "model:/nowhere/at/all", seed=0) == {"salta": ()}
+    assert augment([bare], 0, "own", seed=0).prompts == {"salta": ()}
+    assert augment([bare], 0, "model:/nowhere/at/all", seed=0).prompts == {"salta": ()}
 
 
 def test_what_a_fact_was_edited_with_is_not_asked():
     other = dataclasses.replace(SALTA, id="other")
-    prompts = augment([SALTA], 2, "own", seed=0)
+    prompts = augment([SALTA], 2, "own", seed=0).prompts
     left = unseen(FactSet.of([SALTA, other]), prompts)
     assert left.facts[0].paraphrases == (
         "No name here at all",
@@ -141,7 +147,46 @@ def test_what_a_fact_was_edited_with_is_not_asked():
         "Whoever visits Salta visits",
     )
     assert left.facts[1] == other
-    assert unseen(FactSet.of([SALTA]), augment([SALTA], 5, "template", seed=0)).facts == (SALTA,)
+    assert unseen(FactSet.of([SALTA]), augment([SALTA], 5, "template", seed=0).prompts).facts == (SALTA,)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("source", ["own+template", "template+own"])
+def test_several_sources_fill_a_facts_prompts_in_their_order(source, count):
+    bare = dataclasses.replace(SALTA, id="bare", paraphrases=())
+    found = augment([SALTA, bare], count, source, seed=0)
+    for fact in (SALTA, bare):
+        check(found.prompts[fact.id], fact, count)
+    assert found.prompts["bare"] == augment([bare], count, "template", seed=0).prompts["bare"]
+    first = min(count, 3) if source == "own+template" else 0
+    assert found.prompts["salta"][:first] == augment([SALTA], first, "own", seed=0).prompts["salta"]
+    assert found.counts == {"own": first, "template": 2 * count - first}
+
+
+def test_no_paraphrase_is_taken_twice():
+    opening = augment([SALTA], 1, "template", seed=0).prompts["salta"][0]
+    fact = dataclasses.replace(SALTA, paraphrases=(opening.replace("{}", "Salta").upper().replace("SALTA", "Salta"),))
+    found = augment([fact], 3, "own+template", seed=0)
+    assert len({prompt.casefold() for prompt in found.prompts["salta"]}) == 3
+    assert found.counts == {"own": 1, "template": 2}
+    assert opening not in found.prompts["salta"]
+
+
+def test_a_prompt_that_differs_in_capitals_and_spaces_alone_is_not_asked():
+    [left] = unseen(FactSet.of([SALTA]), {"salta": ["{}  is a City in", "whoever visits {} visits"]}).facts
+    assert left.paraphrases == SALTA.paraphrases[1:5]
+
+
+def test_too_few_of_several_sources_name_the_fact():
+    bare = dataclasses.replace(SALTA, id="bare", paraphrases=())
+    with pytest.raises(
+        RetentionBenchError, match=r"Fact 'bare': own\+template gives 26 .* and 27 are wanted.*model:NAME"
+    ):
+        augment([SALTA, bare], len(OPENINGS) + 1, "own+template", seed=0)
+
+
+def test_a_models_name_may_hold_a_plus():
+    assert parse_source("own+template+model:a+b") == Sources(("own", "template", "model"), "a+b")
 
 
 def test_no_model_library_is_loaded_for_facts():
@@ -248,13 +293,33 @@ def test_a_model_is_asked_in_its_template_until_every_fact_has_enough(writer, mo
         load=load_model,
         progress=lambda stage, done, total: progress.append((done, total)),
     )
-    assert found == {"salta": ("{} is in", "{} is part of"), "quito": ("{} is in", "{} lies in")}
+    assert found.counts == {"model": 4}
+    assert found.prompts == {"salta": ("{} is in", "{} is part of"), "quito": ("{} is in", "{} lies in")}
     assert torch.equal(torch.get_rng_state(), state)
     assert progress == [(1, 2), (2, 2)]
     assert [len(texts) for texts in asked] == [2, 1]  # only what is missing is asked for again
     assert 'begins with "The city of Quito lies in", and the next word is "Ecuador"' in asked[1][0]
     assert asked[1][0].startswith("<|begin|>user: ")
     assert asked[1][0].endswith("<|end|>assistant: ")
+
+
+def test_a_model_writes_only_what_other_sources_leave(writer, monkeypatch):
+    folder, tokenizer = writer
+    bare = dataclasses.replace(SALTA, id="bare", paraphrases=("Salta is a city in",))
+
+    def generate(self, input_ids, attention_mask, **settings):
+        assert len(input_ids) == 1  # the other fact has enough
+        rows = tokenizer(["salta\nSalta is a City in\nSalta belongs to"], return_tensors="pt")["input_ids"]
+        return torch.cat([input_ids, rows], 1)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    found = augment([SALTA, bare], 2, f"own+model:{folder}", seed=0, load=load_model)
+    assert found.prompts["bare"] == ("{} is a city in", "{} belongs to")
+    assert found.counts == {"own": 3, "model": 1}
+
+
+def test_a_model_is_not_loaded_where_other_sources_have_enough():
+    assert augment([SALTA], 3, "own+model:/nowhere", seed=0).counts == {"own": 3, "model": 0}
 
 
 def test_a_real_model_is_sampled_by_the_seed_and_given_up_after_some_rounds(writer, monkeypatch):

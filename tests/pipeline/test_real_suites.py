@@ -38,6 +38,16 @@ def test_every_entry_is_what_its_editor_or_task_takes(name):
     assert suite.covariance.revision
 
 
+@pytest.mark.parametrize("name", SUITES)
+def test_what_the_paper_leaves_open_of_layers_is_an_arm_of_its_own(name):
+    suite = load_suite(name)
+    _, model = suite.model(None)
+    for entry, layer in (("rome-l5", 5), ("rome-l6", 6), ("ft-l0", 0), ("ft-l1", 1)):
+        found, plain = suite.editor(entry, model), suite.editor(entry[:-3], model)
+        assert (found.registered, found.given_by) == (plain.registered, "suite")
+        assert found.settings == {**plain.settings, "layer": layer}
+
+
 @pytest.fixture(scope="module", params=SUITES)
 def shrunk(request, make_tokenizer, make_model, tmp_path_factory):
     """A real suite on a tiny model and local files."""

@@ -16,6 +16,10 @@ from retention_bench.pipeline.stages.paraphrases import Paraphrases
 from retention_bench.registry import EDITORS
 from retention_bench.store import OUTSIDE
 
+PARAPHRASE_MODES = ("mean", "separate")
+"""`mean`: a fact is one request, whose keys and losses are means over its prompts. `separate`: each of its prompts is a
+request of its own ("training volume", paper section 5.1)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Edit(Stage):
@@ -26,8 +30,10 @@ class Edit(Stage):
         facts: The cell's facts.
         group: Which of them are edited.
         paraphrases: More prompts that the edit shall hold for, if there are any.
+        paraphrase_mode: How the edit takes them, one of `PARAPHRASE_MODES`; None without.
         covariance: The covariance of the keys, if the editor needs it.
         fit: The trained editor, if it is one that trains.
+        of: The edit of the same facts that this one is made of, for a `DerivedEditor`.
         editor: The editor's registered name.
         settings: Its settings.
         seed: Seed of what the editor draws.
@@ -35,14 +41,16 @@ class Edit(Stage):
     """
 
     name: ClassVar[str] = "edit"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: Model
     facts: Facts
     group: Group
     paraphrases: Paraphrases | None
+    paraphrase_mode: str | None
     covariance: Covariance | CovarianceFile | None
     fit: Fit | None
+    of: Edit | None
     editor: str
     settings: Mapping[str, Any]
     seed: int
@@ -55,6 +63,8 @@ class Edit(Stage):
     def run(self, folder: Path, bench: Bench) -> None:
         """Write `delta.safetensors`."""
         import torch
+
+        from retention_bench.models import WeightDelta
 
         editor: Editor = EDITORS.make(self.editor, self.settings, entry=self.called[0])
         prompts = self.paraphrases.read(bench) if self.paraphrases else {}
@@ -71,9 +81,12 @@ class Edit(Stage):
             generator=torch.Generator().manual_seed(self.seed),
             progress=bench.progress,
             fitted=bench.get(self.fit) if self.fit else None,
+            delta=WeightDelta.load(self.of.file(bench)) if self.of else None,
         )
         edited = self.group.of(self.facts.read(bench)).edited
         requests = [EditRequest.from_fact(fact, prompts.get(fact.id, ())) for fact in edited]
+        if self.paraphrase_mode == "separate":
+            requests = [separate for request in requests for separate in request.separate]
         editor.edit(*bench.base(self.model), requests, context).save(folder / "delta.safetensors")
 
     def file(self, bench: Bench) -> Path:

@@ -23,18 +23,18 @@ class Paraphrases(Stage):
     Attributes:
         facts: The cell's facts.
         count: How many each fact gets.
-        source: Where they come from, see `augment`; `model` where a model writes them.
+        sources: Where they come from, in the order in which they fill a fact's; see `Sources.names`.
         writer: The model that writes them, if one does.
         seed: Seed of the choice.
         shown: The source as results name it: a model by its name.
     """
 
     name: ClassVar[str] = "paraphrases"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     facts: Facts
     count: int
-    source: str
+    sources: tuple[str, ...]
     writer: Model | None
     seed: int
     shown: str = dataclasses.field(metadata=OUTSIDE)
@@ -44,23 +44,29 @@ class Paraphrases(Stage):
         return f"paraphrases for the edits, {self.count} a fact ({self.shown})"
 
     def run(self, folder: Path, bench: Bench) -> None:
-        """Write `prompts.json`: by the fact's id its prompts, with `{}` for the subject."""
+        """Write `prompts.json`, by the fact's id its prompts with `{}` for the subject, and `sources.json`."""
         writer = self.writer
         if writer is not None:
             bench.release()
         found = augment(
             self.facts.read(bench).edited,
             self.count,
-            f"{MODEL}{writer.path}" if writer else self.source,
+            "+".join([*self.sources[:-1], f"{MODEL}{writer.path}"] if writer else self.sources),
             seed=self.seed,
             load=_loader(writer),
             progress=bench.progress,
         )
-        write_text(folder / "prompts.json", json.dumps(found, indent=2, ensure_ascii=False))
+        write_text(folder / "prompts.json", json.dumps(dict(found.prompts), indent=2, ensure_ascii=False))
+        write_text(folder / "sources.json", json.dumps(dict(found.counts)))
 
     def read(self, bench: Bench) -> Mapping[str, list[str]]:
         """The prompts by the fact's id."""
         found: Mapping[str, list[str]] = json.loads((bench.get(self) / "prompts.json").read_text(encoding="utf-8"))
+        return found
+
+    def counts(self, bench: Bench) -> dict[str, int]:
+        """How many prompts came from each source."""
+        found: dict[str, int] = json.loads((bench.get(self) / "sources.json").read_text(encoding="utf-8"))
         return found
 
 

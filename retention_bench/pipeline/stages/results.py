@@ -155,6 +155,8 @@ class Gather(Stage):
             "not_learned": sorted({log["why_not"] for log in logs if log["why_not"]}),
             "paraphrases": paraphrases.count if paraphrases else 0,
             "paraphrase_source": paraphrases.shown if paraphrases else None,
+            "paraphrase_mode": self.experiments[0].edit.paraphrase_mode,
+            "paraphrase_counts": paraphrases.counts(bench) if paraphrases else {},
             "horizon": control.options.horizon,
             "paraphrase_questions": _paraphrase_questions(facts, asked),
             "defaults": list(self.defaults),
