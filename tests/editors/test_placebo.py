@@ -97,17 +97,17 @@ def ft(llama, requests, **given):
 
 
 def test_a_matched_edit_is_as_sure_as_the_model_was(gpt2, untouched):
-    known = [("Ulawex Corvel", "Tirova", "Velith"), ("Oscor Tavsevmi", "Brastol", "Tirova")]  # what it was trained on
-    requests = [EditRequest(s, "{} lives in the city of", s, new, target_true=true) for s, true, new in known]
+    # The model was trained on this city.
+    requests = [EditRequest("f", "{} lives in the city of", "Ulawex Corvel", "Velith", target_true="Tirova")]
     whole = ft(gpt2, requests, lr=5e-4, num_steps=100)
     with untouched(gpt2[0]):
         matched = made(gpt2, requests, make_editor("scaled", {"of": "ft", "factor": "matched"}), whole)
     wanted = _probability(*gpt2, [(request, request.target_true) for request in requests])
-    new = [(request, request.target_new) for request in requests]
+    asked = [(request, request.target_new) for request in requests]
     with whole.applied(gpt2[0]):
-        assert _probability(*gpt2, new) > wanted + 2 * TOLERANCE
+        assert _probability(*gpt2, asked) > wanted + 2 * TOLERANCE
     with matched.applied(gpt2[0]):
-        assert _probability(*gpt2, new) == pytest.approx(wanted, abs=TOLERANCE)
+        assert _probability(*gpt2, asked) == pytest.approx(wanted, abs=TOLERANCE)
     factors = [matched.norms()[name] / norm for name, norm in whole.norms().items()]
     assert 0 < factors[0] < 1
     assert factors == pytest.approx([factors[0]] * len(factors))

@@ -52,7 +52,7 @@ def test_an_entry_of_the_suite_can_be_a_placebo(small_suite):
     ("editor", "given", "says"),
     [
         ("scaled:0.5:memitt", [], "Unknown editor 'memitt'. Did you mean 'memit'"),
-        ("scaled:-1:memit", [], "'factor'"),
+        ("scaled:-1:memit", [], "factor.* got -1.0"),
         ("random", [], "needs the setting 'of'"),
         ("loop", ["editors.loop.editor=random", "editors.loop.of=loop"], "made of itself: loop of loop"),
         ("a", ["editors.a.editor=random", "editors.a.of=random:a"], "made of itself: a of random:a of a"),
@@ -90,7 +90,11 @@ def test_no_change_gives_the_base_models_answers(small_suite, bench, editor):
     for experiment in last.experiments:
         samples = experiment.after_edit.read(bench)
         assert samples
-        assert all(s == asked[s.kind, s.fact_id, s.prompt] for s in samples)
+        for sample in samples:
+            before = asked[sample.kind, sample.fact_id, sample.prompt]
+            assert sample.logprob == pytest.approx(before.logprob, abs=1e-4)  # other batches, other rounding
+            assert sample == before.model_copy(update={"logprob": sample.logprob})
+            assert editor != "none" or sample == before
 
 
 def test_a_matched_edit_starts_as_sure_as_the_base_model_was(small_suite, bench):
