@@ -22,7 +22,7 @@ from retention_bench.store import Store
 from retention_bench.store.fingerprints import unchanged
 from retention_bench.store.output import MARK, check_output, exclusive
 
-FILES = ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", *FIGURES, "results.json")
+FILES = ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "step_matched.jsonl", *FIGURES, "results.json")
 """What a run writes into its output folder."""
 
 
@@ -41,7 +41,7 @@ def evaluate(
         cell: The cell, or its plan.
         store: Where stage results are kept.
         out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`, and where the fine-tunes are followed
-            `trajectory.jsonl`, `survival.svg` and `survival.png`.
+            `trajectory.jsonl`, `step_matched.jsonl`, `survival.svg` and `survival.png`.
         progress: Told how far the running stage is.
         announce: Told the title of each stage as it comes up, and whether the store held it.
         save_checkpoints: Also write every scored model as a full checkpoint below `out/checkpoints`.

@@ -26,6 +26,8 @@ from retention_bench.store import OUTSIDE
 from retention_bench.store.store import Store, manifest, versions
 from retention_bench.version import PACKAGE
 
+_Rows = list[dict[str, Any]]
+
 FIGURES = ("survival.svg", "survival.png")
 
 
@@ -119,11 +121,13 @@ class Gather(Stage):
         scored.append((None, "control_finetune", self.control))
         samples = [s.at(stage, index) for index, stage, score in scored for s in score.read(bench)]
         steps = self._trajectory(bench)
-        results = self._results(bench, facts, asked, samples, steps)
+        matched = step_matched(bench, self.tuned_control, [e.finetune for e in self.experiments])
+        results = self._results(bench, facts, asked, samples, steps, matched)
         facts.write(folder / "facts.jsonl")
         _write_rows(folder / "samples.jsonl", [sample.to_json() for sample in samples])
         if steps:
             _write_rows(folder / "trajectory.jsonl", steps)
+            _write_rows(folder / "step_matched.jsonl", matched)
         if results.survival is not None and results.survival.curves:
             for file in FIGURES:
                 draw(
@@ -136,11 +140,10 @@ class Gather(Stage):
         results.save(folder / "results.json")
 
     def _results(
-        self, bench: Bench, facts: FactSet, asked: FactSet, samples: list[Sample], steps: list[dict[str, Any]]
+        self, bench: Bench, facts: FactSet, asked: FactSet, samples: list[Sample], steps: _Rows, matched: _Rows
     ) -> Results:
         logs = [finetune.log(bench) for finetune in self.finetunes]
         control, paraphrases = self.tuned_control, self.base.paraphrases
-        matched = step_matched(bench, control, [e.finetune for e in self.experiments])
         counted = aggregate([Run(samples, logs, matched)], min_efficacy=self.min_efficacy)
         row = {
             "schema_version": SCHEMA_VERSION,
