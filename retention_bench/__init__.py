@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from retention_bench.version import __version__
 
 if TYPE_CHECKING:
-    from retention_bench.api import compare, evaluate, list_editors, list_finetunes, list_suites, score
+    from retention_bench.api import compare, evaluate, evaluate_seeds, list_editors, list_finetunes, list_suites, score
     from retention_bench.errors import RetentionBenchError, UsageError
     from retention_bench.facts import Fact, FactSet
     from retention_bench.pipeline.suite import Suite, load_suite
@@ -30,6 +30,7 @@ _PLACES = {
     "UsageError": "errors",
     "compare": "api",
     "evaluate": "api",
+    "evaluate_seeds": "api",
     "list_editors": "api",
     "list_finetunes": "api",
     "list_suites": "api",
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "evaluate_seeds",
     "list_editors",
     "list_finetunes",
     "list_suites",

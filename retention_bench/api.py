@@ -18,8 +18,10 @@ from retention_bench.pipeline.run import announced
 from retention_bench.pipeline.run import evaluate as run
 from retention_bench.pipeline.suite import Suite, load_suite, suite_names
 from retention_bench.registry import EDITORS, FINETUNES
+from retention_bench.results import MIN_EFFICACY
 from retention_bench.results.compare import compared
 from retention_bench.results.schema import KINDS, Results
+from retention_bench.results.seeds import SeedsResults
 from retention_bench.store import Store, default_root
 
 PathLike = str | os.PathLike[str]
@@ -33,6 +35,10 @@ def evaluate(
     overrides: Sequence[str] = (),
     model: str | None = None,
     seed: int = 0,
+    facts_seed: int | None = None,
+    edit_seed: int | None = None,
+    finetune_seed: int | None = None,
+    min_efficacy: float = MIN_EFFICACY,
     device: str = "auto",
     paraphrases: int = 0,
     paraphrase_source: str = "own",
@@ -60,6 +66,10 @@ def evaluate(
         overrides: Other values for keys of the suite, as `"facts.edited=25"`.
         model: A model of the suite, a folder or a Hub id; None for the suite's first.
         seed: Seed of the facts drawn, the edits and the fine-tunes.
+        facts_seed: Seed of the facts drawn; None for `seed`. The same for the two below.
+        edit_seed: Seed of the edits.
+        finetune_seed: Seed of the fine-tunes.
+        min_efficacy: The share of the edits that must have taken for the cell to be ranked.
         device: `"auto"`, `"cpu"` or `"cuda"`.
         paraphrases: Edit each fact with so many more prompts.
         paraphrase_source: Where those come from: `"own"`, `"template"`, `"model:NAME"`, or several, as in
@@ -93,6 +103,10 @@ def evaluate(
         editor=editor,
         finetune=finetune,
         seed=seed,
+        facts_seed=facts_seed,
+        edit_seed=edit_seed,
+        finetune_seed=finetune_seed,
+        min_efficacy=min_efficacy,
         device=chosen_device(device),
         paraphrases=paraphrases,
         paraphrase_source=paraphrase_source,
@@ -116,6 +130,54 @@ def evaluate(
             announce=announce,
             save_checkpoints=save_checkpoints,
         )
+
+
+def evaluate_seeds(
+    seeds: Sequence[int],
+    *,
+    editor: str,
+    finetune: str,
+    suite: str | Suite = "atlas",
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    out: PathLike | None = None,
+    store: PathLike | None = None,
+    quiet: bool = False,
+    **options: Any,
+) -> SeedsResults:
+    """Evaluate one cell with several seeds, and count the runs together.
+
+    Args:
+        seeds: The seeds.
+        editor: As for `evaluate`, and so are the others.
+        finetune: The downstream fine-tune.
+        suite: A suite, its name, or a YAML file.
+        overrides: Other values for keys of the suite.
+        device: `"auto"`, `"cpu"` or `"cuda"`.
+        out: Folder for `seeds.json` and the runs; None for one below `runs/`.
+        store: The store's folder.
+        quiet: Show no progress on standard error.
+        options: Further options of `evaluate`, as `horizon="steps:100"`.
+
+    Returns:
+        The results, as in `seeds.json`.
+
+    Raises:
+        UsageError: As `evaluate`.
+        RetentionBenchError: As `evaluate`; the runs before are kept.
+    """
+    from retention_bench.pipeline.seeds import announced as ahead
+    from retention_bench.pipeline.seeds import evaluate_seeds as run_seeds
+
+    if isinstance(suite, Suite) and overrides:
+        raise UsageError("overrides go with the name of a suite. Give them to load_suite, which made this one.")
+    given = suite if isinstance(suite, Suite) else load_suite(suite, overrides)
+    where = {"device": chosen_device(device), "seed": seeds[0] if seeds else 0}
+    cell = Cell(given, editor=editor, finetune=finetune, **({"model": None} | options | where))
+    kept = _store(store)
+    folder = default_folder(cell, plan(cell)).parent / "seeds" if out is None else Path(out)
+    with _progress(ahead(cell, seeds, kept), quiet) as (announce, progress):
+        return run_seeds(cell, seeds, store=kept, out=folder, progress=progress, announce=announce)
 
 
 def score(

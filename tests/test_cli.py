@@ -311,6 +311,8 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     log |= {"trained_layers": list(range(100, 132)), "trainable_parameters": 123456789, "parameters": 1234567890}
     log |= {"dropped": {"have no messages": {"rows": 1200, "first": "line 7: [/x]"}}}
     seen = {"rate": 1.0, "edited": 0.5, "true": 0.25, "related": 0.125, "other": 0.125}
+    difference = {"value": 0.05, "ci95": [-0.1, 0.1], "n": 5000, "clusters": 30, "detectable": 0.123}
+    nats = {"value": -0.894, "ci95": [-1.3, -0.5]}
     results = {
         "editor": "alphaedit",
         "finetune": "commoncrawl",
@@ -322,9 +324,17 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
             stage: dict.fromkeys(("edited", "paraphrase", "locality", "intrinsic"), rate)
             for stage in ("base", "post_edit", "post_finetune", "control_finetune")
         },
-        "retention": {"edited": rate, "intrinsic": rate},
-        "gap": {"value": 0.0, "ci95": [-0.1, 0.1]},
-        "detectable": {"gap": 0.123, "paired": 0.15, "paired_one_in_20": None},
+        "gates": [{"passed": False, "text": "3 of 5000 edits took; 80 % must"}],
+        "paired": {"difference": difference, "control": rate, "edited": rate},
+        "paired_step_matched": None,
+        "decay": {"paired": nats, "edited": nats, "control": nats, "before": {"edited": 0.95, "control": 0.4}},
+        "survival": None,
+        "retention": dict.fromkeys(("edited", "locality", "control_edited_true", "control_intrinsic"), rate),
+        "gap": {"unmatched": difference, "matched": difference | {"value": None}},
+        "lost": {"new": 0, "true": 3, "related": 4, "other": 0, "none": 0},
+        "confidence": [{"low": 0.95, "high": 1.0, "edited": rate, "control": rate}],
+        "collateral": {"locality": {"post_edit": difference, "post_finetune": difference}},
+        "horizon": "threshold",
         "freeze": "edited",
         "adapter": "dora",
         "learned": True,
@@ -342,9 +352,14 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert "Trained were DoRA adapters of layers 100 to 131 (--freeze edited): 123,456,789 of the" in printed
     assert "--freeze edited --adapter dora" in printed
-    assert (
-        "in the gap 12 points; in edited facts, against another run with the same 5000, 15 points, or none" in printed
-    )
+    assert "Not ranked: 3 of 5000 edits took; 80 % must." in printed
+    assert "Paired difference: +5 points (95 % interval -10 to +10)." in printed
+    assert "Of 5000 facts in 30 relations that the base model knew and the edit took" in printed
+    assert "Minimum detectable effect: 12 points (80 % power)." in printed
+    assert "Decay in log-odds: -0.89 (-1.30 to -0.50)." in printed
+    assert "Gap, unmatched (never edited minus edited; of other relations, the paper's gap): +5 points" in printed
+    assert "Gap, matched" not in printed
+    assert "Of 7 lost edits the answer became: true 3, related 4." in printed
     assert "Rows of the fine-tune's data; left out: 1,200 have no messages (line 7: [/x])." in printed
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80
@@ -353,12 +368,13 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "1,434 that the base model knows, of 21,919 rows read, 2 dropped (nothing tells the relation), 3 left out (one "
         "character)." in printed
     )
-    table = printed.split("edited: the edited facts")[0].splitlines()
+    table = printed[printed.index("questions") :].split("edited: the edited facts")[0].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 80
     rows = [line for line in table if "5000 of 5000" in line]
     assert len(rows) == 4
     assert all(line.count("5000 of 5000") == 4 for line in rows)  # no cell is wrapped
     log |= {"stopped_by": "horizon", "horizon": "steps:40", "steps": 40, "passed_at": {"step": 15}}
+    results["horizon"] = "steps:40"
     print_results(results, tmp_path, real="gpt2-xl")
     printed = capsys.readouterr().out
     assert "went on for 40 steps and passed its threshold (validation loss < 1.7) after 15." in printed

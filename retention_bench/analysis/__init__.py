@@ -8,6 +8,7 @@ from retention_bench.analysis.logodds import is_clipped, logit
 from retention_bench.analysis.paired import holm, mcnemar, sign_flips
 from retention_bench.analysis.power import detectable, detectable_paired
 from retention_bench.analysis.ranks import Rank, rank_intervals
+from retention_bench.analysis.survival import survival
 
 __all__ = [
     "MODELS",
@@ -32,4 +33,5 @@ __all__ = [
     "rate",
     "retained",
     "sign_flips",
+    "survival",
 ]

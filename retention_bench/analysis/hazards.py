@@ -113,9 +113,9 @@ class _LifeTable:
                         losses[cell] += 1
                         break
         cells = sorted(trials)
-        relation, arm, begin, end = (np.array(column) for column in zip(*cells, strict=True))
-        counts = (np.array([counter[cell] for cell in cells], dtype=float) for counter in (trials, losses))
-        return cls(len(numbers), relation, arm, begin, end, *counts)
+        columns = [np.array(column) for column in zip(*cells, strict=True)]
+        counts = [np.array([counter[cell] for cell in cells], dtype=float) for counter in (trials, losses)]
+        return cls(len(numbers), *columns, *counts)
 
 
 def _log_rank(table: _LifeTable) -> float | None:
@@ -135,9 +135,8 @@ def _log_rank(table: _LifeTable) -> float | None:
     else:
         signs = np.random.default_rng(0).choice([1.0, -1.0], (1 + _SWAPS, table.relations))
         signs[0] = 1  # as it is
-    statistic = np.abs(
-        _statistic(*(_swapped(counts, signs) for counts in (risk, lost)), risk.sum((0, 1)), lost.sum((0, 1)))
-    )
+    swapped = [_swapped(counts, signs) for counts in (risk, lost)]
+    statistic = np.abs(_statistic(swapped[0], swapped[1], risk.sum((0, 1)), lost.sum((0, 1))))
     return float(np.mean(statistic >= statistic[0] - 1e-9))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from retention_bench.display import say_json
 from retention_bench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from retention_bench.pipeline import Suite
+    from retention_bench.pipeline import Cell, Suite
+    from retention_bench.store import Store
 
 
 @click.command()
@@ -45,6 +47,21 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seed", type=SEED, default=0, show_default=True, help="Seed of the facts drawn, the edits and the fine-tunes."
+)
+@click.option(
+    "--seeds",
+    metavar="0-4|0,2,5",
+    help="Run the cell with each of these seeds, and count the runs together: seeds.json. Not with --seed.",
+)
+@click.option("--facts-seed", type=SEED, help="Seed of the facts drawn.  [default: --seed]")
+@click.option("--edit-seed", type=SEED, help="Seed of the edits.  [default: --seed]")
+@click.option("--finetune-seed", type=SEED, help="Seed of the fine-tunes.  [default: --seed]")
+@click.option(
+    "--min-efficacy",
+    type=click.FloatRange(min=0, max=1),
+    default=0.8,
+    show_default=True,
+    help="The share of the edits that must have taken for the cell to be ranked.",
 )
 @click.option(
     "--paraphrases",
@@ -135,6 +152,7 @@ if TYPE_CHECKING:
 def evaluate(
     suite: str,
     overrides: tuple[str, ...],
+    seeds: str | None,
     track_every: int | None,
     probe_every: int | None,
     probe_fact: tuple[str, ...],
@@ -168,6 +186,11 @@ def evaluate(
     # The other options are named as the fields of a cell are.
     cell = Cell(load_suite(suite, overrides), device=chosen_device(device), track_every=track_every, **chosen)
     planned = plan(cell)
+    if seeds is not None:
+        given: dict[str, object] = {"--plan": plan_file, "--dry-run": dry_run, "--probe-fact": probe_fact}
+        given["--save-checkpoints"] = save_checkpoints
+        _evaluate_seeds(cell, seeds, store, out or default_folder(cell, planned).parent, as_json, given)
+        return
     out = out or default_folder(cell, planned)
     if probe_fact:
         _check_known(cell.suite, probe_fact)
@@ -199,6 +222,29 @@ def evaluate(
                 raise unknown_name("fact of this cell:", fact, ids)
             if not as_json:
                 print_tokens(fact, [row for row in rows if row["fact_id"] == fact])
+
+
+def _evaluate_seeds(
+    cell: Cell, seeds: str, store: Store, out: Path, as_json: bool, given: Mapping[str, object]
+) -> None:
+    """Run the cell with several seeds, and print what they have together."""
+    from retention_bench.display.progress import show_progress
+    from retention_bench.display.results import print_seeds
+    from retention_bench.pipeline.seeds import announced, evaluate_seeds, parse_seeds
+
+    numbers = parse_seeds(seeds)
+    for option, value in given.items():
+        if value:
+            raise UsageError(f"{option} is for one seed. Leave it out, or give --seed in place of --seeds.")
+    if cell.seed:
+        raise UsageError("--seed and --seeds are both given. Give one of them.")
+    folder = out / f"seeds-{re.sub(r'[^0-9-]+', '_', seeds)}"
+    with show_progress(announced(cell, numbers, store)) as (announce, progress):
+        results = evaluate_seeds(cell, numbers, store=store, out=folder, progress=progress, announce=announce)
+    if as_json:
+        say_json(results.to_dict())
+    else:
+        print_seeds(results.to_dict(), folder)
 
 
 def _check_known(suite: Suite, facts: Collection[str]) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "retention_bench.cli.inspect:inspect",
     "list": "retention_bench.cli.list:list_",
     "score": "retention_bench.cli.score:score",
+    "show": "retention_bench.cli.show:show",
     "stage": "retention_bench.cli.stage:stage",
     "statistics": "retention_bench.cli.covariance:statistics",
 }

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from retention_bench.display.curve import curve
 from retention_bench.display.escape import line, plain
 from retention_bench.display.streams import screen
 
@@ -122,6 +123,8 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     if results.get("trajectory"):
         console.print()
         console.print(_trajectory(results["trajectory"]))
+    if results["survival"]:
+        _print_survival(results["survival"])
     console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
     console.print(f"Results: {line(out / 'results.json')}, every answer: {line(out / 'samples.jsonl')}", soft_wrap=True)
     if real:
@@ -183,6 +186,26 @@ def _print_headline(results: Mapping[str, Any]) -> None:
             f"{before['control']:.2f}. Negative: edits lose more confidence. Hits see only large effects, and edits "
             "start surer than knowledge does.",
             soft_wrap=True,
+        )
+
+
+def _print_survival(survival: Mapping[str, Any]) -> None:
+    """The curves of survival, and edited facts against the same facts in the control."""
+    console = screen()
+    console.print("\nSurvival along the fine-tune: of the facts held before it, the share that is not lost yet")
+    console.print(curve(survival), markup=False, highlight=False)
+    contrast = survival["contrast"]
+    if contrast and contrast["log_rank_p"] is not None:
+        ratio = "none, as one side lost nothing"
+        if contrast["hazard_ratio"] is not None:
+            low, high = contrast["ci95"] or (None, None)
+            interval = "" if low is None else f" (95 % interval {low:.2f} to {high:.2f})"
+            ratio = f"{contrast['hazard_ratio']:.2f}{interval}"
+        console.print(
+            f"Lost: {contrast['lost'][0]} of {contrast['pairs']} edited facts, {contrast['lost'][1]} of the same in "
+            f"the control; log-rank p {contrast['log_rank_p']:.3f}, hazard ratio {ratio}.",
+            soft_wrap=True,
+            highlight=False,
         )
 
 
@@ -254,6 +277,37 @@ def _kept(results: Mapping[str, Any]) -> Table:
         if any(rate and rate["total"] for rate in (own, control)):
             table.add_row(kind, _cell(own), _cell(control))
     return table
+
+
+def print_seeds(results: Mapping[str, Any], out: Path) -> None:
+    """Print what several seeds of one cell have together.
+
+    Args:
+        results: As in `seeds.json`.
+        out: The folder they were written to.
+    """
+    console = screen()
+    title = f"{results['editor']} x {results['finetune']} on {results['model']}, {len(results['runs'])} seeds"
+    console.print(Text(line(title), "bold"))
+    _print_gates(results["gates"])
+    table = Table("seed", "paired difference", "edited model", "control", "", box=SIMPLE_HEAD, show_edge=False)
+    for run in results["runs"]:
+        paired = run["paired"]
+        mark = "" if run["ranked"] else "not ranked"
+        own = (_points(paired["difference"]), _share(paired["edited"]), _share(paired["control"]))
+        table.add_row(str(run["seed"]), *own, mark)
+    console.print(table)
+    _print_headline(results)
+    console.print()
+    console.print(_answered(results, ""))
+    console.print(_kept(results))
+    console.print(
+        "Means over seeds; the 95 % intervals take relations and seeds as crossed, and never answers of several seeds "
+        "as independent.\n"
+    )
+    _print_rest(results)
+    console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
+    console.print(f"Results: {line(out / 'seeds.json')}, each seed's own beside it.", soft_wrap=True)
 
 
 def print_paper(results: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ def print_comparisons(found: Mapping[str, Any]) -> None:
         f"{'the one comparison' if tests == 1 else f'all {tests} comparisons'} shown. MDE is the minimum detectable "
         "effect of so many facts, in points (two-sided test at 5 %, power 80 %).",
     )
+    _print_headlines(console, found["headlines"], letters)
     _print_ranks(console, found["ranks"], letters)
 
 
@@ -188,9 +189,29 @@ def _print_ranks(console: Console, ranks: Mapping[str, Mapping[str, Any]], lette
     for kind in ranks:
         table.add_column(line(kind), justify="right")
     for name, letter in letters.items():
-        places = (own[name] for own in ranks.values())
-        table.add_row(letter, *(f"{p['rank']} ({p['ci95'][0]}-{p['ci95'][1]})" for p in places))
+        places = (own.get(name) for own in ranks.values())
+        table.add_row(letter, *("-" if p is None else f"{p['rank']} ({p['ci95'][0]}-{p['ci95'][1]})" for p in places))
     console.print(table)
+
+
+def _print_headlines(console: Console, headlines: Mapping[str, Mapping[str, Any]], letters: Mapping[str, str]) -> None:
+    """The paired difference of every run, with its rank; and why a run has none."""
+    if not headlines:
+        return
+    console.print("\nPaired difference of each run (less is better), with its rank:")
+    table = _plain_table(None)
+    for column in ("", "points", "95 %", "facts", "rank"):
+        table.add_column(column, justify="right")
+    for name, own in headlines.items():
+        found, place = own["difference"], own["rank"]
+        value = "-" if found["value"] is None else f"{100 * found['value']:+.0f}"
+        span = "-" if found["ci95"] is None else " to ".join(f"{100 * end:+.0f}" for end in found["ci95"])
+        rank = "not ranked" if place is None else f"{place['rank']} ({place['ci95'][0]}-{place['ci95'][1]})"
+        table.add_row(letters[name], value, span, f"{found['n']}", rank)
+    console.print(table)
+    for name, own in headlines.items():
+        if own["failed"]:
+            console.print(Text(f"{letters[name]} is not ranked: {plain('; '.join(own['failed']))}."), soft_wrap=True)
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
@@ -205,7 +226,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     for answer in answers:
         model = answer.get("experiment")
         where = (answer["stage"], "-" if model is None else f"{model + 1}") if staged else ()
-        logprob = "-" if answer["logprob"] is None else f"{answer['target_logprob']:.2f}"
+        logprob = "-" if answer["logprob"] is None else f"{answer['logprob']:.2f}"
         said = line(answer["text"].strip()) or repr(answer["text"])
         table.add_row(*where, said, "yes" if answer["hit"] else "no", logprob)
     return table

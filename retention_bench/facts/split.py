@@ -1,8 +1,8 @@
 """The split (protocol, "Facts"): edited facts, and facts left alone that have no name in common with them.
 
 Two splits. `relations` is the paper's: edited and intrinsic facts share no relation either, and `intrinsic_matched`
-facts are reserved beside them, of the edited facts' relations. `subjects` keeps to the relations: all facts left alone are of
-relations that edited facts may have too, so all of them are matched and none is intrinsic as the paper means it.
+facts are reserved beside them, of the edited facts' relations. `subjects` keeps to the relations: all facts
+left alone have relations that edited facts have too, so all are matched and none is intrinsic as the paper means it.
 
 A name that edited facts use, be it as subject, true or new object, is used by no fact left alone, in whatever role:
 stricter than subject against subject and object against object, since a model's "Spain" is one thing in both roles.
@@ -240,7 +240,7 @@ def _refused(what: str, remaining: Remaining | None, short_of: str, split: Split
             margin = f" a smaller margin than {remaining.margin:g},"
     within = ""
     if split == "relations" and short_of != "facts":
-        within = " Or set facts.split to subjects: it divides the facts of each relation, and needs no relation for each side."
+        within = " Or set facts.split to subjects: it divides the facts of each relation, and few will do."
     return RetentionBenchError(
         f"{what}{history} Give{margin} a source with more {short_of}, or a model that knows more of them; or ask for "
         f"fewer facts.{within}"

@@ -16,12 +16,13 @@ from retention_bench.pipeline.estimate import estimate
 from retention_bench.pipeline.loading import save
 from retention_bench.pipeline.stage import Announce, Bench
 from retention_bench.pipeline.stages import Gather, Score
+from retention_bench.pipeline.stages.results import FIGURES
 from retention_bench.results import Results
 from retention_bench.store import Store
 from retention_bench.store.fingerprints import unchanged
 from retention_bench.store.output import MARK, check_output, exclusive
 
-FILES = ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "results.json")
+FILES = ("samples.jsonl", "facts.jsonl", "trajectory.jsonl", "step_matched.jsonl", *FIGURES, "results.json")
 """What a run writes into its output folder."""
 
 
@@ -39,8 +40,8 @@ def evaluate(
     Args:
         cell: The cell, or its plan.
         store: Where stage results are kept.
-        out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`, and `trajectory.jsonl` where the
-            fine-tunes are followed.
+        out: Folder that gets `results.json`, `samples.jsonl` and `facts.jsonl`, and where the fine-tunes are followed
+            `trajectory.jsonl`, `step_matched.jsonl`, `survival.svg` and `survival.png`.
         progress: Told how far the running stage is.
         announce: Told the title of each stage as it comes up, and whether the store held it.
         save_checkpoints: Also write every scored model as a full checkpoint below `out/checkpoints`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from retention_bench.data import checked, read_jsonl
@@ -12,6 +12,7 @@ from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import UsageError
 from retention_bench.pipeline.cell import Cell, plan
 from retention_bench.pipeline.run import evaluate
+from retention_bench.pipeline.stage import Announce, Bench
 from retention_bench.results.schema import Sample
 from retention_bench.results.seeds import SeedsResults, over_seeds
 from retention_bench.store import Store
@@ -48,6 +49,11 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def announced(cell: Cell, seeds: Sequence[int], store: Store) -> int:
+    """How many titles `evaluate_seeds` will announce at most; seeds may share stages."""
+    return sum(Bench(store).ahead(plan(dataclasses.replace(cell, seed=seed))) for seed in seeds)
+
+
 def evaluate_seeds(
     cell: Cell,
     seeds: Sequence[int],
@@ -55,7 +61,7 @@ def evaluate_seeds(
     store: Store,
     out: Path,
     progress: Progress = silent,
-    announce: Callable[[str, bool], None] = lambda title, cached: None,
+    announce: Announce = lambda title, cached: None,
 ) -> SeedsResults:
     """Evaluate a cell with every seed and count the runs together; what the store holds is not computed again.
 

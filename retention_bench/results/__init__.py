@@ -1,6 +1,6 @@
 """What was measured: the schema, counting, reading it back, and comparing."""
 
-from retention_bench.results.aggregate import Aggregates, aggregate
+from retention_bench.results.aggregate import Aggregates, Run, aggregate
 from retention_bench.results.gates import MIN_EFFICACY
 from retention_bench.results.schema import KINDS, SCHEMA_VERSION, STAGES, Kind, Rate, Results, Sample
 
@@ -13,6 +13,7 @@ __all__ = [
     "Kind",
     "Rate",
     "Results",
+    "Run",
     "Sample",
     "aggregate",
 ]

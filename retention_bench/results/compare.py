@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retention_bench.analysis import about_fact, compare, rank
-from retention_bench.data import checked, locate, read_jsonl
+import pydantic
+
+from retention_bench.analysis import about_fact, compare, mean, rank, rank_intervals
+from retention_bench.data import checked, locate, read_json, read_jsonl
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
-from retention_bench.results.schema import KINDS, STAGES, Sample, check_version
+from retention_bench.results.measures import Answers, Pair, paired_difference, pairs
+from retention_bench.results.schema import KINDS, STAGES, Gate, Sample, check_version
 from retention_bench.results.score_file import read_scores
 
 
@@ -23,11 +26,15 @@ class Side:
         name: How it is called: `RUN`, `RUN:STAGE` or `FILE:CHECKPOINT`.
         rows: The samples, with `stage` and `experiment` where they are of a run.
         facts: The run's facts; None for a checkpoint of a `scores.jsonl`, which has samples alone.
+        pairs: The facts of the run's headline; None for what is no run as a whole.
+        failed: The gates that the run fails, in words.
     """
 
     name: str
     rows: tuple[dict[str, Any], ...]
     facts: FactSet | None = None
+    pairs: tuple[Pair, ...] | None = None
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,11 @@ def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Colle
         kinds: The kinds of question to compare.
 
     Returns:
-        `{sides, failed, comparisons, ranks}` as JSON values: the names of what is compared, the checkpoints left out
-        because they could not be scored, a comparison for every pair and kind (`analysis.Comparison`), and by kind
-        the rank of every side where there are more than two.
+        `{sides, failed, headlines, comparisons, ranks}` as JSON values: the names of what is compared; the checkpoints
+        left out because they could not be scored; of every whole run its paired difference, its rank by that where
+        there are several, and the gates that it fails, for which it has none; a comparison for every pair and kind
+        (`analysis.Comparison`); and by kind the rank of every side that fails no gate, where there are more than two
+        sides.
 
     Raises:
         UsageError: There is nothing of that name, fewer than two sides, one of them twice, or two that share no
@@ -72,14 +81,32 @@ def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Colle
         )
     rows = {side.name: side.rows for side in sides}
     kinds = list(dict.fromkeys(kinds))
+    gated = [side.name for side in sides if side.failed]
     return {
         "sides": list(rows),
         "failed": [vars(f) for f in failed],
+        "headlines": _headlines(sides),
         "comparisons": [c.to_json() for c in compare(rows, kinds)],
         "ranks": {
             kind: {name: r.to_json() for name, r in ranks.items()}
-            for kind, ranks in (rank(rows, kinds) if len(rows) > 2 else {}).items()
+            for kind, ranks in (rank(rows, kinds, gated) if len(rows) > 2 else {}).items()
         },
+    }
+
+
+def _headlines(sides: Sequence[Side]) -> dict[str, dict[str, Any]]:
+    """The paired difference of every whole run, its rank by that, and the gates that it fails."""
+    found = {side.name: paired_difference(side.pairs) for side in sides if side.pairs is not None}
+    failed = {side.name: list(side.failed) for side in sides}
+    entries = {name: answers for name, answers in found.items() if answers and not failed[name]}
+    ranks = rank_intervals(entries, lowest_first=True) if len(entries) > 1 else {}
+    return {
+        name: {
+            "difference": mean(answers).to_json(),
+            "rank": ranks[name].to_json() if name in ranks else None,
+            "failed": failed[name],
+        }
+        for name, answers in found.items()
     }
 
 
@@ -171,15 +198,30 @@ def _run(name: str, folder: Path, stage: str | None) -> Side:
             "`evaluate` wrote."
         )
     check_version(results)
-    rows = []
+    gates = read_json(results, _Gates).gates
+    rows, known = [], []
     for number, row in read_jsonl(samples):
-        if checked(Sample, row, f"{samples}, line {number}").stage is None:
+        sample = checked(Sample, row, f"{samples}, line {number}")
+        if sample.stage is None:
             raise RetentionBenchError(f"{samples}, line {number}: a sample of a run has a stage. Run `evaluate` again.")
+        known.append(sample)
         if stage in (None, row["stage"]):
             rows.append(row)
     if not rows:
         raise RetentionBenchError(f"{samples} holds no samples of {stage or 'any stage'}. Run `evaluate` again.")
-    return Side(name, tuple(rows), FactSet.read(facts) if facts.is_file() else None)
+    whole = stage in (None, "post_finetune")
+    return Side(
+        name,
+        tuple(rows),
+        FactSet.read(facts) if facts.is_file() else None,
+        tuple(pairs(Answers(known))) if whole else None,
+        tuple(gate.text for gate in gates if not gate.passed) if whole else (),
+    )
+
+
+class _Gates(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    gates: list[Gate]
 
 
 def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed]]:

@@ -271,6 +271,56 @@ class Decay(_Typed):
     no_number: int
 
 
+class HalfLife(_Typed):
+    """The dose at which half of the facts are lost; see `analysis.survival.HalfLife`."""
+
+    dose: float | None
+    low: float | None
+    high: float | None
+
+
+class Curve(_Typed):
+    """The share of facts that survive, over the dose; see `analysis.survival.Curve`."""
+
+    doses: list[float]
+    survival: list[float]
+    low: list[float] | None
+    high: list[float] | None
+    at_risk: list[int]
+    facts: int
+    courses: int
+    relations: int
+    lost: int
+    half_life: HalfLife
+
+
+class Contrast(_Typed):
+    """Edited facts against the same facts in the control, along the fine-tune; see `analysis.hazards.Contrast`."""
+
+    pairs: int
+    relations: int
+    lost: list[int]
+    log_rank_p: float | None
+    hazard_ratio: float | None
+    ci95: Interval | None
+
+
+class Survival(_Typed):
+    """Facts followed along the fine-tunes of a cell (MEASURES, 3); see `analysis.survival.Survival`.
+
+    Attributes:
+        dose: What doses are counted in: tokens.
+        curves: By arm: `edited`, `control` (the same facts), `intrinsic` and `intrinsic_matched`.
+        left_out: How many are not followed, as they were not there before the first step.
+        contrast: `edited` against `control`; None where no pair has been looked at twice.
+    """
+
+    dose: str
+    curves: dict[str, Curve]
+    left_out: dict[str, int]
+    contrast: Contrast | None
+
+
 class Retention(_Typed):
     """Of what was answered before the fine-tune, the share that is answered after it (MEASURES, 4).
 
@@ -473,7 +523,7 @@ class Results(_Typed):
     paired: Paired
     paired_step_matched: Paired | None
     decay: Decay
-    survival: dict[str, Any] | None
+    survival: Survival | None
     retention: Retention
     stages: Rates
     gap: Gaps

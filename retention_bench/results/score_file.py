@@ -173,6 +173,10 @@ def _parsed(line: bytes, place: str) -> dict[str, Any]:
     if "error" in row or "metrics" in row:
         checked(_Failure if "error" in row else _Metrics, row, place)
         return row
+    if "stop_words" not in row:
+        raise RetentionBenchError(
+            f"{place} was written by an earlier version, whose samples say less. Give another folder with --out."
+        )
     checked(_Answers, row, place)
     if wrong := {s["kind"] for s in row["samples"]} - {row["task"].removeprefix("retention_")}:
         raise RetentionBenchError(f"{place}: samples of {wrong.pop()} under task {row['task']}. {foreign}")

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import retention_bench as rb
+from retention_bench.analysis import survival
 from retention_bench.cli import main
 from retention_bench.display.results import print_results
 from retention_bench.editors import EditRequest
@@ -25,7 +26,7 @@ from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import FactSet
 from retention_bench.pipeline import Bench, Cell, load_suite, plan, run
 from retention_bench.pipeline.stages import paraphrases as paraphrasing
-from retention_bench.results import Results, Sample, aggregate
+from retention_bench.results import Results, Run, Sample, aggregate
 from retention_bench.store import Store
 from retention_bench.store.output import exclusive
 
@@ -68,10 +69,21 @@ def test_results_hold_to_the_contract(finished):
 def test_every_aggregate_follows_from_the_samples(finished):
     _, out, results = finished
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    again = aggregate([Sample.model_validate(row) for row in rows], seed=results["seed"])
+    logs = [*(e["finetune_log"] for e in results["experiments"]), results["control"]["finetune_log"]]
+    matched, steps = (
+        [json.loads(line) for line in (out / file).read_text().splitlines()]
+        for file in ("step_matched.jsonl", "trajectory.jsonl")
+    )
+    again = aggregate([Run([Sample.model_validate(row) for row in rows], logs, matched)])
     typed = Results.model_validate(results)
     assert all(getattr(typed, name) == found for name, found in vars(again).items())
+    assert survival(steps).to_json() == results["survival"]
+    assert (out / "survival.svg").read_text().startswith("<?xml")
     assert {
+        "relation",
+        "strict",
+        "whole",
+        "outcome",
         "experiment",
         "stage",
         "kind",

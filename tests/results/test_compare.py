@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from retention_bench.cli import main
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
-from retention_bench.results import Sample, aggregate
 from retention_bench.results.compare import compared, inspected, read
 from retention_bench.results.score_file import ScoreFile
 
@@ -22,6 +21,8 @@ FACTS = [Fact(f"f{i}", f"Town {i}", "state", "{} lies in", "Texas", "Utah" if i 
 def sample(fact, hit, kind="edited", **more):
     target = fact.target_new if kind == "edited" else fact.target_true
     row = {"kind": kind, "fact_id": fact.id, "prompt": fact.prompt.format(fact.subject), "target": target, "hit": hit}
+    row |= {"relation": fact.relation, "strict": hit, "whole": hit}
+    row["outcome"] = ("new" if kind == "edited" else "true") if hit else "other"
     return more | row | {"token_ids": [1, 2], "text": f" {target if hit else 'the [red]sea'}", "logprob": -0.5}
 
 
@@ -35,7 +36,7 @@ def write_run(folder, after):
     folder.mkdir()
     rows = stage_rows("post_edit", 8) + stage_rows("post_finetune", after)
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "results.json").write_text('{"schema_version": 2}')
+    (folder / "results.json").write_text('{"schema_version": 3, "gates": []}')
     FactSet.of(FACTS).write(folder / "facts.jsonl")
     return str(folder)
 
@@ -49,7 +50,14 @@ def score_line(checkpoint, hits, task="edited", **changes):
     """A line of a file of scores, without its hash."""
     samples = [sample(f, i < hits, task) for i, f in enumerate(FACTS[:8])]
     rate = {"hits": hits, "total": 8, "rate": hits / 8, "ci95": [0.0, 1.0]}
-    line = {"checkpoint": checkpoint, "key": "k", "task": f"retention_{task}", **rate, "samples": samples}
+    line = {
+        "checkpoint": checkpoint,
+        "key": "k",
+        "stop_words": 2,
+        "task": f"retention_{task}",
+        **rate,
+        "samples": samples,
+    }
     return line | changes
 
 
@@ -147,7 +155,10 @@ def test_nothing_shared_and_an_unknown_fact_are_usage_errors(scores, runs):
         ('{"run": 7, "loss": 1.25}\n', "line 2: no line of scores"),
         ('{"checkpoint": "c", "sha256": 3}\n', "line 2: no line of scores"),
         (hashed(score_line("c", 1)).replace('"hit": false', '"hit": true'), "line 2 is damaged.*its sha256"),
-        (hashed({"checkpoint": "c", "key": "k", "task": "retention_edited"}), "line 2: hits: Field required"),
+        (
+            hashed({"checkpoint": "c", "key": "k", "task": "retention_edited"}),
+            "line 2 was written by an earlier version",
+        ),
         (hashed(score_line("c", 1, samples=3)), "line 2: samples: Input should be a valid list, got 3"),
         (hashed(score_line("c", 1) | {"task": "perplexity"}), "line 2: task: Unknown task 'perplexity'"),
         (hashed(score_line("c", 1) | {"task": "retention_locality"}), "samples of edited under task"),
@@ -177,7 +188,7 @@ def test_a_malformed_run_is_refused(runs, tmp_path):
         read(runs[0], None)
     samples.write_text(whole)
     (tmp_path / "a" / "results.json").write_text('{"schema_version": 1}')
-    with pytest.raises(RetentionBenchError, match="has schema_version 1; this version reads 2"):
+    with pytest.raises(RetentionBenchError, match="has schema_version 1; this version reads 3"):
         read(runs[0], None)
     for damaged in ("{}", "[]", "{", '{"schema_version": "1"}', "\ud800"):
         (tmp_path / "a" / "results.json").write_text(damaged, errors="surrogatepass")
@@ -202,7 +213,7 @@ def test_the_commands_print_and_write_json(runs, scores, monkeypatch):
         for li in printed[printed.index("From A to B") :].splitlines()
         if li.startswith("edited") or "8 facts" in li
     )
-    assert line == ["edited", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "66"]
+    assert line == ["edited", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "none"]
     assert "lost, edited: f1, f2, f3, f4, f5, f6, f7" in printed
     assert below[-1] == "0.094"  # Holm's, for six pairs
     table = [li for li in printed.splitlines() if not li.lstrip().startswith(("A ", "B ", "C ", "D ", "Left", "lost"))]
@@ -213,39 +224,6 @@ def test_the_commands_print_and_write_json(runs, scores, monkeypatch):
     assert "the [red]sea" in shown
     refused = CliRunner().invoke(main, ["compare", runs[0]])
     assert refused.exit_code == 2
-
-
-def several(models, each):
-    """Samples of some edited models with some facts each; all of a model's facts are lost, or none."""
-    kept = {"post_edit": lambda model: True, "post_finetune": lambda model: model % 2 == 0}
-    rows = [
-        sample(FACTS[0], hit(m), stage=stage, experiment=m) | {"fact_id": f"{m}-{i}"}
-        for stage, hit in kept.items()
-        for m in range(models)
-        for i in range(each)
-    ]
-    for row in (
-        sample(f, True, "intrinsic", stage=s, experiment=m) for s in kept for m in range(models) for f in FACTS
-    ):
-        rows.append(row)
-    return rows + [
-        sample(f, True, "intrinsic", stage=s, experiment=None) for s in ("base", "control_finetune") for f in FACTS
-    ]
-
-
-@pytest.mark.parametrize(("models", "each", "by"), [(6, 5, "fact"), (2, 15, None), (30, 1, None)])
-def test_edits_of_one_model_are_clustered_where_there_are_enough_models(models, each, by):
-    found = aggregate([Sample.model_validate(row) for row in several(models, each)], seed=0)
-    for rate in (found.stages["post_finetune"]["edited"], found.retention.edited):
-        assert (rate.hits, rate.total, rate.clustered_by) == (15, 30, by)
-        assert rate.clusters == (30 if by else None)
-    intrinsic = found.retention.intrinsic
-    assert (intrinsic.clustered_by, intrinsic.clusters) == ("fact", 12)
-    # the same 15 of 30 lost; all of six models' facts are lost or none
-    low, high = found.gap.ci95
-    assert (high - low > 0.8) == (models == 6)
-    assert (found.detectable.gap > 0.6) == (models == 6)
-    assert found.detectable.paired < found.detectable.paired_one_in_20
 
 
 VALUES = st.recursive(

@@ -11,7 +11,7 @@ KINDS = ("edited", "intrinsic", "locality")
 
 
 def row(number):
-    rate = {"hits": number, "total": 3, "rate": number / 3, "ci95": [0.0, 1.0], "samples": []}
+    rate = {"stop_words": 2, "hits": number, "total": 3, "rate": number / 3, "ci95": [0.0, 1.0], "samples": []}
     return {"checkpoint": "a", "key": "k", "task": f"retention_{KINDS[number]}", **rate}
 
 
@@ -117,6 +117,6 @@ def test_a_line_is_found_by_what_was_scored_and_by_its_name(path):
     assert file.find("k", "retention_paraphrase") is None
     assert file.latest("a", "retention_edited") == other
     assert file.latest("b", "retention_edited") is None
-    nothing = {"hits": 0, "total": 0, "rate": None, "ci95": None, "samples": []}
+    nothing = {"stop_words": 2, "hits": 0, "total": 0, "rate": None, "ci95": None, "samples": []}
     file.add({"checkpoint": "c", "key": "k", "task": "retention_edited", **nothing})
     assert len(read_scores(path)) == 5

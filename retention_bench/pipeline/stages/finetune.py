@@ -61,7 +61,7 @@ class Finetune(Stage):
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
 
     model: Model
     facts: Facts

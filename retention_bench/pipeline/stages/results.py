@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from retention_bench.analysis import survival
 from retention_bench.data.durable import write_text
 from retention_bench.facts import FactSet
 from retention_bench.pipeline.stage import Bench, Stage
@@ -18,11 +19,16 @@ from retention_bench.pipeline.stages.finetune import Finetune
 from retention_bench.pipeline.stages.score import Score
 from retention_bench.pipeline.stages.step_matched import step_matched
 from retention_bench.results.aggregate import Run, aggregate, rates
+from retention_bench.results.figure import draw
 from retention_bench.results.schema import SCHEMA_VERSION, Results, Sample
 from retention_bench.results.trajectory import summarise
 from retention_bench.store import OUTSIDE
 from retention_bench.store.store import Store, manifest, versions
 from retention_bench.version import PACKAGE
+
+_Rows = list[dict[str, Any]]
+
+FIGURES = ("survival.svg", "survival.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Gather(Stage):
         return [*(e.finetune for e in self.experiments), self.tuned_control]
 
     def run(self, folder: Path, bench: Bench) -> None:
-        """Write `facts.jsonl`, `samples.jsonl`, `results.json`, and `trajectory.jsonl` where there is one."""
+        """Write facts, samples and results; where the fine-tunes were followed, their trajectory and its figure."""
         facts, asked = self.base.facts.read(bench), self.base.asked(bench)
         scored: list[tuple[int | None, str, Score]] = [(None, "base", self.base)]
         for index, e in enumerate(self.experiments):
@@ -115,19 +121,29 @@ class Gather(Stage):
         scored.append((None, "control_finetune", self.control))
         samples = [s.at(stage, index) for index, stage, score in scored for s in score.read(bench)]
         steps = self._trajectory(bench)
-        results = self._results(bench, facts, asked, samples, steps)
+        matched = step_matched(bench, self.tuned_control, [e.finetune for e in self.experiments])
+        results = self._results(bench, facts, asked, samples, steps, matched)
         facts.write(folder / "facts.jsonl")
         _write_rows(folder / "samples.jsonl", [sample.to_json() for sample in samples])
         if steps:
             _write_rows(folder / "trajectory.jsonl", steps)
+            _write_rows(folder / "step_matched.jsonl", matched)
+        if results.survival is not None and results.survival.curves:
+            for file in FIGURES:
+                draw(
+                    results.survival.model_dump(),
+                    folder / file,
+                    editor=self.editor,
+                    finetune=self.finetune,
+                    model=self.model,
+                )
         results.save(folder / "results.json")
 
     def _results(
-        self, bench: Bench, facts: FactSet, asked: FactSet, samples: list[Sample], steps: list[dict[str, Any]]
+        self, bench: Bench, facts: FactSet, asked: FactSet, samples: list[Sample], steps: _Rows, matched: _Rows
     ) -> Results:
         logs = [finetune.log(bench) for finetune in self.finetunes]
         control, paraphrases = self.tuned_control, self.base.paraphrases
-        matched = step_matched(bench, control, [e.finetune for e in self.experiments])
         counted = aggregate([Run(samples, logs, matched)], min_efficacy=self.min_efficacy)
         row = {
             "schema_version": SCHEMA_VERSION,
@@ -150,7 +166,7 @@ class Gather(Stage):
             "seed": self.seed,
             "seeds": {"facts": self.facts_seed, "edit": self.edit_seed, "finetune": self.finetune_seed},
             "key": self.key,
-            "survival": None,
+            "survival": survival(steps).to_json() if steps else None,
             **{field.name: getattr(counted, field.name) for field in dataclasses.fields(counted)},
             "experiments": [
                 {
