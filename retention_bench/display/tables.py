@@ -19,6 +19,9 @@ from retention_bench.display.streams import screen
 SHOWN = 10
 """How many facts of a list are named; `--json` has all."""
 
+TABLE = 4
+"""How many kinds of question stand side by side."""
+
 TASK = "retention_"
 """What the names of the lm-eval tasks begin with that ask a kind of question each."""
 
@@ -63,16 +66,21 @@ def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     console = screen()
     scored = [row for row in rows if "error" not in row]
     kinds = list(dict.fromkeys(row["task"].removeprefix(TASK) for row in scored if "metrics" not in row))
-    table = Table("", *map(line, kinds), box=SIMPLE_HEAD)
-    for number, name in enumerate(dict.fromkeys(row["checkpoint"] for row in scored), start=1):
+    names = dict.fromkeys(row["checkpoint"] for row in scored)
+    for number, name in enumerate(names, start=1):
         console.print(f"{number:>3}  {line(name)}", soft_wrap=True)
-        own = {row["task"]: row for row in scored if row["checkpoint"] == name}
-        table.add_row(str(number), *(_rate(own.get(f"{TASK}{kind}")) for kind in kinds))
-    if kinds:
+    for some in (
+        kinds[place : place + TABLE] for place in range(0, len(kinds), TABLE)
+    ):  # a few at a time, so that none is cut in a narrow terminal
+        table = Table("", *map(line, some), box=SIMPLE_HEAD)
+        for number, name in enumerate(names, start=1):
+            own = {row["task"]: row for row in scored if row["checkpoint"] == name}
+            table.add_row(str(number), *(_rate(own.get(f"{TASK}{kind}")) for kind in some))
         console.print(table)
+    if kinds:
         console.print(
-            "edited and paraphrase count answers with the new object, locality and intrinsic with the fact's own; with "
-            "95 % intervals, by fact where a fact is asked in several ways."
+            "edited and paraphrase count answers with the new object, locality, intrinsic and edited_true with the "
+            "fact's own; with 95 % intervals, clustered by relation."
         )
     for row in scored:
         if "metrics" in row:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -151,9 +152,13 @@ def _mean(answers: Iterable[Answer], *, bounded: bool = True) -> Estimate:
 
 
 def _stages(runs: Sequence[Run]) -> Rates:
+    groups: dict[tuple[str | None, str], list[Answer]] = defaultdict(list)
+    for run in runs:
+        for sample in run.samples:
+            groups[sample.stage, sample.kind].append(measures.answer(sample, sample.hit)._replace(seed=run.seed))
     found: Rates = {}
     for stage, kind in itertools.product(STAGES, KINDS):
-        if own := _over(runs, lambda run: measures.shares(run.answers.of(stage, kind).values())):  # noqa: B023
+        if own := groups.get((stage, kind)):
             found.setdefault(stage, {})[kind] = _rate(own)
     return found
 

@@ -55,11 +55,6 @@ def answer(sample: Sample, value: float) -> Answer:
     return Answer(sample.relation, value, sample.fact_id, sample.experiment)
 
 
-def shares(samples: Iterable[Sample]) -> list[Answer]:
-    """Whether each question was answered: the paper's rates (equation 1), which ask nothing of what was before."""
-    return [answer(s, s.hit) for s in samples]
-
-
 def kept(answers: Answers, kind: str, *, control: bool = False) -> list[Answer]:
     """Of the questions answered before the fine-tune, whether each still is."""
     return [answer(b, a.hit) for b, a in answers.before_after(kind, control=control) if b.hit]

@@ -75,7 +75,7 @@ def test_editors_apart_by_the_detectable_effect_are_told_apart_in_80_percent(cal
 def test_a_runs_control_is_what_the_base_answered(calibration, tmp_path) -> None:
     def row(stage: str, fact: str, hit: bool, kind: str = "intrinsic") -> str:
         logprob = -0.1 if hit else -4.0
-        return json.dumps({"stage": stage, "kind": kind, "fact_id": fact, "hit": hit, "target_logprob": logprob})
+        return json.dumps({"stage": stage, "kind": kind, "fact_id": fact, "hit": hit, "logprob": logprob})
 
     facts = [{"id": f"f{i}", "relation": f"r{i // 2}"} for i in range(6)]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))

@@ -99,7 +99,9 @@ def test_layers_are_read_as_they_are_written_on_a_command_line(given, layers):
 
 def test_a_request_is_made_from_a_fact():
     fact = Fact("f1", "Rome", "capital", "The city of {} lies in", "Italy", target_new=" Peru ")
-    assert EditRequest.from_fact(fact) == EditRequest("f1", "The city of {} lies in", "Rome", "Peru")
+    assert EditRequest.from_fact(fact) == EditRequest(
+        "f1", "The city of {} lies in", "Rome", "Peru", target_true="Italy"
+    )
     more = EditRequest.from_fact(fact, ["{} is a town of", "In short, the city of {} lies in "])
     assert more.prompts == ("The city of {} lies in", "{} is a town of", "In short, the city of {} lies in")
     with pytest.raises(UsageError, match="'f1': the prompt 'Rome is' must contain"):

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retention_bench.models.families import FAMILIES
-from retention_bench.scoring import MAX_DECODED_TOKENS, RetentionHFLM
+from retention_bench.scoring import MAX_ANSWER_TOKENS, RetentionHFLM
 from retention_bench.scoring import prefixes as prefixes_module
 from retention_bench.scoring.prefixes import MAX_ROW_TOKENS, Row, rows
 
@@ -59,7 +59,7 @@ def test_every_family_reads_rows_like_single_texts(
 ) -> None:
     """Answers equal `generate`, and log-probabilities equal plain lm-eval, which knows nothing of rows."""
     model = make_family_model(family, len(gpt2_tokenizer))
-    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, token: token % 3 != 0)
+    monkeypatch.setattr(RetentionHFLM, "goes_on", lambda _, ids, length: ids[-1] % 3 != 0)
     monkeypatch.setattr(prefixes_module, "MAX_ROW_TOKENS", 40)
     places, verbs = ("France", "Italy", "Japan and Germany"), ("is", "was")
     prompts = [f"The capital of {place} {verb}" for place in places for verb in verbs]
@@ -79,7 +79,7 @@ def test_every_family_reads_rows_like_single_texts(
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = list(lm.tok_encode(prompt))
         with torch.inference_mode():
-            for _ in range(MAX_DECODED_TOKENS):
+            for _ in range(MAX_ANSWER_TOKENS):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
                 if ids[-1] % 3 == 0:
                     break
