@@ -27,7 +27,7 @@ def row(editor: str, finetune: str, model: str, seed: int) -> str:
     def count(rate: dict) -> str:
         return f"{rate['hits']}/{rate['total']}"
 
-    edited, kept, gap = results["stages"]["post_edit"], results["retention"], results["gap"]
+    edited, kept, gap = results["stages"]["post_edit"], results["retention"], results["gap"]["unmatched"]
     logs = [e["finetune_log"] for e in [*results["experiments"], results["control"]]]
     points = "-"  # where no edit took
     if gap["value"] is not None:

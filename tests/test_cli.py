@@ -357,7 +357,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     assert "Of 5000 facts in 30 relations that the base model knew and the edit took" in printed
     assert "Minimum detectable effect: 12 points (80 % power)." in printed
     assert "Decay in log-odds: -0.89 (-1.30 to -0.50)." in printed
-    assert "Gap, unmatched (never edited minus edited; of other relations, the paper's gap): +5 points" in printed
+    assert "Gap, unmatched (intrinsic minus edited; of other relations, the paper's gap): +5 points" in printed
     assert "Gap, matched" not in printed
     assert "Of 7 lost edits the answer became: true 3, related 4." in printed
     assert "Rows of the fine-tune's data; left out: 1,200 have no messages (line 7: [/x])." in printed
@@ -583,7 +583,7 @@ def test_no_figure_is_cut_in_a_narrow_terminal(columns, capsys, monkeypatch):
     left_out = {"too short": {"facts": 4, "first": ["a", "b" * 50, "c", "d"]}, "the same": {"facts": 1, "first": ["e"]}}
     tables.print_scores([row | {"task": f"retention_{kind}", "left_out": left_out} for kind in KINDS], Path("x"))
     printed = capsys.readouterr().out
-    assert printed.count("181 of 200") == 4
+    assert printed.count("181 of 200") == len(KINDS)
     assert f"c: 4 facts are left out: too short (a, {'b' * 37}..., c, ...)" in printed
     assert "c: 1 fact is left out: the same (e)" in printed
 

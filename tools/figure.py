@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from retention_bench.results import KINDS, Rate, Results
+from retention_bench.results.schema import GROUPS
 
 STAGES = {
     "post_edit": ("after the edit", "#8a8f98"),
@@ -22,7 +23,10 @@ STAGES = {
 }
 """What is drawn of each kind of question: the stages, their labels and colours."""
 
-LEFT, PANEL, GAP, RIGHT = 104, 330, 30, 16
+DRAWN = GROUPS["retention"]
+"""The kinds of question that are drawn."""
+
+LEFT, PANEL, GAP, RIGHT = 150, 330, 30, 16
 TOP, ROW, LINE = 84, 76, 20
 """Pixels: the margins, a panel's width, the room between two, a kind's height, the distance of two stages."""
 
@@ -34,7 +38,7 @@ def figure(runs: Sequence[Results]) -> str:
         runs: Results of cells.
     """
     width = LEFT + len(runs) * PANEL + (len(runs) - 1) * GAP + RIGHT
-    height = TOP + len(KINDS) * ROW + 44
+    height = TOP + len(DRAWN) * ROW + 44
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="12" role="img">',
@@ -42,7 +46,7 @@ def figure(runs: Sequence[Results]) -> str:
         f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
         *_legend(),
     ]
-    for row, kind in enumerate(KINDS.values()):
+    for row, kind in enumerate(KINDS[kind] for kind in DRAWN):
         y = TOP + row * ROW + ROW / 2
         parts.append(_text(LEFT - 14, y + 4, kind.label, anchor="end", weight="bold"))
     for column, run in enumerate(runs):
@@ -75,7 +79,7 @@ def _panel(left: float, run: Results, bottom: float) -> Iterator[str]:
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         yield f'<line x1="{at(tick):g}" y1="{TOP - 8}" x2="{at(tick):g}" y2="{bottom:g}" stroke="#e5e7eb"/>'
         yield _text(at(tick), bottom + 18, f"{100 * tick:g} %", anchor="middle", colour="#6b7280")
-    for row, kind in enumerate(KINDS):
+    for row, kind in enumerate(DRAWN):
         for line, (stage, (_, colour)) in enumerate(STAGES.items()):
             y = TOP + row * ROW + ROW / 2 + (line - 1) * LINE
             rate = run.stages.get(stage, {}).get(kind)

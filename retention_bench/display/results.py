@@ -95,7 +95,7 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     console.print(
         "\nedited: the edited facts, answered with the new object; edited_true: the same prompts, answered with the "
         "true one; paraphrase: the edited facts in other words. locality: other subjects that share an edited fact's "
-        "true object; intrinsic: facts never edited, of other relations; intrinsic_matched: of the same relations.\n"
+        "true object; intrinsic: facts that no edit is about, of other relations; intrinsic_matched: of the same relations.\n"
     )
     console.print(_kept(results))
     console.print(
@@ -216,7 +216,7 @@ def _print_rest(results: Mapping[str, Any]) -> None:
     for name, what in (("unmatched", "of other relations, the paper's gap"), ("matched", "of the same relations")):
         if gap[name]["value"] is not None:
             console.print(
-                f"Gap, {name} (never edited minus edited; {what}): {_points(gap[name])}. {_effect(gap[name])}",
+                f"Gap, {name} (intrinsic minus edited; {what}): {_points(gap[name])}. {_effect(gap[name])}",
                 soft_wrap=True,
             )
     if gone := sum(results["lost"].values()):

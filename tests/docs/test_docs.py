@@ -27,7 +27,8 @@ from retention_bench.cli.group import COMMANDS
 from retention_bench.facts import Fact
 from retention_bench.models import read_manifest
 from retention_bench.pipeline.suite import PACKAGED, load_suite
-from retention_bench.results import KINDS, Kind, Rate
+from retention_bench.results import Kind, Rate
+from retention_bench.results.schema import GROUPS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,7 +73,7 @@ def one(language, use):
 CHECKED = {
     "bash": {""},
     "bibtex": {""},
-    "json": {"rate", "fact", "manifest"},
+    "json": {"rate", "fact", "manifest", "worked", "counted"},
     "python": {"", "quick", "finished", "editor", "finetune", "kind"},
     "text": {""},
     "toml": {""},
@@ -353,7 +354,7 @@ def test_python_that_is_quick(block):
 def readme_table():
     """The rows of the README's table of the main job: kind, and a cell a stage."""
     rows = re.findall(r"^\| (\w+) \| (\d+ of \d+) \| (.+) \| (.+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.M)
-    assert [row[0] for row in rows] == list(KINDS)
+    assert [row[0] for row in rows] == list(GROUPS["retention"])
     return rows
 
 
@@ -370,7 +371,7 @@ def test_the_figure_has_a_mark_for_every_rate(finished):
 
     results = finished[1]["results"]
     drawn = figure([results, results])
-    rates = [results.stages[stage].get(kind) for kind in KINDS for stage in STAGES]
+    rates = [results.stages[stage].get(kind) for kind in GROUPS["retention"] for stage in STAGES]
     asked = [rate for rate in rates if rate is not None and rate.rate is not None]
     assert re.findall(r">(\d+/\d+)<", drawn) == 2 * [f"{rate.hits}/{rate.total}" for rate in asked]
     assert ElementTree.fromstring(drawn).tag.endswith("svg")

@@ -131,7 +131,7 @@ def test_the_continued_control_is_the_control_that_goes_so_far(short, tiny):
     rows = step_matched(bench, control, [longer.tuned_control])  # any that stopped later
     own = [{"experiment": 0, "stopped": 3, **row} for row in longer.tuned_control.trajectory(bench)]
     assert rows == [row for row in own if row["step"] == 3]
-    assert len(rows) == 5
+    assert len(rows) == len({row["fact_id"] for row in rows}) > 5
     first = [row for row in own if row["step"] < 2]
     assert [{"experiment": 0, "stopped": 3, **row} for row in control.trajectory(bench)] == first
 

@@ -53,6 +53,7 @@ def pupil(tmp_path, monkeypatch, small_suite):
     (about / "entry_points.txt").write_text("[retention_bench.editors]\npupil = pupils:Pupil\n")
     monkeypatch.syspath_prepend(tmp_path)
     suite = yaml.safe_load(small_suite.read_text())
+    suite["facts"]["intrinsic_matched"] = 0
     suite["models"]["atlas-gpt2"]["editors"]["diligent"] = {"editor": "pupil", "lessons": 2}
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump(suite))
