@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -187,9 +188,9 @@ def evaluate(
     cell = Cell(load_suite(suite, overrides), device=chosen_device(device), track_every=track_every, **chosen)
     planned = plan(cell)
     if seeds is not None:
-        given: dict[str, object] = {"--plan": plan_file, "--dry-run": dry_run, "--probe-fact": probe_fact}
+        given: dict[str, object] = {"--plan": plan_file, "--probe-fact": probe_fact}
         given["--save-checkpoints"] = save_checkpoints
-        _evaluate_seeds(cell, seeds, store, out or default_folder(cell, planned).parent, as_json, given)
+        _evaluate_seeds(cell, seeds, store, out or default_folder(cell, planned).parent, as_json, dry_run, given)
         return
     out = out or default_folder(cell, planned)
     if probe_fact:
@@ -225,11 +226,13 @@ def evaluate(
 
 
 def _evaluate_seeds(
-    cell: Cell, seeds: str, store: Store, out: Path, as_json: bool, given: Mapping[str, object]
+    cell: Cell, seeds: str, store: Store, out: Path, as_json: bool, dry_run: bool, given: Mapping[str, object]
 ) -> None:
     """Run the cell with several seeds, and print what they have together."""
     from retention_bench.display.progress import show_progress
-    from retention_bench.display.results import print_seeds
+    from retention_bench.display.results import print_plan, print_seeds
+    from retention_bench.pipeline import plan
+    from retention_bench.pipeline.run import preview
     from retention_bench.pipeline.seeds import announced, evaluate_seeds, parse_seeds
 
     numbers = parse_seeds(seeds)
@@ -239,6 +242,16 @@ def _evaluate_seeds(
     if cell.seed:
         raise UsageError("--seed and --seeds are both given. Give one of them.")
     folder = out / f"seeds-{re.sub(r'[^0-9-]+', '_', seeds)}"
+    if dry_run:
+        plans = {seed: plan(dataclasses.replace(cell, seed=seed)) for seed in numbers}
+        found = {seed: preview(own, store=store, out=folder / f"seed-{seed}") for seed, own in plans.items()}
+        if as_json:
+            say_json(found)
+            return
+        for seed, own in found.items():
+            click.echo(f"seed {seed}")
+            print_plan(own["stages"], store.root, own["estimate"], own["data"])
+        return
     with show_progress(announced(cell, numbers, store)) as (announce, progress):
         results = evaluate_seeds(cell, numbers, store=store, out=folder, progress=progress, announce=announce)
     if as_json:

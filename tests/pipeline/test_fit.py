@@ -91,7 +91,7 @@ def test_an_editor_is_trained_once_goes_on_where_it_was_cut_off_and_edits_with_w
 
     trained = FactSet.read(folder / "facts.jsonl")
     drawn = FactSet.read(store.find(planned.base.facts) / "facts.jsonl")
-    subjects = {fact.subject for fact in drawn}
+    ids = {fact.id for fact in drawn}
     assert not {fact.subject for fact in trained} & subjects
     pool = read_pool(pupil.suite.facts.source)
     assert len(trained) == sum(fact.subject not in subjects for fact in pool) < len(pool) - len(drawn)
@@ -111,17 +111,17 @@ def test_what_an_editor_was_trained_with_is_a_part_of_its_edits_keys(pupil, tmp_
 
 
 def test_a_pool_without_facts_to_train_on_is_refused_with_that_reason(pupil, tmp_path):
-    # As many facts are drawn as there are, apart from those of the same subjects.
+    # As many facts are drawn as there are.
     pool = read_pool(pupil.suite.facts.source)
     store = Store(tmp_path / "store")
     with pytest.raises(RetentionBenchError, match="cut off"):
         evaluate(pupil, store=store, out=tmp_path / "out")
     planned = plan(pupil)
     drawn = FactSet.read(store.find(planned.base.facts) / "facts.jsonl")
-    subjects = {fact.subject for fact in drawn}
+    ids = {fact.id for fact in drawn}
     suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
     suite["facts"]["source"] = str(tmp_path / "few.jsonl")
-    FactSet.of(fact for fact in pool if fact.subject in subjects).write(tmp_path / "few.jsonl")
+    FactSet.of(fact for fact in pool if fact.id in ids).write(tmp_path / "few.jsonl")
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     cell = Cell(load_suite(str(tmp_path / "suite.yaml")), None, "diligent", "tulu3", 3, "cpu")
     with pytest.raises(RetentionBenchError, match="diligent trains before it edits, and of the .* none is left"):
