@@ -246,7 +246,8 @@ def _evaluate_seeds(
         plans = {seed: plan(dataclasses.replace(cell, seed=seed)) for seed in numbers}
         found = {seed: preview(own, store=store, out=folder / f"seed-{seed}") for seed, own in plans.items()}
         if as_json:
-            say_json(found)
+            stages = {stage["key"]: stage for own in found.values() for stage in own["stages"]}  # shared ones once
+            say_json({"stages": list(stages.values()), "seeds": found})
             return
         for seed, own in found.items():
             click.echo(f"seed {seed}")

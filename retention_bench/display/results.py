@@ -95,7 +95,7 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     console.print(
         "\nedited: the edited facts, answered with the new object; edited_true: the same prompts, answered with the "
         "true one; paraphrase: the edited facts in other words. locality: other subjects that share an edited fact's "
-        "true object; intrinsic: facts that no edit is about, of other relations; intrinsic_matched: of the same ones.\n"
+        "true object; intrinsic: facts that no edit is about, of other relations; intrinsic_matched: of the same.\n"
     )
     console.print(_kept(results))
     console.print(

@@ -91,7 +91,7 @@ def test_an_editor_is_trained_once_goes_on_where_it_was_cut_off_and_edits_with_w
 
     trained = FactSet.read(folder / "facts.jsonl")
     drawn = FactSet.read(store.find(planned.base.facts) / "facts.jsonl")
-    ids = {fact.id for fact in drawn}
+    subjects = {fact.subject for fact in drawn}
     assert not {fact.subject for fact in trained} & subjects
     pool = read_pool(pupil.suite.facts.source)
     assert len(trained) == sum(fact.subject not in subjects for fact in pool) < len(pool) - len(drawn)
