@@ -1,7 +1,13 @@
-import pytest
+import json
 
+import pytest
+from click.testing import CliRunner
+
+from retention_bench.cli import main
 from retention_bench.errors import UsageError
 from retention_bench.pipeline.seeds import parse_seeds
+from retention_bench.results import Results
+from retention_bench.results.seeds import SeedsResults
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-4", (0, 1, 2, 3, 4)), ("0,2,5", (0, 2, 5)), ("7, 1-2", (7, 1, 2))])
@@ -13,3 +19,41 @@ def test_seeds_are_lists_and_ranges(text, seeds):
 def test_other_seeds_are_refused(text):
     with pytest.raises(UsageError, match="Give"):
         parse_seeds(text)
+
+
+def test_several_seeds_are_run_counted_together_and_cost_nothing_again(small_suite, tmp_path, monkeypatch):
+    monkeypatch.setenv("RETENTION_BENCH_STORE", str(tmp_path / "store"))
+    words = ["evaluate", "--suite", str(small_suite), "--editor", "ft", "--finetune", "tulu3", "--device", "cpu"]
+    words += ["--seeds", "0,3", "--facts-seed", "0", "--out", str(tmp_path / "out")]
+    first = CliRunner().invoke(main, [*words, "--json"])
+    assert first.exit_code == 0, first.stderr
+    folder = tmp_path / "out" / "seeds-0_3"
+    found = SeedsResults.load(folder)
+    assert json.loads(first.stdout) == found.to_dict()
+    assert [(run.seed, run.seeds.facts, run.seeds.finetune) for run in found.runs] == [(0, 0, 0), (3, 0, 3)]
+    own = [Results.load(folder / f"seed-{seed}") for seed in (0, 3)]
+    assert [run.key for run in found.runs] == [one.key for one in own]
+    assert len({one.provenance["facts_sha256"] for one in own}) == 1  # the facts have a seed of their own
+    rates = [one.stages["post_finetune"]["intrinsic"] for one in own]
+    together = found.stages["post_finetune"]["intrinsic"]
+    assert together.rate == pytest.approx(sum(rate.rate for rate in rates) / 2)
+    assert together.total == sum(rate.total for rate in rates)
+    assert not found.ranked  # so few facts and steps
+    assert {gate.text.partition(":")[0] for gate in found.gates} == {"seed 0", "seed 3"}
+    again = CliRunner().invoke(main, words)
+    assert again.exit_code == 0, again.stderr
+    assert "2 seeds" in again.stdout
+    assert "fine-tune:" not in again.stderr  # all of it is in the store
+    shown = CliRunner().invoke(main, ["show", str(folder)])
+    assert shown.exit_code == 0
+    assert "Means over seeds" in shown.stdout
+    paper = CliRunner().invoke(main, ["show", str(folder / "seed-3"), "--paper", "--json"])
+    assert set(json.loads(paper.stdout)["post_edit"]) == {"edited", "intrinsic"}
+
+
+def test_one_seed_and_several_are_not_given_together(small_suite):
+    words = ["evaluate", "--suite", str(small_suite), "--editor", "ft", "--finetune", "tulu3", "--device", "cpu"]
+    refused = CliRunner().invoke(main, [*words, "--seeds", "0-2", "--seed", "4"])
+    assert (refused.exit_code, "Give one of them" in refused.stderr) == (2, True)
+    refused = CliRunner().invoke(main, [*words, "--seeds", "0-2", "--save-checkpoints"])
+    assert (refused.exit_code, "--save-checkpoints is for one seed" in refused.stderr) == (2, True)
