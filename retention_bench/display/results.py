@@ -354,9 +354,14 @@ def _points(difference: Mapping[str, Any]) -> str:
     if difference["value"] is None:
         return "none, as a side has no fact"
     if difference["ci95"] is None:
-        return f"{100 * difference['value']:+.0f} points, with no interval"
-    low, high = (100 * end for end in difference["ci95"])
-    return f"{100 * difference['value']:+.0f} points (95 % interval {low:+.0f} to {high:+.0f})"
+        return f"{_signed(difference['value'])} points, with no interval"
+    low, high = map(_signed, difference["ci95"])
+    return f"{_signed(difference['value'])} points (95 % interval {low} to {high})"
+
+
+def _signed(share: float) -> str:
+    """A difference of shares in whole points; there is no -0."""
+    return f"{round(100 * share) or 0:+d}"
 
 
 def _nats(change: Mapping[str, Any]) -> str:
