@@ -225,7 +225,8 @@ def test_a_fact_is_not_followed_without_a_trajectory():
     assert "--probe-fact needs the trajectory" in result.output
 
 
-def test_a_horizon_and_no_trajectory_are_plans_and_folders_of_their_own():
+def test_a_horizon_and_no_trajectory_are_plans_and_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETENTION_BENCH_STORE", str(tmp_path))  # an empty one: all steps are to be taken
     words = ["evaluate", "--editor", "ft", "--finetune", "tulu3", "--dry-run", "--json"]
     plans = [json.loads(run(*words, *more).output) for more in ([], ["--horizon", "steps:7"], ["--track-every", "off"])]
     keys = [{stage["key"] for stage in found["stages"] if stage["stage"] == "finetune"} for found in plans]

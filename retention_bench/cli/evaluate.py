@@ -249,8 +249,7 @@ def _evaluate_seeds(
             stages = {stage["key"]: stage for own in found.values() for stage in own["stages"]}  # shared ones once
             say_json({"stages": list(stages.values()), "seeds": found})
             return
-        for seed, own in found.items():
-            click.echo(f"seed {seed}")
+        for own in found.values():
             print_plan(own["stages"], store.root, own["estimate"], own["data"])
         return
     with show_progress(announced(cell, numbers, store)) as (announce, progress):
