@@ -279,7 +279,7 @@ def test_plain_lm_eval_with_its_vllm_model_finds_the_same_rates(tmp_path: Path) 
 
 @engine_test
 def test_a_prompt_that_leaves_no_room_is_refused(case: Case, engine: VLLMEngine) -> None:
-    with pytest.raises(RetentionBenchError, match=r"can answer prompts of 1 to 248 tokens \(context 256"):
+    with pytest.raises(RetentionBenchError, match=r"can answer prompts of 1 to 232 tokens \(context 256"):
         engine.lm.generate_until([Instance("generate_until", {}, ("Rome " * 300, {}), 0)])
 
 

@@ -52,7 +52,7 @@ def check_parity(
     from retention_bench.scoring import score_lm
     from retention_bench.scoring.quiet_lm_eval import quiet_lm_eval
 
-    ours = score_lm(engine.lm, _few(facts, PARITY_PROMPTS), kinds=("edited", "intrinsic"))
+    ours = score_lm(engine.lm, _few(facts, PARITY_PROMPTS), kinds=("edited", "intrinsic", "intrinsic_matched"))
     # On a GPU vLLM leaves no room for another model.
     model, tokenizer = fresh_model(checkpoint, "cpu" if backend == "vllm" else device)
     with quiet_lm_eval():
