@@ -94,7 +94,7 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     console.print(_answered(results, ""))
     console.print(
         "\nedited: the edited facts, answered with the new object; edited_true: the same prompts, answered with the "
-        "true one; paraphrase: the edited facts in other words. locality: other subjects that share an edited fact's "
+        "true one; paraphrase: the edited facts, by paraphrases. locality: other subjects that share an edited fact's "
         "true object; intrinsic: facts that no edit is about, of other relations; intrinsic_matched: of the same.\n"
     )
     console.print(_kept(results))

@@ -63,7 +63,7 @@ def gates(
         facts, relations = len({s.fact_id for s in some}), len({s.relation for s in some})
         what = {
             "edited": "edited facts that the base model knew and the edit took",
-            "intrinsic": "facts never edited that the base model knew",
+            "intrinsic": "intrinsic facts that the base model knew",
         }[side]
         found += [
             Gate(

@@ -326,10 +326,10 @@ class Retention(_Typed):
 
     Attributes:
         edited: Edited facts, in the edited models.
-        paraphrase: The same in other words.
+        paraphrase: The same facts, asked by their paraphrases.
         locality: Questions about other subjects with an edited fact's true object.
-        intrinsic: Facts never edited, of other relations, in the edited models.
-        intrinsic_matched: Facts never edited, of the edited facts' relations.
+        intrinsic: Intrinsic facts, in the edited models.
+        intrinsic_matched: Intrinsic facts of the relations of the edited ones, in the edited models.
         control_edited_true: The edited facts' true objects, in the unedited control.
         control_intrinsic: Intrinsic facts, in the control.
         control_intrinsic_matched: Matched facts, in the control.
@@ -346,7 +346,7 @@ class Retention(_Typed):
 
 
 class Gaps(_Typed):
-    """Retention of facts never edited minus that of edited facts, in the edited models (MEASURES, 6).
+    """Retention of intrinsic facts minus that of edited facts, in the edited models (MEASURES, 6).
 
     Attributes:
         unmatched: Against intrinsic facts: the paper's gap, of different relations on the two sides.
@@ -486,7 +486,7 @@ class Results(_Typed):
         survival: The same along the fine-tune; None where it was not followed.
         retention: What survived, of what was there before.
         stages: Hit rates of all models together, whatever was right before: the paper's retention rates (equation 1).
-        gap: Facts never edited against edited ones.
+        gap: Intrinsic facts against edited ones.
         lost: What the edited models answer in the place of edits that took and are lost.
         confidence: Retention by the target's probability before the fine-tune.
         collateral: By kind, what edits did to other facts.
