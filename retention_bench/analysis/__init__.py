@@ -3,10 +3,10 @@
 from retention_bench.analysis.clusters import MODELS, Answer
 from retention_bench.analysis.comparison import Comparison, about_fact, compare, rank
 from retention_bench.analysis.estimates import Estimate, gap, mean
-from retention_bench.analysis.intervals import Rate, clustered, rate, retained
+from retention_bench.analysis.intervals import Rate, clustered, rate
 from retention_bench.analysis.logodds import is_clipped, logit
 from retention_bench.analysis.paired import holm, mcnemar, sign_flips
-from retention_bench.analysis.power import detectable, detectable_paired
+from retention_bench.analysis.power import detectable
 from retention_bench.analysis.ranks import Rank, rank_intervals
 from retention_bench.analysis.survival import survival
 
@@ -21,7 +21,6 @@ __all__ = [
     "clustered",
     "compare",
     "detectable",
-    "detectable_paired",
     "gap",
     "holm",
     "is_clipped",
@@ -31,7 +30,6 @@ __all__ = [
     "rank",
     "rank_intervals",
     "rate",
-    "retained",
     "sign_flips",
     "survival",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,18 +121,3 @@ def wilson(p: np.ndarray, n: np.ndarray, quantile: np.ndarray | float = Z) -> tu
     """Wilson's interval for rates p of n trials, which need not be whole numbers."""
     centre, half = p + quantile**2 / (2 * n), quantile * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))
     return (centre - half) / (1 + quantile**2 / n), (centre + half) / (1 + quantile**2 / n)
-
-
-def retained(before: Mapping[Any, Answer], after: Mapping[Any, Answer]) -> list[Answer]:
-    """The answers after, of those questions that were answered before: what a retention is a share of.
-
-    Args:
-        before: The answer to each question, by a key of one's own choice.
-        after: The same questions, later.
-
-    Raises:
-        ValueError: The two do not have the same keys.
-    """
-    if before.keys() != after.keys():
-        raise ValueError(f"before and after differ in keys: {sorted(map(str, before.keys() ^ after.keys()))[:5]}")
-    return [after[key] for key, answer in before.items() if answer.value]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from retention_bench.analysis import Answer, Rate, clustered, rate, retained
+from retention_bench.analysis import Answer, Rate, clustered, rate
 
 trials = st.integers(1, 5000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
 
@@ -140,11 +140,3 @@ def test_seeds_count_alike_and_widen_the_interval_where_they_differ() -> None:
     by_seed = [np.mean([a.value for a in answers if a.seed == s]) for s in (0, 1)]
     assert found.rate == pytest.approx(np.mean(by_seed)) != pooled.rate
     assert found.effective < 0.5 * pooled.effective
-
-
-def test_retained_are_the_answers_that_were_right_before() -> None:
-    before = {key: Answer(key, hit) for key, hit in {"a": True, "b": True, "c": False, "d": True}.items()}
-    after = {key: Answer(key, hit) for key, hit in {"a": True, "b": False, "c": True, "d": True}.items()}
-    assert clustered(retained(before, after)) == rate(2, 3)
-    with pytest.raises(ValueError, match="'c'"):
-        retained({"a": Answer("r", True)}, {"a": Answer("r", True), "c": Answer("r", True)})

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from retention_bench.analysis import (
     Answer,
-    detectable_paired,
     holm,
     mcnemar,
     rank_intervals,
@@ -93,22 +92,6 @@ def test_holm_does_not_depend_on_the_order_given(p: list[float], random) -> None
     places = list(range(len(p)))
     random.shuffle(places)
     assert holm([p[i] for i in places]) == [holm(p)[i] for i in places]
-
-
-@pytest.mark.parametrize(("n", "other_way"), [(50, 0.0), (50, 0.05), (100, 0.1), (20, 0.0)])
-def test_detectable_paired_has_the_power_it_states(n: int, other_way: float) -> None:
-    delta = detectable_paired(n, other_way)
-    assert delta is not None
-    rng = np.random.default_rng(4)
-    counts = rng.multinomial(n, [delta + other_way, other_way, 1 - delta - 2 * other_way], size=4000)
-    found = np.mean([mcnemar(int(one), int(other)) < 0.05 for one, other, _ in counts])
-    assert found == pytest.approx(0.8, abs=0.025)
-
-
-def test_too_few_facts_show_nothing() -> None:
-    assert detectable_paired(5) is None  # 5 of 5 one way: p = 0.0625
-    assert detectable_paired(6) == pytest.approx(0.8 ** (1 / 6), abs=1e-6)  # all six must change
-    assert detectable_paired(50, 0.5) is None
 
 
 def entry(hits: np.ndarray, relations: int = 50) -> list[Answer]:
