@@ -147,7 +147,7 @@ def test_the_report_counts_rows_by_kind_and_shows_the_first():
     assert [contamination.passes(text) for text in texts] == [False, False, True, *[False] * 30]
     report = contamination.report().to_json()
     assert (report["seen"], report["removed"]) == (33, 32)
-    assert report["by_kind"] == {"subject": 1, "object": 31, "keyword": 1}
+    assert report["by_kind"] == {"subject": 1, "subject_without_number": 0, "object": 31, "keyword": 1}
     assert len(report["samples"]) == 20
     assert report["samples"][1] == {"kind": "keyword", "term": "country", "excerpt": "which country?"}
 
