@@ -16,9 +16,10 @@ the rows. The script ends with an error if a planted mention is missed or anothe
         [--read 30]
 
 Facts drawn from a pool as a cell draws them, but that no model says which are known; all facts with `--edited 0`. Of
-every file of rows (see `finetune.dataset_formats`): how many rows each rule takes out, how many of them no other does,
-and how many pass since a name is a common word there. `--read` prints that many mentions of each rule to be judged by
-a reader, one row a term as long as there are others.
+every file of rows (see `finetune.dataset_formats`): how many rows each rule takes out, and how many of them no other
+does; how many the keywords of one relation do (of the relation with the fewest, the middle one, that with the most);
+and how many pass, as to their names, since a name is a common word there. `--read` prints that many mentions of each
+rule for a reader to judge, of as many terms as there are.
 """
 
 import argparse
@@ -255,10 +256,16 @@ def rules(facts: list[Fact], keywords: dict[str, tuple[str, ...]], path: str, re
         for kind, mentions in found.items():
             for mention in mentions:
                 shown[kind][mention.term].append(mention.excerpt)
+    of_one = sorted(
+        sum(bool(own.find(text)) for text in texts)
+        for own in (Matcher(Terms(keywords=keywords[r])) for r in sorted({fact.relation for fact in facts}))
+    )
     for kind in (*KINDS, "any but keyword", "any", "common word"):
         few = ", ".join(f"{t} {len(e)}" for t, e in sorted(shown[kind].items(), key=lambda x: -len(x[1]))[:8])
         own = f"{alone[kind]:,}" if kind in (*KINDS, "common word") else ""
         print(f"| {Path(path).name} | {len(texts):,} | {kind} | {removed[kind]:,} | {own} | {few} |")
+    low, middle, high = of_one[0], of_one[len(of_one) // 2], of_one[-1]
+    print(f"| {Path(path).name} | {len(texts):,} | keywords of one relation | {low:,}; {middle:,}; {high:,} | | |")
     rng = random.Random(0)
     for kind, by_term in shown.items() if read else ():
         picked = []

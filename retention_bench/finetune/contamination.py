@@ -79,7 +79,8 @@ class ContaminationFilter:
         """Learn from rows which names are common words in them, before they are asked for; they are not counted.
 
         A name with capitals is one if it stands in small letters in `SMALL_ROWS` rows or more, and in `SMALL_SHARE` of
-        those that mention it. Rows without any capital say nothing. Where a filter looks twice, all rows count.
+        those that mention it. For one word that a subject is without its number, one row is enough, as it must be
+        specific by itself. Rows without any capital say nothing. Where a filter looks twice, all rows count.
 
         Args:
             texts: The rows' texts.
@@ -88,13 +89,13 @@ class ContaminationFilter:
             for name, small, capital in self._any_case.cases(text):
                 self._small[name] += small
                 self._capital[name] += capital
-        self._common = tuple(
-            sorted(
-                name
-                for name, small in self._small.items()
-                if small >= max(SMALL_ROWS, SMALL_SHARE * (small + self._capital[name]))
-            )
+        alone = {name for name in self._terms.subjects_without_number if len(name.split()) == 1}
+        common = (
+            name
+            for name, small in self._small.items()
+            if small >= (1 if name in alone else SMALL_ROWS) and small >= SMALL_SHARE * (small + self._capital[name])
         )
+        self._common = tuple(sorted(common))
         self._matcher = Matcher(self._terms, self._common)
 
     def passes(self, text: str) -> bool:
