@@ -159,8 +159,11 @@ class Matcher:
                 characters than letters and digits is found.
         """
         normal = _normalise(text)
+        terms = self._candidates(normal)
+        if not terms:
+            return []
         mentions = []
-        for term in self._candidates(normal):
+        for term in terms:
             searched = normal
             if term.hides is not None and _has_capitals(text):
                 searched = _normalise(term.hides.sub(_HIDDEN, _compatible(text)))
@@ -193,7 +196,7 @@ class Matcher:
                 lower = len(_pattern(small).findall(cased))
                 yield name, lower > 0, total > lower
 
-    def _candidates(self, normal: str) -> Iterator[_Term]:
+    def _candidates(self, normal: str) -> list[_Term]:
         """The terms that a normalised text has a piece of."""
         encoded = _utf8(normal)
         pieces = set()
@@ -205,8 +208,7 @@ class Matcher:
             if limit_after and encoded[end : end + 1].isalnum():
                 continue
             pieces.add(piece)
-        for piece in pieces:
-            yield from self._terms[piece]
+        return [term for piece in pieces for term in self._terms[piece]]
 
 
 def without_number(name: str) -> str | None:
