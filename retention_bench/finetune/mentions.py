@@ -36,9 +36,6 @@ _BEFORE_NUMBER = frozenset(
 )
 """Words that go with the number behind them: "Symphony No. 5", "Revolution of 1956"."""
 
-_HIDDEN = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""What stands in the place of a common word: no letter, no space and in no name."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
@@ -107,7 +104,7 @@ class _Term(NamedTuple):
     kind: Kind
     term: str
     pattern: re.Pattern[str]
-    hides: re.Pattern[str] | None  # of a name that is a common word, as it stands in small letters
+    common: bool
 
 
 class Matcher:
@@ -138,10 +135,8 @@ class Matcher:
                 piece = max(_normalise(begins).split(), key=len)
                 if goes_on:
                     open_ended.add(piece)
-                hides = None
-                if kind != "keyword" and name in self._common:
-                    hides = _pattern(_compatible(name).lower())
-                by_piece[piece].append(_Term(kind, name, _pattern(_normalise(begins), goes_on), hides))
+                is_common = kind != "keyword" and name in self._common
+                by_piece[piece].append(_Term(kind, name, _pattern(_normalise(begins), goes_on), is_common))
         self._terms = list(by_piece.values())
         self._limits = [(p[0].isalnum(), p[-1].isalnum() and p not in open_ended) for p in by_piece]
         # The whole table of transitions: twice as fast as the default, which saves memory with more than a few terms.
@@ -163,13 +158,16 @@ class Matcher:
         if not terms:
             return []
         mentions = []
-        for term in terms:
-            searched = normal
-            if term.hides is not None and _has_capitals(text):
-                searched = _normalise(term.hides.sub(_HIDDEN, _compatible(text)))
-            if found := term.pattern.search(searched):
+        for kind, name, pattern, is_common in terms:
+            found, searched = pattern.search(normal), normal
+            if found and is_common and _has_capitals(text):
+                places = list(_places(name, text))
+                # A form that only casefolding knows for the name's ("STRASSE") has no place, and is a mention.
+                found = next((place for place, small in places if not small), None) if places else found
+                searched = found.string if found else normal
+            if found:
                 start, end = max(found.start() - _EXCERPT, 0), found.end() + _EXCERPT
-                mentions.append(Mention(term.kind, term.term, " ".join(searched[start:end].split())))
+                mentions.append(Mention(kind, name, " ".join(searched[start:end].split())))
         subjects = {mention.term for mention in mentions if mention.kind == "subject"}
         # A subject is not counted twice.
         return sorted(
@@ -185,16 +183,14 @@ class Matcher:
         """
         if not _has_capitals(text):
             return
-        normal, cased = _normalise(text), _compatible(text)
         seen = set()
-        for kind, name, pattern, _ in self._candidates(normal):
-            small = _compatible(name).lower()
-            if kind == "keyword" or name in seen or small == _compatible(name):
+        for kind, name, pattern, _ in self._candidates(normal := _normalise(text)):
+            if kind == "keyword" or name in seen or not _has_capitals(name):
                 continue
             seen.add(name)
-            if total := len(pattern.findall(normal)):
-                lower = len(_pattern(small).findall(cased))
-                yield name, lower > 0, total > lower
+            if pattern.search(normal):
+                small = {small for _, small in _places(name, text)}
+                yield name, True in small, small != {True}
 
     def _candidates(self, normal: str) -> list[_Term]:
         """The terms that a normalised text has a piece of."""
@@ -239,6 +235,22 @@ def without_number(name: str) -> str | None:
 
 def _has_capitals(text: str) -> bool:
     return text != text.lower()
+
+
+def _places(name: str, text: str) -> Iterator[tuple[re.Match[str], bool]]:
+    """Where a name stands in a text, in any case, and whether in small letters; places may overlap."""
+    cased = _compatible(text)
+    low, at = _small(cased), 0
+    pattern = _pattern(_small(_compatible(name)))
+    while found := pattern.search(low, at):
+        yield found, not _has_capitals(cased[found.start() : found.end()])
+        at = found.start() + 1
+
+
+def _small(text: str) -> str:
+    """A text in small letters, but for the few characters that are several then: all others keep their place."""
+    small = text.lower()
+    return small if len(small) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 def _normalise(text: str) -> str:
