@@ -204,7 +204,7 @@ class Matcher:
             if limit_after and encoded[end : end + 1].isalnum():
                 continue
             pieces.add(piece)
-        return [term for piece in pieces for term in self._terms[piece]]
+        return [term for piece in pieces for term in self._terms[piece]] if pieces else []
 
 
 def without_number(name: str) -> str | None:
