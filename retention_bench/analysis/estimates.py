@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from retention_bench.analysis.clusters import Answer, Side, by_fact, layout, spread
-from retention_bench.analysis.intervals import wilson
+from retention_bench.analysis.clusters import Answer, Side, layout, spread
+from retention_bench.analysis.intervals import ALIKE, least_variance, wilson
 from retention_bench.analysis.power import detectable
+
+_ROUNDING = 1e-9
+"""An error that is as small beside the values is none."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class Estimate:
     Attributes:
         value: The estimate; None where a side has no answer.
         ci95: Lower and upper end of the 95 % interval; None where value is. Where a side has a single relation nothing
-            is known of others: the interval is the whole range, and None where there is no range. None too where values
-            without a range are all the same, which says nothing about how they spread.
+            is known of others: the interval is the whole range, and None where there is no range. None too where the
+            relations' means of values without a range are all the same, which says nothing about how they spread.
         n: Number of facts, of the smaller side.
         clusters: Number of relations.
         df: Degrees of freedom of the interval, at most the number of relations less the number of unmatched sides;
@@ -100,7 +103,8 @@ def _contrast(sides: Sequence[tuple[list[Answer], float]], bounded: bool) -> Est
     if found is None:
         return Estimate(value, (-1.0, 1.0) if bounded else None, facts, clusters, None, None)
     low, high, error, df = (float(part[0]) for part in found)
-    if not error:
+    # Of equal values sums differ by rounding.
+    if error <= _ROUNDING * max(1.0, *(float(np.abs(values).max()) for _, values, _ in signed)):
         return Estimate(value, None, facts, clusters, df, None)
     low, high = min(low, value), max(high, value)
     effect = detectable(error, df)
@@ -151,9 +155,9 @@ def _from_sides(
         alone = spread([(side, values, 1.0)], skewed=True)
         assert alone is not None  # there are several relations, or there were no variance
         # By chance all relations may agree better than they could: half as wide as if facts were independent, at least.
-        own = np.maximum(alone.variance, by_fact(side, values) / 4)
-        alike = (p < 1e-12) | (p > 1 - 1e-12)
-        n = np.where(alike, side.facts, np.divide(p * (1 - p), own, out=np.ones_like(p), where=own > 0))
+        own = np.maximum(alone.variance, least_variance(side, values) / 4)
+        alike = alone.variance < ALIKE
+        n = np.where(alike, side.distinct, p * (1 - p) / np.where(alike, 1.0, own))
         low, high = wilson(p, n, critical)
         parts.append((p, low, high, alone.variance))
     (p, p_low, p_high, p_variance), (q, q_low, q_high, q_variance) = parts
