@@ -277,6 +277,7 @@ class HalfLife(_Typed):
     dose: float | None
     low: float | None
     high: float | None
+    between: Interval | None
 
 
 class Curve(_Typed):

@@ -1,5 +1,6 @@
 """Survival: against scipy, in simulation with known hazards, and by its rules."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.survival_simulation import simulate
+from retention_bench.analysis import Answer, clustered
 from retention_bench.analysis.courses import Course, between, courses
 from retention_bench.analysis.hazards import contrast
-from retention_bench.analysis.survival import curve, survival
+from retention_bench.analysis.survival import HalfLife, curve, survival
 from retention_bench.analysis.turnbull import turnbull
 
 
@@ -99,10 +101,71 @@ def test_bands_hold_the_curve_and_stay_within_0_and_1():
 
 def test_a_half_life_that_is_not_reached_has_a_lower_bound():
     found = curve([course("1111", fact=f"f{i}", relation=f"r{i % 6}") for i in range(30)])
-    assert (found.half_life.dose, found.half_life.low, found.half_life.high) == (None, 150, None)
-    assert found.low[-1] == pytest.approx(0.025 ** (1 / 30))
+    assert found.half_life == HalfLife(None, 150, None, None)
+    few = curve([course("1111", fact=f"f{i}", relation=f"r{i % 3}") for i in range(6)])
+    assert few.half_life == HalfLife(None, 0, None, None)  # at the first look a band is already below one half
     alone = curve([course("1100"), course("1110", fact="b")])
-    assert (alone.low, alone.half_life.low, alone.half_life.dose) == (None, None, 100)
+    assert (alone.low, alone.half_life) == (None, HalfLife(100, None, None, (50, 100)))
+
+
+@pytest.mark.parametrize("relations", [5, 8, 30])
+def test_where_nothing_is_lost_the_band_is_as_wide_as_a_rates(relations):
+    rate = clustered([Answer(i % relations, True, i) for i in range(50)]).ci95[0]
+    for held, end in (("11", "low"), ("10", "high")):
+        found = curve([course(held, fact=f"f{i}", relation=f"r{i % relations}") for i in range(50)])
+        ends = getattr(found, end)[-1]
+        assert (ends if end == "low" else 1 - ends) == pytest.approx(rate, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("held", "half_life"),
+    [
+        (["1000"] * 30, HalfLife(None, 0, 50, (0, 50))),  # "before 50"
+        (["1100"] * 30, HalfLife(None, 50, 100, (50, 100))),
+        (["1000"] * 24 + ["1110"] * 6, HalfLife(50 * math.log(2) / math.log(5), 0, 50, (0, 50))),
+        (["1100"] * 15 + ["1110"] * 15, HalfLife(100, 50, 150, (50, 100))),
+    ],
+)
+def test_a_half_life_is_known_to_lie_between_looks_only(held, half_life):
+    found = curve([course(own, fact=f"f{i}", relation=f"r{i % 6}") for i, own in enumerate(held)]).half_life
+    assert found == dataclasses.replace(half_life, dose=half_life.dose and pytest.approx(half_life.dose))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=30))
+def test_a_half_lifes_interval_ends_at_looks_and_holds_those_around_it(facts):
+    held = [("1" * lost + "0" * 5)[: 1 + max(last, 1)] for lost, _, last in facts]
+    found = curve([course(own, fact=f"f{i}", relation=f"r{facts[i][1]}") for i, own in enumerate(held)])
+    life = found.half_life
+    assert (life.between is None) == (found.survival[-1] > 0.5 + 1e-6)
+    if life.between is not None and life.dose is not None:
+        assert life.between[0] <= life.dose <= life.between[1]
+    if life.low is None:
+        return
+    assert {life.low, life.high} <= {None, *found.doses}
+    if life.between is None:
+        assert life.high is None
+        return
+    assert life.low <= life.between[0]
+    assert life.high is None or life.high >= life.between[1]
+
+
+@pytest.mark.parametrize(("shape", "every", "half"), [(0.5, 1000, 900), (1, 1000, 900), (4, 1000, 900), (4, 500, 450)])
+def test_a_half_life_between_coarse_looks_is_in_its_interval_whatever_the_hazard(shape, every, half):
+    # all models look at the same doses; with shape 4 the rate of loss is far from constant
+    rng = np.random.default_rng(11)
+    looks = tuple(range(0, 6 * every, every))
+    held = []
+    for _ in range(60):
+        lost = half * (rng.exponential(1, 60) / math.log(2)) ** (1 / shape)
+        life = curve(
+            [
+                Course(str(i), f"r{i % 10}", 0, looks, looks, tuple(t > look for look in looks))
+                for i, t in enumerate(lost)
+            ]
+        ).half_life
+        held.append(life.low <= half and (life.high is None or half <= life.high))
+    assert np.mean(held) >= 0.93
 
 
 def test_a_curve_is_of_facts_that_were_held():
