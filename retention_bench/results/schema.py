@@ -304,6 +304,7 @@ class Contrast(_Typed):
     log_rank_p: float | None
     hazard_ratio: float | None
     ci95: Interval | None
+    reason: str | None
 
 
 class Survival(_Typed):

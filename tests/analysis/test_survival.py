@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -224,6 +225,109 @@ def test_the_same_courses_give_the_same_figures():
     assert contrast(pairs) == contrast(pairs)
     swapped = contrast([(b, a) for a, b in pairs])
     assert swapped.hazard_ratio == pytest.approx(1 / contrast(pairs).hazard_ratio)
+
+
+def lost_at_the_first_look(edited, control, facts=50, relations=8):
+    """Pairs of which those facts are lost, in relations one after the other."""
+    return [
+        tuple(
+            course("100" if fact in lost else "111", f"f{fact}", f"r{fact % relations}", model)
+            for lost, model in ((edited, 0), (control, None))
+        )
+        for fact in range(facts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edited", "control", "ratio"), [({0, 8, 16}, {24}, 3.09), ({0}, {8}, 1.0), ({0, 1}, {8, 9}, 1.0), ({0}, {1}, 1.0)]
+)
+def test_losses_in_few_relations_give_no_interval(edited, control, ratio):
+    # an interval of no width was printed, beside a p of 1
+    found = contrast(lost_at_the_first_look(edited, control))
+    assert (found.log_rank_p, found.ci95) == (1.0, None)
+    assert found.hazard_ratio == pytest.approx(ratio, abs=0.01)
+    assert found.reason == "facts were lost in fewer than 3 relations"
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_where_relations_agree_the_interval_is_that_of_independent_facts(each):
+    relations = 4
+    edited, control = set(range(relations * each)), set(range(24, 24 + relations * each))
+    found = contrast(lost_at_the_first_look(edited, control, 80, relations))
+    # two shares of 80, each of 4 x each lost: their log hazards' errors by the delta method
+    lost = relations * each / 80
+    error = math.sqrt(2 * lost / (1 - lost) / 80) / -math.log1p(-lost)
+    assert found.hazard_ratio == pytest.approx(1)
+    assert math.log(found.ci95[1]) == pytest.approx(stats.norm.ppf(0.975) * error, rel=0.02)
+    assert found.reason is None
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=25))
+def test_a_ratio_or_an_interval_that_is_not_there_has_a_reason(facts):
+    pairs = [
+        (
+            course(("1" * one + "0000")[:4], f"f{i}", f"r{relation}"),
+            course(("1" * other + "0000")[:4], f"f{i}", f"r{relation}", None),
+        )
+        for i, (relation, one, other) in enumerate(facts)
+    ]
+    found = contrast(pairs)
+    assert (found.reason is None) == (found.ci95 is not None)
+    if found.ci95 is not None:
+        low, high = found.ci95
+        assert 0 < low < found.hazard_ratio < high < math.inf
+        losses = sum(found.lost)
+        assert math.log(high / low) > 2 * 1.96 * math.sqrt(2 / losses)  # as many independent facts' at most
+
+
+@pytest.mark.parametrize(
+    ("edited", "control", "reason"),
+    [
+        (set(), {0, 1}, "of edited facts none was lost"),
+        ({0, 1}, set(), "of the same facts in the control none was lost"),
+        (set(range(50)), set(range(33)), "edited facts were all lost at the first look after the start"),
+        (
+            set(range(7)),
+            set(range(50)),
+            "the same facts in the control were all lost at the first look after the start",
+        ),
+    ],
+)
+def test_without_a_ratio_the_reason_is_given(edited, control, reason):
+    found = contrast(lost_at_the_first_look(edited, control))
+    assert (found.hazard_ratio, found.ci95, found.reason) == (None, None, reason)
+    assert found.to_json()["reason"] == reason
+
+
+def test_pieces_of_the_dose_do_not_separate_the_arms():
+    # The edited facts are lost at the first look or, all that are left, at the second; the control's at the second or
+    # never. Were the rate free on both sides of the first look, any ratio could be made up for.
+    pairs = [
+        (
+            course("1000" if i % 7 < 5 else "1100", f"f{i}", f"r{i // 6}"),
+            course("1100" if i % 3 == 0 else "1111", f"f{i}", f"r{i // 6}", None),
+        )
+        for i in range(42)
+    ]
+    found = contrast(pairs)
+    assert found.reason is None
+    assert 1 < found.ci95[0] < found.hazard_ratio < found.ci95[1] < 100
+
+
+def test_a_model_that_fits_exactly_is_no_reason_to_warn():
+    # statsmodels takes shares that are fitted exactly for a separation
+    pairs = [
+        (
+            course("10" if i % 6 < 3 else "11", f"f{i}", f"r{i // 6}"),
+            course("10" if i % 6 < 2 else "11", f"f{i}", f"r{i // 6}", None),
+        )
+        for i in range(30)
+    ]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert contrast(pairs).hazard_ratio == pytest.approx(math.log(1 / 2) / math.log(2 / 3))
+    assert not said
 
 
 def test_runs_that_stop_at_different_steps_do_not_bias():
