@@ -138,11 +138,43 @@ def interval(sides: Sequence[tuple[Side, np.ndarray, float]], *, bounded: bool) 
     centre = sum((sign * side.mean(values) for side, values, sign in sides), np.zeros_like(variance))
     if bounded:
         ((side, _, _),) = sides
-        n = side.facts
-        centre = n * centre / (n + 2)
-        variance = (n**2 * variance + (1 - centre) ** 2 + (1 + centre) ** 2) / (n + 2) ** 2
+        centre, variance = _with_both_ends(centre, variance, side.facts)
     error = np.sqrt(variance)
     return centre - critical * error, centre + critical * error, error, found.df
+
+
+def difference(
+    one: tuple[Side, np.ndarray], other: tuple[Side, np.ndarray], *, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The interval of the first mean minus the second, of values within [-1, 1], for many studies of one layout.
+
+    Where both are asked alike it is `mean`'s of their differences, answer by answer. They need not be: relations that
+    both have are paired.
+
+    Args:
+        one: The layout of the first mean and its values (studies, answers).
+        other: Those of the second.
+        level: How often it is to hold the truth.
+
+    Returns:
+        Lower and upper ends; (studies,) each. None where a side has a single relation.
+    """
+    (first, values), (second, others) = one, other
+    alike = all(np.array_equal(getattr(first, f), getattr(second, f)) for f in ("relation", "fact", "model", "seed"))
+    sides = [(first, values - others, 1.0)] if alike else [(first, values, 1.0), (second, others, -1.0)]
+    found = spread(sides, skewed=True)
+    if found is None:
+        return None
+    centre = first.mean(values) - second.mean(others)
+    centre, variance = _with_both_ends(centre, found.variance, min(first.facts, second.facts))
+    half = stats.t.ppf((1 + level) / 2, found.df) * np.sqrt(variance)
+    return centre - half, centre + half
+
+
+def _with_both_ends(centre: np.ndarray, variance: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A mean of n values and its variance, with a 1 and a -1 added to them."""
+    centre = n * centre / (n + 2)
+    return centre, (n**2 * variance + (1 - centre) ** 2 + (1 + centre) ** 2) / (n + 2) ** 2
 
 
 def _from_sides(
