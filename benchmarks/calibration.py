@@ -28,6 +28,7 @@ from retention_bench.analysis import Answer, detectable
 from retention_bench.analysis.clusters import Side, layout
 from retention_bench.analysis.estimates import interval
 from retention_bench.analysis.intervals import effective, wilson
+from retention_bench.analysis.ranks import apart
 
 RELATIONS = (5, 8, 15, 30)
 FACTS = (50, 100, 500)
@@ -35,6 +36,8 @@ EFFECTS = (0.0, 0.5, 1.0)
 RATES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LARGEST = (1.0, 5.0)  # times the smallest relation
 FACT_EFFECT = 1.0
+Facts = Mapping[str, Sequence[tuple[float, float]]]
+"""A control's: by relation, for every fact of it a hit (1 or 0) and a change of log-odds."""
 LOW, HIGH = 0.93, 0.97  # what coverage is to be within
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(81)
@@ -108,21 +111,21 @@ def quantities(
     name = f"{facts} facts, {relations} relations, sizes 1 to {largest:g}, SD {sd:g}, rate {rate:g}"
     answers = study(facts, relations, largest)
     others = [a._replace(relation=a.relation + relations) for a in study(2 * facts, relations, largest)]
-    apart, whole = sd / np.sqrt(2), float(np.hypot(sd, FACT_EFFECT))
+    own, whole = sd / np.sqrt(2), float(np.hypot(sd, FACT_EFFECT))
     lower = max(rate - 0.1, 0.5)
     (side,) = layout([answers])
     first, second = layout([answers, others])
     single = hits(rng, effects(rng, answers, studies, relation=sd), rate, sd)
     far = hits(rng, effects(rng, others, studies, relation=sd), lower, sd)
-    common = effects(rng, answers, studies, relation=apart)
+    common = effects(rng, answers, studies, relation=own)
     of_fact = effects(rng, answers, studies, fact=FACT_EFFECT)
 
     def arm(mean: float) -> np.ndarray:
-        return hits(rng, common + of_fact + effects(rng, answers, studies, relation=apart), mean, whole)
+        return hits(rng, common + of_fact + effects(rng, answers, studies, relation=own), mean, whole)
 
     control, edited = arm(rate), arm(lower)
-    near = hits(rng, common + effects(rng, answers, studies, relation=apart), lower, sd)
-    alike = hits(rng, common + effects(rng, answers, studies, relation=apart), rate, sd)
+    near = hits(rng, common + effects(rng, answers, studies, relation=own), lower, sd)
+    alike = hits(rng, common + effects(rng, answers, studies, relation=own), rate, sd)
     change = sd * effects(rng, answers, studies, relation=1.0) + rng.standard_normal(single.shape)
     return {
         "rate": held(name, rate_ends(side, single), rate),
@@ -167,17 +170,22 @@ def over_seeds(relations: int, seeds: int, sd: float, rate: float, studies: int)
     return held(f"{seeds} seeds, rate {rate:g}", ends, 0.1)
 
 
-def told_apart(facts: int, relations: int, sd: float, effect: float, studies: int) -> tuple[float, float]:
-    """Two editors that differ by an effect: the share of studies that tell them apart, and the mean printed effect."""
+def editors(
+    facts: int, relations: int, sd: float, effect: float, studies: int, others: int = 1
+) -> tuple[Side, list[np.ndarray]]:
+    """The hits of an editor that keeps 85 % and of others that keep less by an effect, on the same facts."""
     rng = seeded("power", facts, relations, sd, effect)
     answers = study(facts, relations)
     (side,) = layout([answers])
-    apart = sd / np.sqrt(2)
-    common = effects(rng, answers, studies, relation=apart, fact=FACT_EFFECT)
-    better, worse = (
-        hits(rng, common + effects(rng, answers, studies, relation=apart), rate, float(np.hypot(sd, FACT_EFFECT)))
-        for rate in (0.85, 0.85 - effect)
-    )
+    own, whole = sd / np.sqrt(2), float(np.hypot(sd, FACT_EFFECT))
+    common = effects(rng, answers, studies, relation=own, fact=FACT_EFFECT)
+    rates = (0.85, *[0.85 - effect] * others)
+    return side, [hits(rng, common + effects(rng, answers, studies, relation=own), rate, whole) for rate in rates]
+
+
+def told_apart(facts: int, relations: int, sd: float, effect: float, studies: int) -> tuple[float, float]:
+    """Two editors that differ by an effect: the share of studies that tell them apart, and the mean printed effect."""
+    side, (better, worse) = editors(facts, relations, sd, effect, studies)
     low, high, errors, dfs = interval([(side, better - worse, 1.0)], bounded=True)
     printed = [detectable(e, df) for e, df in zip(errors[:200], dfs[:200], strict=True)]
     return float(np.mean((low > 0) | (high < 0))), float(np.mean(printed))
@@ -191,14 +199,24 @@ def detectable_of(facts: int, relations: int, sd: float) -> float:
     return effect
 
 
+def places(facts: int, relations: int, sd: float, effect: float, entries: int, studies: int) -> float:
+    """The share of studies in which an editor's place is surely another than that of an editor worse by an effect.
+
+    With an effect of 0 all editors are equal, and the share is of studies that tell the first from any of the others.
+    """
+    side, values = editors(facts, relations, sd, effect, studies, entries - 1)
+    found = apart([side] * entries, values)[0]
+    return float(np.mean(found[1] > 0 if effect else found.any(axis=0)))
+
+
 # Null tests
 
 
-def null_test(facts: Mapping[str, Sequence[tuple[float, float]]], splits: int, seed: int = 0) -> dict[str, float]:
+def null_test(facts: Facts, splits: int, seed: int = 0) -> dict[str, float]:
     """How often an interval excludes 0 though nothing differs: of random splits into sides of disjoint relations.
 
     Args:
-        facts: By relation, for every fact of it a hit (1 or 0) and a change of log-odds.
+        facts: Of the control.
         splits: How many.
         seed: Of the splits.
 
@@ -355,16 +373,39 @@ def hierarchies(studies: int, small: bool) -> list[Cell]:
     return _narrow((f"{key[0]}, {key[3]}, {key[4]} relations", cells) for key, cells in groups.items())
 
 
-def nulls(controls: Mapping[str, Callable[[], Iterable[Mapping[str, list[tuple[float, float]]]]]], splits: int) -> None:
-    """Print the null tests of controls; several of one name share the splits and are averaged."""
-    rows = []
-    for name, make in controls.items():
-        some = list(make())
+def nulls(controls: Mapping[str, Callable[[], Iterable[Facts]]], splits: int) -> None:
+    """Print the null tests of controls; those of one name share the splits, and their shares are averaged."""
+
+    def row(name: str, some: Sequence[Facts]) -> list[object]:
         found = [null_test(facts, max(1, splits // len(some)), seed) for seed, facts in enumerate(some)]
-        shares = {kind: 100 * float(np.mean([one[kind] for one in found])) for kind in found[0]}
-        counts = f"{sum(map(len, some[0].values()))} | {len(some[0])}"
-        rows.append([name, counts, *(f"{shares[k]:.1f}" for k in NULLS)])
-    table(f"control | facts | relations | {' | '.join(NULLS)}", rows)
+        shares = [100 * float(np.mean([one[kind] for one in found])) for kind in NULLS]
+        return [name, sum(map(len, some[0].values())), len(some[0]), *(f"{share:.1f}" for share in shares)]
+
+    head = f"control | facts | relations | {' | '.join(NULLS)}"
+    table(head, (row(name, list(make())) for name, make in controls.items()))
+
+
+def powers(studies: int) -> None:
+    """Print how often editors that differ are told apart, and their places."""
+    table(
+        "facts | relations | SD | editors apart by, points | minimum detectable effect printed, points | told apart, %",
+        (
+            [n, g, sd, f"{100 * effect:.1f}", f"{100 * printed:.1f}", f"{100 * found:.1f}"]
+            for n, g, sd in [(50, 8, 0.5), (100, 10, 0.5), (200, 20, 1.0), (300, 30, 0.5), (500, 30, 1.0)]
+            for effect in (0.1, detectable_of(n, g, sd))
+            for found, printed in [told_apart(n, g, sd, effect, studies)]
+        ),
+    )
+    table(
+        "facts | relations | SD | editors | places told apart where all are equal, % | where the first is better by "
+        "the minimum detectable effect, %",
+        (
+            [n, g, sd, entries, *(f"{100 * places(n, g, sd, by, entries, studies):.1f}" for by in (0.0, effect))]
+            for n, g, sd in [(50, 5, 0.7), (50, 8, 0.7), (50, 10, 0.7), (60, 15, 0.7), (90, 30, 0.7), (500, 30, 1.0)]
+            for effect in (detectable_of(n, g, sd),)
+            for entries in (2, 5)
+        ),
+    )
 
 
 NULLS = ("gap, as it was", "gap", "gap in log-odds", "paired", "paired in log-odds")
@@ -375,7 +416,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a part of the grid, in seconds")
     parser.add_argument("--runs", nargs="+", type=Path, help="run folders, for null tests on their controls alone")
-    parser.add_argument("--splits", type=int, default=500)
+    parser.add_argument("--splits", type=int, default=4000, help="of every null test; 4,000 are sure to 0.7 points")
     options = parser.parse_args()
     if options.runs:
         nulls({str(run): (lambda run=run: [control_of(run)]) for run in options.runs}, options.splits)
@@ -390,16 +431,7 @@ def main() -> None:
     nulls(simulated, options.splits)
     coverage(studies, options.small)
     hierarchies(studies, options.small)
-    designs = [(50, 8, 0.5), (100, 10, 0.5), (200, 20, 1.0), (300, 30, 0.5), (500, 30, 1.0)]
-    table(
-        "facts | relations | SD | editors apart by, points | minimum detectable effect printed, points | told apart, %",
-        (
-            [n, g, sd, f"{100 * effect:.1f}", f"{100 * printed:.1f}", f"{100 * found:.1f}"]
-            for n, g, sd in designs
-            for effect in (0.1, detectable_of(n, g, sd))
-            for found, printed in [told_apart(n, g, sd, effect, 200 if options.small else 2000)]
-        ),
-    )
+    powers(200 if options.small else 2000)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ class Side:
         return int(self.fact.max(initial=-1)) + 1
 
     @property
+    def distinct(self) -> float:
+        """How many facts that count alike would tell as much: all of them where they do, else fewer."""
+        return float(1 / (np.bincount(self.fact, self.weight) ** 2).sum())
+
+    @property
     def weight(self) -> np.ndarray:
         """The share of every answer in the mean; (answers,)."""
         return np.asarray(self.count / self.count.sum())

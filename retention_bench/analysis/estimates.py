@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from retention_bench.analysis.clusters import Answer, Side, by_fact, layout, spread
-from retention_bench.analysis.intervals import wilson
+from retention_bench.analysis.clusters import Answer, Side, layout, spread
+from retention_bench.analysis.intervals import ALIKE, least_variance, wilson
 from retention_bench.analysis.power import detectable
+
+_ROUNDING = 1e-9
+"""An error that is as small beside the values is none."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class Estimate:
     Attributes:
         value: The estimate; None where a side has no answer.
         ci95: Lower and upper end of the 95 % interval; None where value is. Where a side has a single relation nothing
-            is known of others: the interval is the whole range, and None where there is no range. None too where values
-            without a range are all the same, which says nothing about how they spread.
+            is known of others: the interval is the whole range, and None where there is no range. None too where the
+            relations' means of values without a range are all the same, which says nothing about how they spread.
         n: Number of facts, of the smaller side.
         clusters: Number of relations.
         df: Degrees of freedom of the interval, at most the number of relations less the number of unmatched sides;
@@ -100,7 +103,8 @@ def _contrast(sides: Sequence[tuple[list[Answer], float]], bounded: bool) -> Est
     if found is None:
         return Estimate(value, (-1.0, 1.0) if bounded else None, facts, clusters, None, None)
     low, high, error, df = (float(part[0]) for part in found)
-    if not error:
+    # Of equal values sums differ by rounding.
+    if error <= _ROUNDING * max(1.0, *(float(np.abs(values).max()) for _, values, _ in signed)):
         return Estimate(value, None, facts, clusters, df, None)
     low, high = min(low, value), max(high, value)
     effect = detectable(error, df)
@@ -134,11 +138,43 @@ def interval(sides: Sequence[tuple[Side, np.ndarray, float]], *, bounded: bool) 
     centre = sum((sign * side.mean(values) for side, values, sign in sides), np.zeros_like(variance))
     if bounded:
         ((side, _, _),) = sides
-        n = side.facts
-        centre = n * centre / (n + 2)
-        variance = (n**2 * variance + (1 - centre) ** 2 + (1 + centre) ** 2) / (n + 2) ** 2
+        centre, variance = _with_both_ends(centre, variance, side.facts)
     error = np.sqrt(variance)
     return centre - critical * error, centre + critical * error, error, found.df
+
+
+def difference(
+    one: tuple[Side, np.ndarray], other: tuple[Side, np.ndarray], *, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The interval of the first mean minus the second, of values within [-1, 1], for many studies of one layout.
+
+    Where both are asked alike it is `mean`'s of their differences, answer by answer. They need not be: relations that
+    both have are paired.
+
+    Args:
+        one: The layout of the first mean and its values (studies, answers).
+        other: Those of the second.
+        level: How often it is to hold the truth.
+
+    Returns:
+        Lower and upper ends; (studies,) each. None where a side has a single relation.
+    """
+    (first, values), (second, others) = one, other
+    alike = all(np.array_equal(getattr(first, f), getattr(second, f)) for f in ("relation", "fact", "model", "seed"))
+    sides = [(first, values - others, 1.0)] if alike else [(first, values, 1.0), (second, others, -1.0)]
+    found = spread(sides, skewed=True)
+    if found is None:
+        return None
+    centre = first.mean(values) - second.mean(others)
+    centre, variance = _with_both_ends(centre, found.variance, min(first.facts, second.facts))
+    half = stats.t.ppf((1 + level) / 2, found.df) * np.sqrt(variance)
+    return centre - half, centre + half
+
+
+def _with_both_ends(centre: np.ndarray, variance: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A mean of n values and its variance, with a 1 and a -1 added to them."""
+    centre = n * centre / (n + 2)
+    return centre, (n**2 * variance + (1 - centre) ** 2 + (1 + centre) ** 2) / (n + 2) ** 2
 
 
 def _from_sides(
@@ -151,9 +187,9 @@ def _from_sides(
         alone = spread([(side, values, 1.0)], skewed=True)
         assert alone is not None  # there are several relations, or there were no variance
         # By chance all relations may agree better than they could: half as wide as if facts were independent, at least.
-        own = np.maximum(alone.variance, by_fact(side, values) / 4)
-        alike = (p < 1e-12) | (p > 1 - 1e-12)
-        n = np.where(alike, side.facts, np.divide(p * (1 - p), own, out=np.ones_like(p), where=own > 0))
+        own = np.maximum(alone.variance, least_variance(side, values) / 4)
+        alike = alone.variance < ALIKE
+        n = np.where(alike, side.distinct, p * (1 - p) / np.where(alike, 1.0, own))
         low, high = wilson(p, n, critical)
         parts.append((p, low, high, alone.variance))
     (p, p_low, p_high, p_variance), (q, q_low, q_high, q_variance) = parts

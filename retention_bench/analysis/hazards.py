@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from retention_bench.analysis.clusters import Z
 from retention_bench.analysis.courses import Course, between, shared
 
 _SWAPS = 9_999
 _ALL_SWAPS = 12
 """With so many relations or fewer all ways to swap their arms are tried."""
+_LEAST = 3
+"""An interval of the hazard ratio needs losses in so many relations."""
 _PIECES = 4
 _LOSSES_A_PIECE = 10
 
@@ -34,7 +38,9 @@ class Contrast:
             than 0.06. None where nothing was lost.
         hazard_ratio: The rate of loss of edited facts over that in the control, as it is over all relations together;
             above 1 where edits are lost sooner. None where one side lost nothing, or all before the second look.
-        ci95: Its 95 % interval, clustered by relation; None without a ratio and with fewer than two relations.
+        ci95: Its 95 % interval, clustered by relation; None without a ratio and with losses in fewer than three
+            relations.
+        reason: Why the ratio or its interval is not there, in words; None where they are.
     """
 
     pairs: int
@@ -43,6 +49,7 @@ class Contrast:
     log_rank_p: float | None
     hazard_ratio: float | None
     ci95: tuple[float, float] | None
+    reason: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The contrast as plain JSON values."""
@@ -65,7 +72,7 @@ def contrast(pairs: Sequence[tuple[Course, Course]]) -> Contrast | None:
     if not cut:
         return None
     table = _LifeTable.of(cut)
-    ratio, ci95 = _hazard_ratio(table)
+    ratio, ci95, reason = _hazard_ratio(table)
     return Contrast(
         pairs=len(cut),
         relations=table.relations,
@@ -73,6 +80,7 @@ def contrast(pairs: Sequence[tuple[Course, Course]]) -> Contrast | None:
         log_rank_p=_log_rank(table),
         hazard_ratio=ratio,
         ci95=ci95,
+        reason=reason,
     )
 
 
@@ -160,52 +168,73 @@ def _statistic(risk: np.ndarray, lost: np.ndarray, all_risk: np.ndarray, all_los
     return np.divide(excess, np.sqrt(variance), out=np.zeros_like(excess), where=variance > 0)
 
 
-def _hazard_ratio(table: _LifeTable) -> tuple[float | None, tuple[float, float] | None]:
-    """The ratio and its interval, from the proportional hazards model for grouped times.
+def _hazard_ratio(table: _LifeTable) -> tuple[float | None, tuple[float, float] | None, str | None]:
+    """The ratio, its interval, and why one of them is not there, from the proportional hazards model for grouped times.
 
     Prentice & Gloeckler (1978): a fact that is held at one look is lost at the next with probability
     1 - exp(-rate x dose between them), a binomial model with complementary log-log link and the logarithm of the dose
     as offset. The rate is constant within each of up to four pieces of the dose. Errors are by relation, from leaving
-    out one at a time in one Newton step (CR3), with t and one degree of freedom less than relations.
+    out one at a time in one Newton step (CR3), with t and one degree of freedom less than relations in which facts were
+    lost, as the others tell next to nothing of the ratio. The interval is no narrower than the normal one of as many
+    independent facts: where both arms lose as much in every relation, leaving one out changes nothing.
     """
     # Imported here, since it takes a second.
     from statsmodels.genmod.families import Binomial
     from statsmodels.genmod.families.links import CLogLog
     from statsmodels.genmod.generalized_linear_model import GLM
+    from statsmodels.tools.sm_exceptions import ModelWarning
 
     kept = table.trials - table.losses
-    if any(counts[table.arm == arm].sum() == 0 for arm in (0, 1) for counts in (kept, table.losses)):
-        return None, None
+    for arm, name in ((1, "edited facts"), (0, "the same facts in the control")):
+        own = table.arm == arm
+        if not table.losses[own].any():
+            return None, None, f"of {name} none was lost"
+        if not kept[own].any():
+            return None, None, f"{name} were all lost at the first look after the start"
     pieces = _pieces(table)
     design = np.column_stack([pieces, table.arm])
     length = table.end - table.begin
     model = GLM(
         np.column_stack([table.losses, kept]), design, family=Binomial(CLogLog()), offset=np.log(length / length.mean())
     )
-    fit = model.fit()
+    with warnings.catch_warnings():
+        # It warns of a separation where shares are fitted exactly, as with one look; `_pieces` sees to it that there is
+        # none. Whether it converged is asked below.
+        warnings.simplefilter("ignore", ModelWarning)
+        fit = model.fit()
     if not (fit.converged and np.isfinite(fit.params).all()):
-        return None, None
+        return None, None, "the model could not be fitted"
     log_ratio = float(fit.params[-1])
-    if table.relations < 2:
-        return math.exp(log_ratio), None
+    groups = len(np.unique(table.relation[table.losses > 0]))
+    if groups < _LEAST:
+        return math.exp(log_ratio), None, f"facts were lost in fewer than {_LEAST} relations"
     scores = np.zeros((table.relations, design.shape[1]))
     np.add.at(scores, table.relation, model.score_obs(fit.params))
     weights = model.hessian_factor(fit.params)[:, None] * design
     parts = np.zeros((table.relations, design.shape[1], design.shape[1]))
     np.add.at(parts, table.relation, weights[:, :, None] * design[:, None, :])
     without = -np.einsum("gij,gj->gi", np.linalg.pinv(parts.sum(0) - parts, hermitian=True), scores)[:, -1]
-    groups = table.relations
-    half = float(stats.t.ppf(0.975, groups - 1)) * math.sqrt((groups - 1) / groups * float(without @ without))
-    return math.exp(log_ratio), (math.exp(log_ratio - half), math.exp(log_ratio + half))
+    by_relation = math.sqrt((table.relations - 1) / table.relations * float(without @ without))
+    half = max(float(stats.t.ppf(0.975, groups - 1)) * by_relation, Z * float(fit.bse[-1]))
+    return math.exp(log_ratio), (math.exp(log_ratio - half), math.exp(log_ratio + half)), None
 
 
 def _pieces(table: _LifeTable) -> np.ndarray:
-    """Which piece of the dose a row is in, (rows, pieces): as many as have ten losses each, and facts that stay."""
-    lost = np.repeat(table.end, table.losses.astype(int))
+    """Which piece of the dose a row is in, (rows, pieces): as many as have ten losses each, and facts that stay.
+
+    Some piece must have losses in either arm where facts of the other stay. Else the ratio could be as large, or as
+    small, as one likes: the pieces would make up for it (Albert & Anderson 1984, "On the existence of maximum
+    likelihood estimates in logistic regression models"). A single piece has both where each arm has both.
+    """
+    lost, kept = np.repeat(table.end, table.losses.astype(int)), table.trials - table.losses
     for count in range(min(_PIECES, max(1, len(lost) // _LOSSES_A_PIECE)), 1, -1):
         borders = np.unique(np.quantile(lost, np.arange(1, count) / count, method="higher"))
         place = np.searchsorted(borders, table.end)
         pieces = (place[:, None] == np.unique(place)).astype(float)
-        if all((counts @ pieces > 0).all() for counts in (table.losses, table.trials - table.losses)):
+        (lost_there, lost_here), (kept_there, kept_here) = (
+            [(counts * (table.arm == arm)) @ pieces > 0 for arm in (0, 1)] for counts in (table.losses, kept)
+        )
+        bounded = (lost_here & kept_there).any() and (lost_there & kept_here).any()
+        if bounded and ((lost_here | lost_there) & (kept_here | kept_there)).all():
             return pieces
     return np.ones((len(table.end), 1))

@@ -11,6 +11,9 @@ from scipy import stats
 
 from retention_bench.analysis.clusters import MODELS, Answer, Side, Z, by_fact, layout, spread
 
+ALIKE = 1e-20
+"""A variance between relations below it is rounding: they do not differ. One hit more in 10,000 makes 1e-8."""
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -70,7 +73,8 @@ def clustered(answers: Iterable[Answer | tuple[Any, bool]], by: str = "relation"
     The interval is Wilson's for the effective number of answers: as many as would give the variance that is clustered
     by relation (`clusters.spread`), with the quantile of its t distribution for the normal one (Korn & Graubard 1998,
     "Confidence intervals for proportions with small expected number of positive counts estimated from survey data"). It
-    is never narrower than if facts were independent. benchmarks/README.md has its coverage.
+    is never narrower than if facts were independent, and where all relations have the same share of their answers right
+    than one of as many trials as there are facts. benchmarks/README.md has its coverage.
 
     Args:
         answers: The answers; pairs of a cluster and a hit are taken for answers of a fact each.
@@ -111,10 +115,20 @@ def effective(side: Side, values: np.ndarray) -> np.ndarray | None:
         return None
     p = side.mean(values)
     wider = (stats.t.ppf(0.975, found.df) / Z) ** 2
-    variance = np.maximum(found.variance * wider, by_fact(side, values))
-    n = np.divide(p * (1 - p), variance, out=np.zeros_like(p), where=variance > 0)
-    # Where nothing differs nothing tells how far relations do: only the quantile makes up for their being few.
-    return np.where((p < 1e-12) | (p > 1 - 1e-12), side.facts / wider, n)
+    alike = found.variance < ALIKE
+    variance = np.maximum(found.variance * wider, least_variance(side, values))
+    # Where relations do not differ nothing tells how far they could: only the quantile makes up for their being few.
+    return np.where(alike, side.distinct / wider, p * (1 - p) / np.where(alike, 1.0, variance))
+
+
+def least_variance(side: Side, values: np.ndarray) -> np.ndarray:
+    """The variance of a share of hits if facts were independent, (studies,); no smaller than if all answers were.
+
+    Hits and misses of a fact may cancel, as where one model keeps all facts and another one none: then facts do not
+    differ, and still the share is not known for sure.
+    """
+    p = side.mean(values)
+    return np.maximum(by_fact(side, values), p * (1 - p) * (side.weight**2).sum())
 
 
 def wilson(p: np.ndarray, n: np.ndarray, quantile: np.ndarray | float = Z) -> tuple[np.ndarray, np.ndarray]:

@@ -10,29 +10,39 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from retention_bench.analysis.clusters import Z
 from retention_bench.analysis.courses import Course, between, courses, paired
 from retention_bench.analysis.hazards import Contrast, contrast
 from retention_bench.analysis.turnbull import turnbull
+
+_CLOSE = 1e-7
+"""Shares are found step by step, to about this much."""
 
 
 @dataclass(frozen=True)
 class HalfLife:
     """The dose at which half of the facts are lost.
 
+    The looks tell between which of them it lies and no more: `dose` takes the rate of loss between those two as
+    constant. The interval takes nothing of the kind and ends at looks.
+
     Attributes:
-        dose: It; None where more than half survive the last look: "not reached".
-        low: Lower end of its 95 % interval: half are still there at any smaller dose. Where the lower band stays above
-            one half too, the last look. None where there is no band.
-        high: Upper end; None where the data set none, as always where `dose` is None.
+        dose: It; None where more than half survive the last look: "not reached". None too where nothing is left at the
+            look at which it is over, since no rate of loss is that high: it lies between the two of `between`.
+        low: Lower end of its 95 % interval, the last look until which half are surely there: 0 where that is the one
+            before the first step. None where there is no band.
+        high: Upper end, the first look at which half are surely gone; None where there is none such.
+        between: The looks between which it lies by the curve; None where it is not reached.
     """
 
     dose: float | None
     low: float | None
     high: float | None
+    between: tuple[float, float] | None
 
     def to_json(self) -> dict[str, Any]:
-        """The half-life as `{dose, low, high}`."""
-        return dict(vars(self))
+        """The half-life as `{dose, low, high, between}`."""
+        return vars(self) | {"between": self.between and list(self.between)}
 
 
 @dataclass(frozen=True)
@@ -133,8 +143,9 @@ def curve(followed: Sequence[Course]) -> Curve:
     Losses are known to lie between two looks only, and models stop at different doses: `turnbull` estimates the share
     from both. Its errors come from leaving out one relation at a time, and are no smaller than those of as many
     independent facts would be. The bands are symmetric in log(-log) and so within 0 and 1 (Kalbfleisch & Prentice 1980,
-    section 1.3), with t and one degree of freedom less than relations. Where nothing has been lost yet, or
-    nothing is left, they are exact binomial ones.
+    section 1.3), with t and one degree of freedom less than relations. Where nothing has been lost yet, or nothing is
+    left, nothing tells how far relations differ: they are exact binomial ones of fewer facts, by the square of t's
+    quantile over the normal one, as those of rates.
 
     Args:
         followed: Courses of facts that were held before the first step; one at least.
@@ -152,6 +163,7 @@ def curve(followed: Sequence[Course]) -> Curve:
         row[labels == group] = 0
     estimate = turnbull(low, high, weights, min(course.doses[0] for course in followed))
     doses, shares = estimate.doses, estimate.survival[0]
+    shares = np.where(shares < _CLOSE, 0.0, np.where(shares > 1 - _CLOSE, 1.0, shares))
     facts = np.array([course.fact for course in followed])
     bands = None
     if groups > 1:
@@ -187,33 +199,37 @@ def _bands(
     error = np.maximum(error, np.sqrt(shares * (1 - shares) / facts))
     inside = (shares > 0) & (shares < 1)
     low, high = np.zeros_like(shares), np.ones_like(shares)
-    logs = np.log(shares[inside])
-    stretch = np.exp(np.minimum(stats.t.ppf(0.975, groups - 1) * error[inside] / np.abs(shares[inside] * logs), 500))
+    logs, quantile = np.log(shares[inside]), stats.t.ppf(0.975, groups - 1)
+    wider = (quantile / Z) ** 2
+    stretch = np.exp(np.minimum(quantile * error[inside] / np.abs(shares[inside] * logs), 500))
     low[inside], high[inside] = np.exp(logs * stretch), np.exp(logs / stretch)
     none_lost = shares == 1
-    low[none_lost] = 0.025 ** (1 / np.maximum(through[none_lost], 1))
+    low[none_lost] = 0.025 ** (wider / np.maximum(through[none_lost], 1))
     low[0] = 1  # held before the first step by definition
-    high[shares == 0] = 1 - 0.025 ** (1 / facts)
+    high[shares == 0] = 1 - 0.025 ** (wider / facts)
     return low, high
 
 
 def _half_life(doses: np.ndarray, shares: np.ndarray, bands: tuple[np.ndarray, np.ndarray] | None) -> HalfLife:
-    """The half-life, and in its interval every dose at which the band holds one half (Brookmeyer & Crowley 1982)."""
-    dose = _crossing(doses, shares)
-    if bands is None:
-        return HalfLife(dose, None, None)
-    low = _crossing(doses, bands[0])
-    return HalfLife(
-        dose, float(doses[-1]) if low is None else low, None if dose is None else _crossing(doses, bands[1])
-    )
+    """The half-life, and in its interval every dose at which the band could hold one half (Brookmeyer & Crowley 1982).
+
+    The curve falls somewhere between two looks, so the interval reaches to the look at which a band is still on one
+    side of one half, or already on the other.
+    """
+    low, own, high = (_down(ends) for ends in (bands and bands[0], shares, bands and bands[1]))
+    before = None if bands is None else float(doses[-1 if low is None else low - 1])
+    after = None if high is None else float(doses[high])
+    if own is None:
+        return HalfLife(None, before, None, None)
+    begin, end = float(doses[own - 1]), float(doses[own])
+    if shares[own] == 0:
+        return HalfLife(None, before, after, (begin, end))
+    part = min(1.0, math.log(2 * shares[own - 1]) / math.log(shares[own - 1] / shares[own]))
+    return HalfLife(begin + part * (end - begin), before, after, (begin, end))
 
 
-def _crossing(doses: np.ndarray, shares: np.ndarray) -> float | None:
-    """The first dose at which a curve is down at one half; between two looks the rate of loss counts as constant."""
-    below = np.flatnonzero(shares <= 0.5)
-    if not len(below):
+def _down(shares: np.ndarray | None) -> int | None:
+    """Number of the first look at which at most one half is there; None where there is none such."""
+    if shares is None or not (below := shares <= 0.5 + _CLOSE).any():
         return None
-    at = int(below[0])
-    before, after = (max(float(shares[i]), 1e-6) for i in (at - 1, at))
-    part = (math.log(before) - math.log(0.5)) / (math.log(before) - math.log(after))
-    return float(doses[at - 1] + part * (doses[at] - doses[at - 1]))
+    return int(below.argmax())

@@ -56,7 +56,7 @@ def curve(survival: Mapping[str, Any], *, width: int = 60, height: int = 12, enc
     return text if unicode else text.translate({ord(mark): ascii_mark for mark, ascii_mark in _FRAME.items()})
 
 
-def half_life(found: Mapping[str, float | None], dose: str) -> str:
+def half_life(found: Mapping[str, Any], dose: str) -> str:
     """A half-life in words.
 
     Args:
@@ -64,9 +64,13 @@ def half_life(found: Mapping[str, float | None], dose: str) -> str:
         dose: What doses are counted in.
     """
     low, high = found["low"], found["high"]
-    if found["dose"] is None:
+    if found["between"] is None:
         return "half-life not reached" + ("" if low is None else f", above {_number(low)} {dose}")
-    said = f"half-life {_number(found['dose'])} {dose}"
+    if found["dose"] is None:
+        begin, end = map(_number, found["between"])
+        said = f"half-life {f'after {begin} and ' if found['between'][0] else ''}before {end} {dose}"
+    else:
+        said = f"half-life {_number(found['dose'])} {dose}"
     if low is None:
         return said
     return f"{said} (95 % interval {_number(low)} to {'open' if high is None else _number(high)})"

@@ -213,11 +213,12 @@ def _print_survival(survival: Mapping[str, Any]) -> None:
     console.print(curve(survival), markup=False, highlight=False)
     contrast = survival["contrast"]
     if contrast and contrast["log_rank_p"] is not None:
-        ratio = "none, as one side lost nothing"
-        if contrast["hazard_ratio"] is not None:
-            low, high = contrast["ci95"] or (None, None)
-            interval = "" if low is None else f" (95 % interval {low:.2f} to {high:.2f})"
-            ratio = f"{contrast['hazard_ratio']:.2f}{interval}"
+        ratio = "none" if contrast["hazard_ratio"] is None else f"{contrast['hazard_ratio']:.2f}"
+        if contrast["ci95"]:
+            low, high = contrast["ci95"]
+            ratio += f" (95 % interval {low:.2f} to {high:.2f})"
+        else:
+            ratio += f", no interval: {contrast['reason']}" if contrast["hazard_ratio"] else f": {contrast['reason']}"
         console.print(
             f"Lost: {contrast['lost'][0]} of {contrast['pairs']} edited facts, {contrast['lost'][1]} of the same in "
             f"the control; log-rank p {contrast['log_rank_p']:.3f}, hazard ratio {ratio}.",

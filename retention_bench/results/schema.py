@@ -277,6 +277,7 @@ class HalfLife(_Typed):
     dose: float | None
     low: float | None
     high: float | None
+    between: Interval | None
 
 
 class Curve(_Typed):
@@ -303,6 +304,7 @@ class Contrast(_Typed):
     log_rank_p: float | None
     hazard_ratio: float | None
     ci95: Interval | None
+    reason: str | None
 
 
 class Survival(_Typed):

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from retention_bench.analysis import rate
+from retention_bench.analysis import Answer, clustered
 
 Row = Mapping[str, Any]
 
@@ -27,8 +27,8 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     Returns:
         In the order of the steps: `step`, `tokens` and `epoch`, see `Dose`; `models` that were looked at there;
-        `changed`, whether these are others than in the entry before; and for each kind of fact the hit rate and the
-        mean probability of every class of tokens.
+        `changed`, whether these are others than in the entry before; and for each kind of fact the hit rate, clustered
+        by relation, and the mean probability of every class of tokens.
     """
     looks: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
@@ -61,4 +61,6 @@ def _averaged(rows: list[Row]) -> dict[str, Any]:
     for name in CLASSES:
         values = [row[name] for row in rows if row[name] is not None]
         means[name] = sum(values) / len(values) if values else None
-    return {**rate(sum(row["hit"] for row in rows), len(rows)).to_json(), **means}
+    # A fact that several models are asked is no new fact, and facts of a relation are lost together.
+    answers = (Answer(row["relation"], row["hit"], row["fact_id"], row["experiment"]) for row in rows)
+    return {**clustered(answers).to_json(), **means}

@@ -72,6 +72,24 @@ def test_editors_apart_by_the_detectable_effect_are_told_apart_in_80_percent(cal
     assert apart == pytest.approx(0.8, abs=0.05)
 
 
+@pytest.mark.parametrize(("facts", "relations", "entries"), [(50, 5, 2), (60, 15, 4)])
+def test_places_differ_where_editors_do_and_not_where_they_are_equal(calibration, facts, relations, entries) -> None:
+    effect = calibration["detectable_of"](facts, relations, 0.7)
+    assert calibration["places"](facts, relations, 0.7, 0.0, entries, 600) <= 0.055
+    found = calibration["places"](facts, relations, 0.7, effect, entries, 600)
+    assert found > 0.7 if entries == 2 else found > 0.45  # held against three others
+
+
+def test_a_null_test_is_sure_to_a_point_by_default(calibration, monkeypatch, capsys) -> None:
+    told = []
+    calibration["main"].__globals__.update(
+        nulls=lambda controls, splits: told.append(splits), control_of=lambda run: {"r": [(1.0, 0.0)]}
+    )
+    monkeypatch.setattr(sys, "argv", ["calibration.py", "--runs", "a"])
+    calibration["main"]()
+    assert 1.96 * (0.05 * 0.95 / told[0]) ** 0.5 < 0.01
+
+
 def test_a_runs_control_is_what_the_base_answered(calibration, tmp_path) -> None:
     def row(stage: str, fact: str, hit: bool, kind: str = "intrinsic") -> str:
         logprob = -0.1 if hit else -4.0

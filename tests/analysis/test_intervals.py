@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from retention_bench.analysis import Answer, Rate, clustered, rate
+from retention_bench.analysis import Answer, Rate, clustered, gap, rate
 
 trials = st.integers(1, 5000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
 
@@ -140,3 +140,43 @@ def test_seeds_count_alike_and_widen_the_interval_where_they_differ() -> None:
     by_seed = [np.mean([a.value for a in answers if a.seed == s]) for s in (0, 1)]
     assert found.rate == pytest.approx(np.mean(by_seed)) != pooled.rate
     assert found.effective < 0.5 * pooled.effective
+
+
+@settings(deadline=None)
+@given(
+    st.integers(2, 4).flatmap(lambda n: st.tuples(st.integers(1, n - 1), st.just(n))),
+    st.integers(2, 6),
+    st.integers(1, 5),
+)
+def test_models_that_keep_all_and_models_that_keep_none_leave_an_interval(models, relations, each) -> None:
+    keep, several = models
+    found = clustered([a._replace(value=m < keep, model=m) for a in alike(relations, each) for m in range(several)])
+    assert 0 < found.ci95[0] < found.rate < found.ci95[1] < 1
+    assert 0 < found.effective <= relations * each  # however often they are asked
+    every = gap(
+        [Answer(g, m < keep, i, m) for g in range(relations) for i in range(each) for m in range(several)], alike(3, 5)
+    )
+    assert every.ci95[0] < every.value < every.ci95[1]
+
+
+several = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 4), st.lists(st.booleans(), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=12,
+    unique_by=lambda row: row[:2],
+)
+
+
+@settings(deadline=None)
+@given(several, st.booleans())
+def test_an_interval_of_facts_asked_several_times_is_finite_and_has_a_width(facts: list, seeds: bool) -> None:
+    answers = [
+        Answer(g, hit, (g, i), m, seed=m % 2 if seeds else None) for g, i, hits in facts for m, hit in enumerate(hits)
+    ]
+    found = clustered(answers)
+    low, high = found.ci95
+    assert 0 <= low <= found.rate + 1e-12
+    assert found.rate - 1e-12 <= high <= 1
+    assert high - low > 0.02
+    assert low == 0 or low < found.rate
+    assert high == 1 or high > found.rate

@@ -6,7 +6,7 @@ from retention_bench.display.curve import curve, half_life
 
 
 def arm(survival, facts=20, dose=None):
-    life = {"dose": dose, "low": 100.0, "high": None}
+    life = {"dose": dose, "low": 100.0, "high": None, "between": dose and [0, 500]}
     return {"doses": [0, 500, 1000], "survival": survival, "facts": facts, "relations": 5, "half_life": life}
 
 
@@ -39,7 +39,12 @@ def test_half_lives_are_said():
     text = curve(SURVIVAL, encoding="utf-8")
     assert "edited (20 facts of 5 relations)\n         half-life 500 tokens (95 % interval 100 to open)" in text
     assert "half-life not reached, above 100 tokens" in text
-    assert half_life({"dose": None, "low": None, "high": None}, "tokens") == "half-life not reached"
+    nothing = {"dose": None, "low": None, "high": None, "between": None}
+    assert half_life(nothing, "tokens") == "half-life not reached"
+    known = nothing | {"low": 0.0, "high": 1000.0, "between": [0, 1000]}
+    assert half_life(known, "tokens") == "half-life before 1,000 tokens (95 % interval 0 to 1,000)"
+    later = nothing | {"between": [500, 1000]}
+    assert half_life(later, "tokens") == "half-life after 500 and before 1,000 tokens"
 
 
 def test_without_a_second_look_there_is_no_curve():

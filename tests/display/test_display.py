@@ -133,3 +133,31 @@ def test_nothing_prints_past_the_screen():
     for file in package.rglob("*.py"):
         if file.parent.name != "display":
             assert not re.search(r"\bConsole\(|click\.echo\(|markup=True", file.read_text()), file
+
+
+@pytest.mark.parametrize(
+    ("ratio", "ci95", "reason", "said"),
+    [
+        (2.0, [1.25, 3.1], None, "hazard ratio 2.00 (95 % interval 1.25 to 3.10)."),
+        (
+            2.0,
+            None,
+            "facts were lost in two relations",
+            "hazard ratio 2.00, no interval: facts were lost in two relations.",
+        ),
+        (None, None, "all were lost", "hazard ratio none: all were lost."),
+    ],
+)
+def test_a_hazard_ratio_says_why_it_or_its_interval_is_not_there(capsys, ratio, ci95, reason, said):
+    from retention_bench.display.results import _print_survival
+
+    contrast = {
+        "pairs": 50,
+        "lost": [50, 33],
+        "log_rank_p": 0.008,
+        "hazard_ratio": ratio,
+        "ci95": ci95,
+        "reason": reason,
+    }
+    _print_survival({"dose": "tokens", "curves": {}, "contrast": contrast})
+    assert f"log-rank p 0.008, {said}" in capsys.readouterr().out

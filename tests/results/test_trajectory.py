@@ -16,6 +16,7 @@ def rows(experiment, looks, hit=True, kinds=("edited", "intrinsic"), facts=2):
             "tokens": 100 * step,
             "epoch": step / 8,
             "fact_id": f"{kind}-{number}",
+            "relation": f"r{number % 5}",
             "kind": kind,
             "hit": hit(step) if callable(hit) else hit,
             "true": 0.5,
@@ -73,3 +74,15 @@ def test_a_model_that_puts_out_no_number_has_no_probability():
     [entry] = summarise(some + rows(1, [0]))
     assert entry["edited"]["true"] == pytest.approx(0.5)
     assert summarise([]) == []
+
+
+def test_rates_are_as_sure_as_there_are_relations_and_facts_and_not_models():
+    def intrinsic(models):
+        # of five relations one is lost; every model answers the same
+        some = [row for m in range(models) for row in rows(m, [0], kinds=["intrinsic"], facts=20)]
+        return summarise([row | {"hit": row["relation"] != "r0"} for row in some])[0]["intrinsic"]
+
+    one, many = intrinsic(1), intrinsic(50)
+    assert (many["hits"], many["total"], many["clustered_by"], many["clusters"]) == (800, 1000, "relation", 5)
+    assert many["ci95"] == pytest.approx(one["ci95"], abs=0.01)
+    assert many["ci95"][1] - many["ci95"][0] > 0.5
