@@ -15,6 +15,9 @@ MIN_FACTS = 20
 MIN_RELATIONS = 5
 """What must be left on either side of the comparison that a cell makes."""
 
+ROUNDING = 1e-9
+"""What a share of a count may be off by: 0.55 x 100 is a little more than 55."""
+
 
 def gates(
     answers: Answers, pairs: Sequence[Pair], logs: Sequence[Mapping[str, Any]], *, min_efficacy: float = MIN_EFFICACY
@@ -34,14 +37,15 @@ def gates(
     took = sum(sample.hit for sample in edits)
     learned = sum(bool(log["learned"]) for log in logs)
     reasons = sorted({log["why_not"] for log in logs if log["why_not"]})
+    # The kind that the split leaves alone; matched facts are no stand-in for intrinsic ones that are too few.
+    matched = not answers.of("base", "intrinsic") and bool(answers.of("base", "intrinsic_matched"))
+    alone = "intrinsic_matched" if matched else "intrinsic"
     sides = {
-        "edited": [pair.edited[0] for pair in pairs],
-        "intrinsic": [
-            before
-            for kind in ("intrinsic", "intrinsic_matched")
-            for before, _ in answers.before_after(kind, control=True)
-            if before.hit
-        ],
+        "edited": ([pair.edited[0] for pair in pairs], "edited facts that the base model knew and the edit took"),
+        "intrinsic": (
+            [before for before, _ in answers.before_after(alone, control=True) if before.hit],
+            f"{'matched ' * matched}intrinsic facts that the base model knew",
+        ),
     }
     found = [
         Gate(
@@ -53,18 +57,14 @@ def gates(
         ),
         Gate(
             name="efficacy",
-            passed=bool(edits) and took >= min_efficacy * len(edits),
+            passed=bool(edits) and took >= min_efficacy * len(edits) - ROUNDING,
             value=took / len(edits) if edits else 0.0,
             limit=min_efficacy,
             text=f"{took} of {len(edits)} edits took; {100 * min_efficacy:g} % must",
         ),
     ]
-    for side, some in sides.items():
+    for side, (some, what) in sides.items():
         facts, relations = len({s.fact_id for s in some}), len({s.relation for s in some})
-        what = {
-            "edited": "edited facts that the base model knew and the edit took",
-            "intrinsic": "intrinsic facts that the base model knew",
-        }[side]
         found += [
             Gate(
                 name=f"{side}_facts",

@@ -104,6 +104,35 @@ def test_a_side_needs_facts_and_relations(facts, relations, failed):
     assert found.ranked is (not failed)
 
 
+@pytest.mark.parametrize(
+    ("intrinsic", "matched", "failed"),
+    [
+        (40, 0, []),
+        (3, 40, ["3 intrinsic facts that the base model knew; 20 are needed"]),
+        (0, 40, []),  # as the split `subjects` has them
+        (0, 3, ["3 matched intrinsic facts that the base model knew; 20 are needed"]),
+        (0, 0, ["0 intrinsic facts that the base model knew; 20 are needed"]),
+    ],
+)
+def test_facts_of_another_kind_are_no_stand_in(intrinsic, matched, failed):
+    samples = [row for i in range(30) for row in edited(f"{i}-r{i % 6}")]
+    samples += [row for i in range(intrinsic) for row in alone(f"{100 + i}-s{i % 6}")]
+    samples += [row for i in range(matched) for row in alone(f"{500 + i}-r{i % 6}", kind="intrinsic_matched")]
+    gates = aggregate([Run(samples, [LEARNED])]).gates
+    assert [gate.text for gate in gates if gate.name == "intrinsic_facts" and not gate.passed] == failed
+
+
+@pytest.mark.parametrize("share", [0.55, 0.07])  # times 100 each is a little more than a whole number
+def test_exactly_the_share_of_edits_that_must_take_is_enough(share):
+    took = round(100 * share)
+    samples = [row for i in range(100) for row in edited(f"{i}-r{i % 10}", took=i < took)]
+    gates = {gate.name: gate.passed for gate in aggregate([Run(samples, [LEARNED])], min_efficacy=share).gates}
+    assert gates["efficacy"]
+    samples = [row for i in range(100) for row in edited(f"{i}-r{i % 10}", took=i < took - 1)]
+    gates = {gate.name: gate.passed for gate in aggregate([Run(samples, [LEARNED])], min_efficacy=share).gates}
+    assert not gates["efficacy"]
+
+
 def test_a_fine_tune_that_did_not_learn_is_a_gate():
     samples = [row for i in range(50) for row in edited(f"{i}-r{i % 10}")]
     samples += [row for i in range(100) for row in alone(f"{100 + i}-s{i % 10}")]
