@@ -173,8 +173,8 @@ def _print_headline(results: Mapping[str, Any]) -> None:
             facts, share = f"{paired['edited']['total']} answers of {seeds} seeds about {facts}", _short
         console.print(
             f"  Of {facts} that the base model knew and the edit took, the unedited control still gives the true "
-            f"object for {share(paired['control'])}, the edited model the new one for {share(paired['edited'])}. Positive: "
-            f"edits are lost more easily than what they replaced. {_effect(difference)}",
+            f"object for {share(paired['control'])}, the edited model the new one for {share(paired['edited'])}. "
+            f"Positive: edits are lost more easily than what they replaced. {_effect(difference)}",
             soft_wrap=True,
         )
     matched = results["paired_step_matched"]
@@ -193,15 +193,15 @@ def _print_headline(results: Mapping[str, Any]) -> None:
             "start surer than knowledge does.",
             soft_wrap=True,
         )
-    each = ", in each seed" if "runs" in results else ""
+    each = ", counted in each seed," if "runs" in results else ""
     if decay["clipped"]:
         console.print(
-            f"  Of {decay['clipped']} of these facts{each} a probability is so near 0 or 1 that it is clipped.",
+            f"  {decay['clipped']} of these facts{each} have a probability so near 0 or 1 that it is clipped.",
             soft_wrap=True,
         )
     if decay["no_number"]:
         console.print(
-            f"  {decay['no_number']} facts{each} have no log-odds, since a model that diverged gives no number.",
+            f"  {decay['no_number']} of these facts{each} have no log-odds, since a model that diverged gives no number.",
             soft_wrap=True,
         )
 

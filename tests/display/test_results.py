@@ -40,9 +40,9 @@ def test_answers_of_seeds_are_no_facts(printed):
     ("counts", "says"),
     [
         ({}, ()),
-        ({"clipped": 3}, ("Of 3 of these facts a probability is so near 0 or 1 that it is clipped.",)),
-        ({"no_number": 2}, ("2 facts have no log-odds, since a model that diverged gives no number.",)),
-        ({"no_number": 2, "paired": {"value": None}}, ("2 facts have no log-odds",)),  # none is left
+        ({"clipped": 3}, ("3 of these facts have a probability so near 0 or 1 that it is clipped.",)),
+        ({"no_number": 2}, ("2 of these facts have no log-odds, since a model that diverged gives no number.",)),
+        ({"no_number": 2, "paired": {"value": None}}, ("2 of these facts have no log-odds",)),  # none is left
     ],
 )
 def test_what_decay_clips_and_leaves_out_is_said(printed, counts, says):
