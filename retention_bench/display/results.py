@@ -201,7 +201,7 @@ def _print_headline(results: Mapping[str, Any]) -> None:
         )
     if decay["no_number"]:
         console.print(
-            f"  {decay['no_number']} of these facts{each} have no log-odds, since a model that diverged gives no number.",
+            f"  {decay['no_number']} of these facts{each} have no log-odds: a model that diverged gives no number.",
             soft_wrap=True,
         )
 
@@ -328,7 +328,11 @@ def print_seeds(results: Mapping[str, Any], out: Path) -> None:
     )
     _print_rest(results)
     console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
-    console.print(f"Results: {line(out / 'seeds.json')}, each seed's own beside it.", soft_wrap=True)
+    console.print(
+        f"Results: {line(out / 'seeds.json')}, each seed's own beside it. Survival is counted for each seed alone: "
+        "`retention-bench show` prints it for a seed's folder.",
+        soft_wrap=True,
+    )
 
 
 def print_paper(results: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def test_answers_of_seeds_are_no_facts(printed):
     [
         ({}, ()),
         ({"clipped": 3}, ("3 of these facts have a probability so near 0 or 1 that it is clipped.",)),
-        ({"no_number": 2}, ("2 of these facts have no log-odds, since a model that diverged gives no number.",)),
+        ({"no_number": 2}, ("2 of these facts have no log-odds: a model that diverged gives no number.",)),
         ({"no_number": 2, "paired": {"value": None}}, ("2 of these facts have no log-odds",)),  # none is left
     ],
 )
