@@ -1,6 +1,9 @@
 import json
+import random
+from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from retention_bench.cli import main
@@ -60,8 +63,15 @@ def test_several_seeds_are_run_counted_together_and_cost_nothing_again(small_sui
 def test_a_split_by_subjects_is_run_and_shown(small_suite, tmp_path, monkeypatch):
     """No fact is intrinsic in the paper's sense: matched ones are in the trajectory and under the gate."""
     monkeypatch.setenv("RETENTION_BENCH_STORE", str(tmp_path / "store"))
-    words = ["evaluate", "--suite", str(small_suite), "--editor", "ft", "--finetune", "tulu3", "--device", "cpu"]
-    words += ["--set", "facts.split=subjects", "--out", str(tmp_path / "out")]
+    suite = yaml.safe_load(small_suite.read_text())
+    rows = Path(suite["facts"]["source"]).read_text().splitlines(keepends=True)
+    (tmp_path / "facts.jsonl").write_text("".join(random.Random(0).sample(rows, 60)))
+    suite["facts"] |= {"source": str(tmp_path / "facts.jsonl"), "edited": 3, "intrinsic": 4}
+    suite["models"]["atlas-gpt2"]["finetunes"]["tulu3"] |= {"train_size": 16, "validation_size": 4, "batch_size": 8}
+    suite["models"]["atlas-gpt2"]["finetunes"]["tulu3"] |= {"max_steps": 2, "eval_every": 1, "max_length": 48}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    words = ["evaluate", "--suite", str(tmp_path / "suite.yaml"), "--editor", "ft", "--finetune", "tulu3"]
+    words += ["--device", "cpu", "--set", "facts.split=subjects", "--out", str(tmp_path / "out")]
     for command in (words, ["show", str(tmp_path / "out")]):
         done = CliRunner().invoke(main, command, env={"COLUMNS": "80"})
         assert done.exit_code == 0, done.output

@@ -171,6 +171,9 @@ def test_the_step_matched_control_takes_the_place_of_the_control():
     assert found.paired.difference.value == 0
     assert found.paired_step_matched.difference.value == -0.5
     assert aggregate([Run(samples, [LEARNED])]).paired_step_matched is None
+    still = [row | {"outcome": "true"} for row in rows]
+    both = aggregate([Run(samples, [LEARNED], own, seed=seed) for seed, own in enumerate((rows, still))])
+    assert both.paired_step_matched.difference.value == -0.25
 
 
 def test_a_model_that_gives_no_number_is_left_out_of_decay():
