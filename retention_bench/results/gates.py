@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from retention_bench.results.measures import Answers, Pair
@@ -17,6 +17,51 @@ MIN_RELATIONS = 5
 
 ROUNDING = 1e-9
 """What a share of a count may be off by: 0.55 x 100 is a little more than 55."""
+
+
+def counted(found: Iterable[Gate], stage: str | None) -> list[Gate]:
+    """The gates that count for the models of one stage: those of the edits from the edit on, not before it.
+
+    Args:
+        found: A cell's gates.
+        stage: One of `STAGES`; None for the cell as a whole.
+    """
+    if stage == "base":
+        return []
+    if stage == "post_edit":
+        return [gate for gate in found if gate.name != "learned"]
+    if stage == "control_finetune":
+        return [gate for gate in found if gate.name == "learned"]
+    return list(found)
+
+
+def strictest(cells: Mapping[str, Sequence[Gate]]) -> dict[str, list[str]]:
+    """The gates that each of several cells fails where all are held to the strictest limit among them.
+
+    A cell that was run with a lower `--min-efficacy` than another has no other chance to be ranked beside it.
+
+    Args:
+        cells: By name, the gates that count.
+
+    Returns:
+        By name, the failed ones in words.
+    """
+    # How many fine-tunes must learn is how many a cell has.
+    limits = {
+        gate.name: max(g.limit for own in cells.values() for g in own if g.name == gate.name)
+        for own in cells.values()
+        for gate in own
+        if gate.name != "learned"
+    }
+    failed: dict[str, list[str]] = {name: [] for name in cells}
+    for name, own in cells.items():
+        for gate in own:
+            limit = limits.get(gate.name, gate.limit)
+            if not gate.passed:
+                failed[name].append(gate.text)
+            elif gate.value < limit - ROUNDING:
+                failed[name].append(f"{gate.text}; the limit of another side is {limit:g}")
+    return failed
 
 
 def gates(
