@@ -238,7 +238,8 @@ def _print_rest(results: Mapping[str, Any]) -> None:
             )
     if gone := sum(results["lost"].values()):
         what = ", ".join(f"{name} {count}" for name, count in results["lost"].items() if count)
-        console.print(f"Of {gone} lost edits the answer became: {what}.", soft_wrap=True)
+        over = " of all seeds" if "runs" in results else ""
+        console.print(f"Of {gone} lost edits{over} the answer became: {what}.", soft_wrap=True)
     rows = [
         f"{low:g}-{high:g}: {_of(own['edited'], 'new objects')}, {_of(own['control'], 'true objects')}"
         for own in results["confidence"]
