@@ -176,7 +176,7 @@ class Rate(_Typed):
     Attributes:
         hits: Number of hits.
         total: Number of trials.
-        rate: hits / total; None if there were no trials.
+        rate: hits / total, over several seeds the mean of the seeds' own; None if there were no trials.
         ci95: The interval, within [0, 1]; None if there were no trials.
         clustered_by: What trials belong to that are not independent; None where all are.
         clusters: How many of those there are.
