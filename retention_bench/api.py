@@ -256,7 +256,7 @@ def compare(*sides: PathLike, stage: str = "post_finetune", kinds: Collection[st
         kinds: The kinds of question.
 
     Returns:
-        `{sides, failed, comparisons, ranks}`, see `results.compare.compared`.
+        `{sides, failed, unequal, gated, headlines, comparisons, ranks}`, see `results.compare.compared`.
 
     Raises:
         UsageError: There is nothing of that name, or there are fewer than two sides.

@@ -330,7 +330,8 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
         "gates": [{"passed": False, "text": "3 of 5000 edits took; 80 % must"}],
         "paired": {"difference": difference, "control": rate, "edited": rate},
         "paired_step_matched": None,
-        "decay": {"paired": nats, "edited": nats, "control": nats, "before": {"edited": 0.95, "control": 0.4}},
+        "decay": {"paired": nats, "edited": nats, "control": nats, "before": {"edited": 0.95, "control": 0.4}}
+        | {"clipped": 0, "no_number": 0},
         "survival": None,
         "retention": dict.fromkeys(("edited", "locality", "control_edited_true", "control_intrinsic"), rate),
         "gap": {"unmatched": difference, "matched": difference | {"value": None}},

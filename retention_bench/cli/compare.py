@@ -27,8 +27,9 @@ def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json:
       FILE              all checkpoints in a file that `score` wrote
       FILE:CHECKPOINT   one of them
 
-    Only questions that both sides of a pair were asked are compared. The p-values are McNemar's exact test's, with
-    Holm's correction for all pairs and kinds shown.
+    Only questions that both sides of a pair were asked are compared. The p-values are those of the exact test by
+    relation and of McNemar's by fact, which holds for these relations only; with Holm's correction for all pairs and
+    kinds shown. Sides that fail a gate are not ranked, and what runs differ in besides their editor is said.
     """  # noqa: D301 - click keeps lines as they are behind a backspace
     from retention_bench.display import tables
     from retention_bench.errors import unknown_name

@@ -10,8 +10,9 @@ ARMS = {
     "edited": ("edited", "●", "E"),
     "control": ("the same facts in the control", "○", "c"),
     "intrinsic": ("intrinsic", "·", "."),
+    "intrinsic_matched": ("intrinsic, matched", "·", "."),
 }
-"""By arm: its label, its mark, and its mark in ASCII."""
+"""By arm: its label, its mark, and its mark in ASCII. Matched facts are drawn where there are no intrinsic ones."""
 _FRAME = {"│": "|", "└": "+", "─": "-", "┤": "|"}
 
 
@@ -28,6 +29,8 @@ def curve(survival: Mapping[str, Any], *, width: int = 60, height: int = 12, enc
         Lines without colour, joined by line ends; a sentence where there is no curve.
     """
     curves = {arm: survival["curves"][arm] for arm in ARMS if arm in survival["curves"]}
+    if "intrinsic" in curves:
+        curves.pop("intrinsic_matched", None)
     last = max((own["doses"][-1] for own in curves.values()), default=0)
     if not last:
         return "No fact was looked at twice: there is no survival to draw."

@@ -181,11 +181,14 @@ def _print_headline(results: Mapping[str, Any]) -> None:
         Text.assemble("Paired difference: ", (_points(difference), "bold"), "."), soft_wrap=True, highlight=False
     )
     if difference["value"] is not None:
+        seeds, share = len(results.get("runs", ())), _share
+        facts = f"{difference['n']} facts in {difference['clusters']} relations"
+        if seeds:  # a share is the mean of the seeds' own, of no count
+            facts, share = f"{paired['edited']['total']} answers of {seeds} seeds about {facts}", _short
         console.print(
-            f"  Of {difference['n']} facts in {difference['clusters']} relations that the base model knew and the edit "
-            f"took, the unedited control still gives the true object for {_share(paired['control'])}, the edited model "
-            f"the new one for {_share(paired['edited'])}. Positive: edits are lost more easily than what they "
-            f"replaced. {_effect(difference)}",
+            f"  Of {facts} that the base model knew and the edit took, the unedited control still gives the true "
+            f"object for {share(paired['control'])}, the edited model the new one for {share(paired['edited'])}. "
+            f"Positive: edits are lost more easily than what they replaced. {_effect(difference)}",
             soft_wrap=True,
         )
     matched = results["paired_step_matched"]
@@ -202,6 +205,17 @@ def _print_headline(results: Mapping[str, Any]) -> None:
             f"{before['edited']:.2f}, the same facts' true objects in the control by {_nats(decay['control'])} from "
             f"{before['control']:.2f}. Negative: edits lose more confidence. Hits see only large effects, and edits "
             "start surer than knowledge does.",
+            soft_wrap=True,
+        )
+    each = ", counted in each seed," if "runs" in results else ""
+    if decay["clipped"]:
+        console.print(
+            f"  {decay['clipped']} of these facts{each} have a probability so near 0 or 1 that it is clipped.",
+            soft_wrap=True,
+        )
+    if decay["no_number"]:
+        console.print(
+            f"  {decay['no_number']} of these facts{each} have no log-odds: a model that diverged gives no number.",
             soft_wrap=True,
         )
 
@@ -239,15 +253,20 @@ def _print_rest(results: Mapping[str, Any]) -> None:
             )
     if gone := sum(results["lost"].values()):
         what = ", ".join(f"{name} {count}" for name, count in results["lost"].items() if count)
-        console.print(f"Of {gone} lost edits the answer became: {what}.", soft_wrap=True)
+        over = " of all seeds" if "runs" in results else ""
+        console.print(f"Of {gone} lost edits{over} the answer became: {what}.", soft_wrap=True)
     rows = [
-        f"{low:g}-{high:g}: {_short(own['edited'])} of edits, {_short(own['control'])} of the same facts in the control"
+        f"{low:g}-{high:g}: {_of(own['edited'], 'new objects')}, {_of(own['control'], 'true objects')}"
         for own in results["confidence"]
         if own["edited"]["total"] or own["control"]["total"]
         for low, high in [(own["low"], own["high"])]
     ]
     if rows:
-        console.print(f"Kept by the target's probability before: {'; '.join(rows)}.", soft_wrap=True)
+        console.print(
+            "Kept by the probability before the fine-tune, of new objects in the edited models and of true objects in "
+            f"the control that began as sure (in one bin mostly other facts): {'; '.join(rows)}.",
+            soft_wrap=True,
+        )
     moved = [
         f"{kind} {_points(own['post_edit'])} after the edit, {_points(own['post_finetune'])} after the fine-tune"
         for kind, own in results["collateral"].items()
@@ -320,12 +339,16 @@ def print_seeds(results: Mapping[str, Any], out: Path) -> None:
     console.print(_answered(results, ""))
     console.print(_kept(results))
     console.print(
-        "Means over seeds; the 95 % intervals take relations and seeds as crossed, and never answers of several seeds "
-        "as independent.\n"
+        "Percentages are means over seeds, counts are answers of all seeds; the 95 % intervals take relations and "
+        "seeds as crossed, and never answers of several seeds as independent.\n"
     )
     _print_rest(results)
     console.print(Text(f"\n{plain(results['notice'])}\n", "yellow"), soft_wrap=True)
-    console.print(f"Results: {line(out / 'seeds.json')}, each seed's own beside it.", soft_wrap=True)
+    console.print(
+        f"Results: {line(out / 'seeds.json')}, each seed's own beside it. Survival is counted for each seed alone: "
+        "`retention-bench show` prints it for a seed's folder.",
+        soft_wrap=True,
+    )
 
 
 def print_paper(results: Mapping[str, Any]) -> None:
@@ -360,6 +383,11 @@ def _short(rate: Mapping[str, Any]) -> str:
     return f"{100 * rate['rate']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
+def _of(rate: Mapping[str, Any], what: str) -> str:
+    """A share with how many it is of."""
+    return f"{_short(rate)} of {rate['total']} {what}" if rate["total"] else f"no {what}"
+
+
 def _share(rate: Mapping[str, Any]) -> str:
     if rate["rate"] is None:
         return "none of none"
@@ -384,10 +412,8 @@ def _signed(share: float) -> str:
 
 def _nats(change: Mapping[str, Any]) -> str:
     """A change of log-odds, with its interval."""
-    if change["ci95"] is None:
-        return f"{change['value']:+.2f}, with no interval"
-    low, high = change["ci95"]
-    return f"{change['value']:+.2f} ({low:+.2f} to {high:+.2f})"
+    value, *ends = (f"{round(number, 2) or 0:+.2f}" for number in (change["value"], *(change["ci95"] or ())))
+    return f"{value} ({ends[0]} to {ends[1]})" if ends else f"{value}, with no interval"
 
 
 def _effect(difference: Mapping[str, Any]) -> str:
@@ -491,8 +517,15 @@ def _probability(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
 def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
-    """What the edited models answered while they were trained."""
+    """What the edited models answered while they were trained, about intrinsic facts or, without any, matched ones."""
+    kinds = [kind for kind in ("intrinsic", "intrinsic_matched") if any(kind in step for step in steps)]
+    alone = kinds[0] if kinds else "intrinsic"
+    label = "matched" if alone == "intrinsic_matched" else "intrinsic"
     table = Table(
         title="While training: facts answered, and mean probabilities of the next token",
         title_justify="left",
@@ -500,11 +533,11 @@ def _trajectory(steps: Sequence[Mapping[str, Any]]) -> Table:
         show_edge=False,
         pad_edge=False,
     )
-    for column in ("step", "models", "edited\nright", "new", "old", "related", "other", "intrinsic\nright", "its own"):
+    for column in ("step", "models", "edited\nright", "new", "old", "related", "other", f"{label}\nright", "its own"):
         table.add_column(column, justify="right")
     for step in steps:
-        edited, intrinsic = step["edited"], step["intrinsic"]
-        figures = (_probability(edited[name]) for name in ("edited", "true", "related", "other"))
-        own = (f"{100 * intrinsic['rate']:.0f} %", _probability(intrinsic["true"]))
-        table.add_row(f"{step['step']}", f"{step['models']}", f"{100 * edited['rate']:.0f} %", *figures, *own)
+        edited, other = step.get("edited", {}), step.get(alone, {})
+        figures = (_probability(edited.get(name)) for name in ("edited", "true", "related", "other"))
+        own = (_percent(other.get("rate")), _probability(other.get("true")))
+        table.add_row(f"{step['step']}", f"{step['models']}", _percent(edited.get("rate")), *figures, *own)
     return table

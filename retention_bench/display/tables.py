@@ -47,13 +47,15 @@ def print_comparisons(found: Mapping[str, Any]) -> None:
     tests = len(found["comparisons"])
     console.print(
         "\nFacts are lost where the second side answers them less often than the first, gained where more often, kept "
-        "where as often, never where neither does. The difference is in points, with its 95 % interval; p is that of "
-        "McNemar's exact test by fact, below it p after Holm's correction for "
-        f"{'the one comparison' if tests == 1 else f'all {tests} comparisons'} shown. MDE is the minimum detectable "
-        "effect of so many facts, in points (two-sided test at 5 %, power 80 %).",
+        "where as often, never where neither does. The difference is in points, with its 95 % interval. p rel. is that "
+        "of the exact test by relation: it holds for relations like these. p fact is that of McNemar's exact test by "
+        "fact: it holds for these relations only, and is too small for others. Below each is p after Holm's correction "
+        f"for {'the one comparison' if tests == 1 else f'all {tests} comparisons'} shown. MDE is the minimum "
+        "detectable effect of so many facts, in points (two-sided test at 5 %, power 80 %).",
     )
     _print_headlines(console, found["headlines"], letters)
     _print_ranks(console, found["ranks"], letters)
+    _print_unequal(console, found, letters)
 
 
 def print_scores(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -157,17 +159,19 @@ def _plain_table(title: str | None) -> Table:
 def _pair_table(comparisons: Sequence[Mapping[str, Any]], one: str, other: str) -> Table:
     table = _plain_table(f"From {one} to {other}")
     table.add_column("questions\nanswered", no_wrap=True)
-    columns = (one, other, "lost", "gained", "kept", "never", "points\n95 %", "p\nHolm", "MDE")
+    # The sides' rates stand in one column, so that both tests fit into 80 columns.
+    sides = f"{one}\n{other}"
+    columns = (sides, "lost", "gained", "kept", "never", "points\n95 %", "p rel.\nHolm", "p fact\nHolm", "MDE")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for c in comparisons:
         low, high = c["difference"]["ci95"]
-        rates = (f"{100 * rate:.0f} %" for rate in c["rates"])
+        rates = "\n".join(f"{100 * rate:.0f} %" for rate in c["rates"])
         counts = (f"{len(c[name])}" for name in ("lost", "gained", "kept", "never"))
         points = f"{100 * c['difference']['value']:+.0f}\n{100 * low:+.0f} to {100 * high:+.0f}"
         smallest = "none" if (effect := c["difference"]["detectable"]) is None else f"{100 * effect:.0f}"
-        tests = f"{_p(c['p'])}\n{_p(c['p_holm'])}"
-        table.add_row(f"{line(c['kind'])}\n{c['facts']} facts", *rates, *counts, points, tests, smallest)
+        tests = (f"{_p(c[p])}\n{_p(c[f'{p}_holm'])}" for p in ("p_relations", "p"))
+        table.add_row(f"{line(c['kind'])}\n{c['facts']} facts", rates, *counts, points, *tests, smallest)
     return table
 
 
@@ -203,7 +207,7 @@ def _print_ranks(console: Console, ranks: Mapping[str, Mapping[str, Any]], lette
 
 
 def _print_headlines(console: Console, headlines: Mapping[str, Mapping[str, Any]], letters: Mapping[str, str]) -> None:
-    """The paired difference of every run, with its rank; and why a run has none."""
+    """The paired difference of every run, with its rank."""
     if not headlines:
         return
     console.print("\nPaired difference of each run (less is better), with its rank:")
@@ -217,9 +221,19 @@ def _print_headlines(console: Console, headlines: Mapping[str, Mapping[str, Any]
         rank = "not ranked" if place is None else f"{place['rank']} ({place['ci95'][0]}-{place['ci95'][1]})"
         table.add_row(letters[name], value, span, f"{found['n']}", rank)
     console.print(table)
-    for name, own in headlines.items():
-        if own["failed"]:
-            console.print(Text(f"{letters[name]} is not ranked: {plain('; '.join(own['failed']))}."), soft_wrap=True)
+
+
+def _print_unequal(console: Console, found: Mapping[str, Any], letters: Mapping[str, str]) -> None:
+    """Which sides no rank counts, and in what runs differ besides their editor."""
+    for name, failed in found["gated"].items():
+        console.print(Text(f"{letters[name]} is not ranked: {plain('; '.join(failed))}."), soft_wrap=True)
+    for what, values in found["unequal"].items():
+        told: dict[str, list[str]] = {}
+        for name, value in values.items():
+            told.setdefault("none" if value is None else str(value), []).append(letters[name])
+        listed = "; ".join(f"{line(value)} ({', '.join(names)})" for value, names in told.items())
+        text = f"Not alike but for the editor: {line(what)} is {listed}."
+        console.print(Text(text, style="yellow"), soft_wrap=True)
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:

@@ -94,7 +94,9 @@ def evaluate_seeds(
                 announce=lambda title, cached, seed=seed: announce(f"seed {seed}: {title}", cached),  # type: ignore[misc]
             )
             rows = read_jsonl(folder / "samples.jsonl")
-            runs.append((results, [checked(Sample, row, f"line {number}") for number, row in rows]))
+            matched = folder / "step_matched.jsonl"
+            followed = [row for _, row in read_jsonl(matched)] if matched.is_file() else []
+            runs.append((results, [checked(Sample, row, f"line {number}") for number, row in rows], followed))
         found = over_seeds(runs, min_efficacy=cell.min_efficacy)
         partial = out / ".retention-bench.seeds"
         found.save(partial)

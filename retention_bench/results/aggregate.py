@@ -19,6 +19,7 @@ from retention_bench.results.schema import (
     KINDS,
     STAGES,
     Bin,
+    Change,
     Collateral,
     Decay,
     Estimate,
@@ -147,8 +148,8 @@ def _estimate(found: analysis.Estimate) -> Estimate:
     return Estimate.model_validate(found.to_json())
 
 
-def _mean(answers: Iterable[Answer], *, bounded: bool = True) -> Estimate:
-    return _estimate(analysis.mean(answers, bounded=bounded))
+def _mean(answers: Iterable[Answer]) -> Estimate:
+    return _estimate(analysis.mean(answers))
 
 
 def _stages(runs: Sequence[Run]) -> Rates:
@@ -191,32 +192,38 @@ def _decay(runs: Sequence[Run]) -> Decay:
         return [pair for pair in run.pairs if _numbers(*pair.edited, *pair.control)]
 
     def others(run: Run, control: bool) -> list[tuple[Sample, Sample]]:
-        found = run.answers.before_after("intrinsic", control=control)
-        return [(before, after) for before, after in found if before.hit and _numbers(before, after)]
+        found = measures.known(run.answers, "intrinsic", control=control)
+        return [(before, after) for before, after in found if _numbers(before, after)]
 
     def paired(pair: Pair) -> Answer:
         return measures.answer(pair.edited[0], _change(*pair.edited) - _change(*pair.control))
 
+    def mean(changes: Callable[[Run], Iterable[Answer]]) -> Change:
+        return Change.model_validate(analysis.mean(_over(runs, changes), bounded=False).to_json())
+
     pairs = [pair for run in runs for pair in whole(run)]
-    looked = [sample.logprob for pair in pairs for sample in (*pair.edited, *pair.control)]
     return Decay(
-        paired=_mean(_over(runs, lambda run: map(paired, whole(run))), bounded=False),
-        edited=_mean(_over(runs, lambda run: [_changed(*pair.edited) for pair in whole(run)]), bounded=False),
-        control=_mean(_over(runs, lambda run: [_changed(*pair.control) for pair in whole(run)]), bounded=False),
-        intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, False)]), bounded=False),
-        control_intrinsic=_mean(_over(runs, lambda run: [_changed(*two) for two in others(run, True)]), bounded=False),
+        paired=mean(lambda run: map(paired, whole(run))),
+        edited=mean(lambda run: [_changed(*pair.edited) for pair in whole(run)]),
+        control=mean(lambda run: [_changed(*pair.control) for pair in whole(run)]),
+        intrinsic=mean(lambda run: [_changed(*two) for two in others(run, False)]),
+        control_intrinsic=mean(lambda run: [_changed(*two) for two in others(run, True)]),
         before={
             "edited": _probability([pair.edited[0] for pair in pairs]),
             "control": _probability([pair.control[0] for pair in pairs]),
             "intrinsic": _probability([before for run in runs for before, _ in others(run, False)]),
         },
-        clipped=sum(analysis.is_clipped(value) for value in looked if value is not None),
+        clipped=sum(any(map(_clipped, (*pair.edited, *pair.control))) for pair in pairs),
         no_number=sum(len(run.pairs) for run in runs) - len(pairs),
     )
 
 
 def _numbers(*samples: Sample) -> bool:
     return all(sample.logprob is not None for sample in samples)
+
+
+def _clipped(sample: Sample) -> bool:
+    return sample.logprob is not None and analysis.is_clipped(sample.logprob)
 
 
 def _change(before: Sample, after: Sample) -> float:
@@ -235,16 +242,17 @@ def _probability(samples: Sequence[Sample]) -> float | None:
 
 
 def _confidence(runs: Sequence[Run]) -> list[Bin]:
-    def found(place: int, kind: str, control: bool = False) -> Rate:
-        return _rate(_over(runs, lambda run: measures.by_confidence(run.answers, kind, control=control)[place]))
+    def binned(asked: Callable[[Run], Iterable[tuple[Sample, Sample]]]) -> list[Rate]:
+        found = [(run.seed, measures.by_confidence(asked(run))) for run in runs]
+        return [
+            _rate(answer._replace(seed=seed) for seed, bins in found for answer in bins[place])
+            for place in range(len(measures.BINS) - 1)
+        ]
 
+    edited = binned(lambda run: (pair.edited for pair in run.pairs))
+    control = binned(lambda run: (pair.control for pair in run.pairs))
+    intrinsic = binned(lambda run: run.answers.before_after("intrinsic"))
     return [
-        Bin(
-            low=low,
-            high=high,
-            edited=found(place, "edited"),
-            control=found(place, "edited_true", control=True),
-            intrinsic=found(place, "intrinsic"),
-        )
+        Bin(low=low, high=high, edited=edited[place], control=control[place], intrinsic=intrinsic[place])
         for place, (low, high) in enumerate(itertools.pairwise(measures.BINS))
     ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from retention_bench.analysis import about_fact, compare, mean, rank, rank_inter
 from retention_bench.data import checked, locate, read_json, read_jsonl
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
+from retention_bench.results.gates import counted, strictest
 from retention_bench.results.measures import Answers, Pair, paired_difference, pairs
 from retention_bench.results.schema import KINDS, STAGES, Gate, Sample, check_version
 from retention_bench.results.score_file import read_scores
+
+_SETTING = "fine-tune's "
+"""What the names of a fine-tune's settings begin with."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,16 @@ class Side:
         rows: The samples, with `stage` and `experiment` where they are of a run.
         facts: The run's facts; None for a checkpoint of a `scores.jsonl`, which has samples alone.
         pairs: The facts of the run's headline; None for what is no run as a whole.
-        failed: The gates that the run fails, in words.
+        gates: The gates of the run that count at its stage.
+        made: How it was made, as far as sides that are ranked together should not differ in it.
     """
 
     name: str
     rows: tuple[dict[str, Any], ...]
     facts: FactSet | None = None
     pairs: tuple[Pair, ...] | None = None
-    failed: tuple[str, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    made: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,12 @@ def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Colle
         kinds: The kinds of question to compare.
 
     Returns:
-        `{sides, failed, headlines, comparisons, ranks}` as JSON values: the names of what is compared; the checkpoints
-        left out because they could not be scored; of every whole run its paired difference, its rank by that where
-        there are several, and the gates that it fails, for which it has none; a comparison for every pair and kind
-        (`analysis.Comparison`); and by kind the rank of every side that fails no gate, where there are more than two
-        sides.
+        `{sides, failed, unequal, gated, headlines, comparisons, ranks}` as JSON values: the names of what is compared;
+        the checkpoints left out because they could not be scored; by what runs differ in besides their editor (model,
+        fine-tune, horizon, settings), the value of each; of every side that fails a gate of its stage, why no rank
+        counts it; of every whole run its paired difference, and its rank by that where there are several; a comparison
+        for every pair and kind (`analysis.Comparison`); and by kind the rank of every side that fails no gate, where
+        there are more than two sides. Gates are held to the strictest limit among the sides.
 
     Raises:
         UsageError: There is nothing of that name, fewer than two sides, one of them twice, or two that share no
@@ -81,11 +89,13 @@ def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Colle
         )
     rows = {side.name: side.rows for side in sides}
     kinds = list(dict.fromkeys(kinds))
-    gated = [side.name for side in sides if side.failed]
+    gated = {name: why for name, why in strictest({side.name: side.gates for side in sides}).items() if why}
     return {
         "sides": list(rows),
         "failed": [vars(f) for f in failed],
-        "headlines": _headlines(sides),
+        "unequal": _unequal(sides),
+        "gated": gated,
+        "headlines": _headlines(sides, gated),
         "comparisons": [c.to_json() for c in compare(rows, kinds)],
         "ranks": {
             kind: {name: r.to_json() for name, r in ranks.items()}
@@ -94,18 +104,25 @@ def compared(names: Sequence[str], *, stage: str = "post_finetune", kinds: Colle
     }
 
 
-def _headlines(sides: Sequence[Side]) -> dict[str, dict[str, Any]]:
-    """The paired difference of every whole run, its rank by that, and the gates that it fails."""
+def _unequal(sides: Sequence[Side]) -> dict[str, dict[str, Any]]:
+    """What runs differ in besides their editor, with the value of each."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for side in sides for name in side.made):
+        values = {side.name: side.made[name] for side in sides if name in side.made}
+        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+            found[name] = values
+    if found.keys() & {"model", "finetune"}:  # these have settings of their own
+        return {name: values for name, values in found.items() if not name.startswith(_SETTING)}
+    return found
+
+
+def _headlines(sides: Sequence[Side], gated: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The paired difference of every whole run, and its rank by that."""
     found = {side.name: paired_difference(side.pairs) for side in sides if side.pairs is not None}
-    failed = {side.name: list(side.failed) for side in sides}
-    entries = {name: answers for name, answers in found.items() if answers and not failed[name]}
+    entries = {name: answers for name, answers in found.items() if answers and name not in gated}
     ranks = rank_intervals(entries, lowest_first=True) if len(entries) > 1 else {}
     return {
-        name: {
-            "difference": mean(answers).to_json(),
-            "rank": ranks[name].to_json() if name in ranks else None,
-            "failed": failed[name],
-        }
+        name: {"difference": mean(answers).to_json(), "rank": ranks[name].to_json() if name in ranks else None}
         for name, answers in found.items()
     }
 
@@ -198,7 +215,7 @@ def _run(name: str, folder: Path, stage: str | None) -> Side:
             "`evaluate` wrote."
         )
     check_version(results)
-    gates = read_json(results, _Gates).gates
+    cell = read_json(results, _Cell)
     rows, known = [], []
     for number, row in read_jsonl(samples):
         sample = checked(Sample, row, f"{samples}, line {number}")
@@ -215,13 +232,34 @@ def _run(name: str, folder: Path, stage: str | None) -> Side:
         tuple(rows),
         FactSet.read(facts) if facts.is_file() else None,
         tuple(pairs(Answers(known))) if whole else None,
-        tuple(gate.text for gate in gates if not gate.passed) if whole else (),
+        tuple(counted(cell.gates, stage)),
+        cell.made(stage),
     )
 
 
-class _Gates(pydantic.BaseModel):
+class _Settings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True)
+    finetune_settings: dict[str, Any]
+
+
+class _Cell(pydantic.BaseModel):
+    """What a comparison needs of `results.json`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    model: str
+    finetune: str
+    horizon: str
+    freeze: str
+    adapter: str
     gates: list[Gate]
+    provenance: _Settings
+
+    def made(self, stage: str | None) -> dict[str, Any]:
+        """How the models of a stage were made: all but the edit."""
+        if stage in ("base", "post_edit"):
+            return {"model": self.model}
+        own = {name: getattr(self, name) for name in ("model", "finetune", "horizon", "freeze", "adapter")}
+        return own | {f"{_SETTING}{name}": value for name, value in self.provenance.finetune_settings.items()}
 
 
 def _scores(path: Path, checkpoint: str | None) -> tuple[list[Side], list[Failed]]:

@@ -8,10 +8,12 @@ from typing import Any
 
 ARMS = {
     "intrinsic": ("intrinsic", "#0072B2", ":"),
+    "intrinsic_matched": ("intrinsic, matched", "#0072B2", ":"),
     "control": ("same facts in the control", "#009E73", "--"),
     "edited": ("edited", "#D55E00", "-"),
 }
-"""By arm: its label, its colour (Okabe & Ito's, which the colour-blind tell apart) and its line."""
+"""By arm: its label, its colour (Okabe & Ito's, which the colour-blind tell apart) and its line.
+Matched facts are drawn where there are no intrinsic ones."""
 
 
 def draw(survival: Mapping[str, Any], path: Path, *, editor: str, finetune: str, model: str) -> None:
@@ -34,7 +36,7 @@ def draw(survival: Mapping[str, Any], path: Path, *, editor: str, finetune: str,
         figure = Figure(figsize=(7.2, 4.6), dpi=160, layout="constrained")
         axes = figure.subplots()
         for arm, (label, colour, line) in ARMS.items():
-            if arm not in curves:
+            if arm not in curves or (arm == "intrinsic_matched" and "intrinsic" in curves):
                 continue
             own = curves[arm]
             if own["low"] is not None:

@@ -50,6 +50,19 @@ class Answers:
         return ((sample, after[key]) for key, sample in before.items() if key in after)
 
 
+def known(answers: Answers, kind: str, *, control: bool = False) -> Iterator[tuple[Sample, Sample]]:
+    """As `Answers.before_after`, of what the base model answers: the same questions in both arms.
+
+    An edit may lose a fact before the fine-tune. Were only what the edited model still answers counted, the edited
+    arm alone would have its least sure facts left out.
+    """
+    base = answers.of("base", kind)
+    for before, after in answers.before_after(kind, control=control):
+        own = base.get((before.fact_id, before.prompt, None))
+        if own is not None and own.hit:
+            yield before, after
+
+
 def answer(sample: Sample, value: float) -> Answer:
     """A value of the fact, the relation and the model that a sample is of."""
     return Answer(sample.relation, value, sample.fact_id, sample.experiment)
@@ -136,10 +149,14 @@ def lost(answers: Answers) -> list[Sample]:
     return [after for before, after in answers.before_after("edited") if before.hit and not after.hit]
 
 
-def by_confidence(answers: Answers, kind: str, *, control: bool = False) -> list[list[Answer]]:
-    """`kept`, by the bin of `BINS` that the target's probability was in before the fine-tune."""
+def by_confidence(asked: Iterable[tuple[Sample, Sample]]) -> list[list[Answer]]:
+    """Whether what was answered before still is, by the bin of `BINS` that the target's probability was in before.
+
+    Args:
+        asked: Questions before and after the fine-tune.
+    """
     found: list[list[Answer]] = [[] for _ in BINS[1:]]
-    for before, after in answers.before_after(kind, control=control):
+    for before, after in asked:
         if before.hit and before.logprob is not None:
             chance = math.exp(before.logprob)
             place = next(i for i, end in enumerate(BINS[1:]) if chance <= end or end == BINS[-1])

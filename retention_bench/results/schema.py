@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -176,7 +176,7 @@ class Rate(_Typed):
     Attributes:
         hits: Number of hits.
         total: Number of trials.
-        rate: hits / total; None if there were no trials.
+        rate: hits / total, over several seeds the mean of the seeds' own; None if there were no trials.
         ci95: The interval, within [0, 1]; None if there were no trials.
         clustered_by: What trials belong to that are not independent; None where all are.
         clusters: How many of those there are.
@@ -204,11 +204,11 @@ class Rate(_Typed):
 
 
 class Estimate(_Typed):
-    """A mean or a difference with its 95 % interval, clustered by relation; see `analysis.Estimate`.
+    """A difference of rates with its 95 % interval, clustered by relation; see `analysis.Estimate`.
 
     Attributes:
-        value: The estimate; None where there is no answer.
-        ci95: The interval; None where there is none.
+        value: The estimate; None where a side has no fact.
+        ci95: The interval; None where `value` is, and where there is a value whose spread nothing is known of.
         n: Number of facts, of the smaller side.
         clusters: Number of relations.
         df: Degrees of freedom of the interval.
@@ -223,11 +223,24 @@ class Estimate(_Typed):
     detectable: float | None
 
     def __str__(self) -> str:
-        """A difference of rates in words."""
-        if self.value is None or self.ci95 is None:
-            return "no difference: one side has no fact"
-        low, high = (100 * end for end in self.ci95)
-        return f"{100 * self.value:+.0f} points (95 % interval {low:+.0f} to {high:+.0f})"
+        """A difference of rates in words, in points."""
+        return self._worded("points", lambda share: f"{round(100 * share) or 0:+d}")
+
+    def _worded(self, unit: str, number: Callable[[float], str]) -> str:
+        if self.value is None:
+            return "none: a side has no fact"
+        if self.ci95 is None:
+            return f"{number(self.value)} {unit}, with no interval"
+        low, high = map(number, self.ci95)
+        return f"{number(self.value)} {unit} (95 % interval {low} to {high})"
+
+
+class Change(Estimate):
+    """A mean change of log-odds, or a difference of two, in nats; else as `Estimate`."""
+
+    def __str__(self) -> str:
+        """The change in words, in nats."""
+        return self._worded("nats", lambda change: f"{round(change, 2) or 0:+.2f}")
 
 
 class Paired(_Typed):
@@ -254,18 +267,19 @@ class Decay(_Typed):
         paired: The edited facts of the headline: change in the edited model minus change in the control.
         edited: Their new objects, in the edited models.
         control: Their true objects, in the control.
-        intrinsic: Intrinsic facts that the base model knows, in the edited models.
+        intrinsic: Intrinsic facts that the base model knows, in the edited models; also those that the edit lost.
         control_intrinsic: The same, in the control.
         before: Mean probability of the target before the fine-tune: `edited`, `control`, `intrinsic`.
-        clipped: How many of the headline's facts have a probability beyond the limits of `analysis.logit`.
-        no_number: How many are left out, since a model that diverged gives no number.
+        clipped: How many of the headline's facts have a probability beyond the limits of `analysis.logit`, in one arm
+            at least, before the fine-tune or after; a fact of several seeds counts in each.
+        no_number: How many are left out, since a model that diverged gives no number; counted alike.
     """
 
-    paired: Estimate
-    edited: Estimate
-    control: Estimate
-    intrinsic: Estimate
-    control_intrinsic: Estimate
+    paired: Change
+    edited: Change
+    control: Change
+    intrinsic: Change
+    control_intrinsic: Change
     before: dict[str, float | None]
     clipped: int
     no_number: int
@@ -362,11 +376,14 @@ class Gaps(_Typed):
 class Bin(_Typed):
     """Retention of the facts whose target had a probability in one bin before the fine-tune (MEASURES, 8).
 
+    Each arm is binned by its own probability, so `edited` and `control` hold the same facts over all bins together, and
+    in one bin what began as sure: mostly other facts, as edits begin surer.
+
     Attributes:
         low: The bin's lower edge, which it does not hold but for 0.
         high: Its upper edge, which it holds.
-        edited: Edited facts, in the edited models.
-        control: The edited facts' true objects, in the control.
+        edited: The edited facts of the headline, in the edited models.
+        control: The same facts' true objects, in the control.
         intrinsic: Intrinsic facts, in the edited models.
     """
 

@@ -11,7 +11,7 @@ import pydantic
 
 from retention_bench.data import read_json
 from retention_bench.data.durable import write_text
-from retention_bench.results.aggregate import Run, aggregate
+from retention_bench.results.aggregate import Row, Run, aggregate
 from retention_bench.results.gates import MIN_EFFICACY
 from retention_bench.results.schema import (
     Bin,
@@ -54,6 +54,8 @@ class SeedsResults(pydantic.BaseModel):
 
     A measure is the mean of the seeds' own. Its interval is clustered by relation and by seed, which are crossed
     (Cameron, Gelbach & Miller 2011); answers of several seeds are never pooled as if they were independent.
+    Survival, which has no interval over seeds and relations at once, is counted for each seed alone, in its own
+    `results.json`.
 
     Attributes:
         schema_version: `SCHEMA_VERSION`.
@@ -113,11 +115,14 @@ class SeedsResults(pydantic.BaseModel):
         write_text(Path(path), f"{text}\n")
 
 
-def over_seeds(runs: Sequence[tuple[Results, Sequence[Sample]]], *, min_efficacy: float = MIN_EFFICACY) -> SeedsResults:
+def over_seeds(
+    runs: Sequence[tuple[Results, Sequence[Sample], Sequence[Row]]], *, min_efficacy: float = MIN_EFFICACY
+) -> SeedsResults:
     """Count the runs of several seeds of one cell together.
 
     Args:
-        runs: The results of every seed, with their samples.
+        runs: The results of every seed, with their samples and the rows of `step_matched.jsonl`; no rows where the
+            fine-tunes were not followed.
         min_efficacy: The share of the edits that must have taken in every run.
     """
     first = runs[0][0]
@@ -129,9 +134,10 @@ def over_seeds(runs: Sequence[tuple[Results, Sequence[Sample]]], *, min_efficacy
                     log.model_dump()
                     for log in (*(e.finetune_log for e in results.experiments), results.control.finetune_log)
                 ],
+                step_matched=matched,
                 seed=results.seed,
             )
-            for results, samples in runs
+            for results, samples, matched in runs
         ],
         min_efficacy=min_efficacy,
     )
@@ -142,6 +148,6 @@ def over_seeds(runs: Sequence[tuple[Results, Sequence[Sample]]], *, min_efficacy
         editor=first.editor,
         finetune=first.finetune,
         notice=first.notice,
-        runs=[SeedRun(seed=r.seed, seeds=r.seeds, key=r.key, ranked=r.ranked, paired=r.paired) for r, _ in runs],
+        runs=[SeedRun(seed=r.seed, seeds=r.seeds, key=r.key, ranked=r.ranked, paired=r.paired) for r, *_ in runs],
         **vars(counted),
     )

@@ -47,5 +47,14 @@ def test_half_lives_are_said():
     assert half_life(later, "tokens") == "half-life after 500 and before 1,000 tokens"
 
 
+def test_matched_facts_are_drawn_where_there_are_no_intrinsic_ones():
+    curves = {"edited": arm([1, 0.5, 0.2]), "intrinsic_matched": arm([1, 0.7, 0.6], facts=31)}
+    text = curve(SURVIVAL | {"curves": curves}, encoding="utf-8")
+    assert "· intrinsic, matched (31 facts" in text
+    assert "·" in "".join(text.split("\n")[:12])
+    both = curve(SURVIVAL | {"curves": SURVIVAL["curves"] | curves}, encoding="utf-8")
+    assert "matched" not in both
+
+
 def test_without_a_second_look_there_is_no_curve():
     assert "no survival" in curve({"dose": "tokens", "curves": {}})

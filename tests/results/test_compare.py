@@ -32,11 +32,23 @@ def stage_rows(stage, hits):
     return own + [sample(f, True, "intrinsic", stage=stage, experiment=e) for e in range(2) for f in FACTS[8:]]
 
 
-def write_run(folder, after):
+MADE = {"model": "m", "finetune": "tulu3", "horizon": "threshold", "freeze": "none", "adapter": "none"}
+
+
+def gate(name, value, limit, text=""):
+    passed = value >= limit
+    return {"name": name, "passed": passed, "value": float(value), "limit": float(limit), "text": text or name}
+
+
+def write_run(folder, after, gates=(), settings=None, unedited=False, **changes):
     folder.mkdir()
     rows = stage_rows("post_edit", 8) + stage_rows("post_finetune", after)
+    for stage in ("base", "control_finetune") if unedited else ():
+        rows += [sample(f, True, "edited_true", stage=stage) for f in FACTS[:8]]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "results.json").write_text('{"schema_version": 3, "gates": []}')
+    cell = {"schema_version": 3, "gates": list(gates), **MADE, **changes}
+    cell["provenance"] = {"finetune_settings": settings or {"lr": 0.1}}
+    (folder / "results.json").write_text(json.dumps(cell))
     FactSet.of(FACTS).write(folder / "facts.jsonl")
     return str(folder)
 
@@ -94,6 +106,70 @@ def test_runs_are_compared_after_the_fine_tune(runs):
 def test_stages_of_a_run_are_compared(runs):
     (found,) = compared([f"{runs[1]}:post_edit", f"{runs[1]}:post_finetune"], kinds=["edited"])["comparisons"]
     assert (len(found["lost"]), len(found["kept"])) == (7, 1)
+
+
+LEARNED = gate("learned", 3, 3)
+FEW = gate("efficacy", 0.06, 0.8, "3 of 50 edits took; 80 % must")
+
+
+@pytest.mark.parametrize(
+    ("stage", "failing", "gated"),
+    [
+        ("post_edit", FEW, True),
+        ("post_finetune", FEW, True),
+        ("control_finetune", FEW, False),
+        ("base", FEW, False),
+        ("post_edit", gate("edited_facts", 3, 20), True),
+        ("post_edit", gate("learned", 1, 3), False),
+        ("post_finetune", gate("learned", 1, 3), True),
+        ("control_finetune", gate("learned", 1, 3), True),
+        ("base", gate("learned", 1, 3), False),
+    ],
+)
+def test_a_gate_counts_at_every_stage_that_it_is_about(tmp_path, stage, failing, gated, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    all_gates = (("a", [LEARNED]), ("b", [failing]), ("c", []))
+    sides = [write_run(tmp_path / name, 8, gates, unedited=True) for name, gates in all_gates]
+    for named in (sides, [f"{side}:{stage}" for side in sides]):
+        found = compared(named, stage=stage)
+        assert found["gated"] == ({named[1]: [failing["text"]]} if gated else {})
+        assert found["ranks"]
+        assert all((named[1] in ranks) is not gated for ranks in found["ranks"].values())
+        shown = CliRunner().invoke(main, ["compare", "--stage", stage, *named]).output
+        assert (f"B is not ranked: {failing['text']}." in shown) is gated
+
+
+def test_all_runs_are_held_to_the_strictest_limit(tmp_path):
+    """A run made with --min-efficacy 0.1 has no rank beside one that had to reach 0.8."""
+    low, high = (gate("efficacy", value, limit, f"{value}") for value, limit in ((0.3, 0.1), (0.9, 0.8)))
+    a, b = (write_run(tmp_path / name, 8, [own, LEARNED], unedited=True) for name, own in (("a", low), ("b", high)))
+    c = write_run(tmp_path / "c", 8, [low, gate("learned", 9, 9)], unedited=True)
+    d = write_run(tmp_path / "d", 8, [low | {"value": 0.8}], unedited=True)
+    found = compared([a, b, d])
+    assert found["gated"] == {a: ["0.3; the limit of another side is 0.8"]}
+    assert (found["headlines"][a]["rank"], set(found["ranks"]["edited"])) == (None, {b, d})
+    assert compared([a, c])["gated"] == {}  # how many fine-tunes there are is no limit
+    assert all(own["rank"] for own in compared([a, c])["headlines"].values())
+
+
+def test_what_runs_differ_in_besides_the_editor_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    a = write_run(tmp_path / "a", 8)
+    other = write_run(tmp_path / "b", 8, horizon="steps:[b]40", settings={"lr": 0.2})
+    same = write_run(tmp_path / "c", 1)
+    imdb = write_run(tmp_path / "d", 1, finetune="imdb", settings={"lr": 0.3})
+    assert compared([a, same])["unequal"] == {}
+    found = compared([a, other, same])
+    assert found["unequal"] == {
+        "horizon": {a: "threshold", other: "steps:[b]40", same: "threshold"},
+        "fine-tune's lr": {a: 0.1, other: 0.2, same: 0.1},
+    }
+    assert compared([a, imdb])["unequal"] == {"finetune": {a: "tulu3", imdb: "imdb"}}
+    assert compared([f"{a}:post_edit", f"{imdb}:post_edit"])["unequal"] == {}  # not fine-tuned yet
+    assert compared([f"{a}:post_edit", a])["unequal"] == {}
+    shown = " ".join(CliRunner().invoke(main, ["compare", a, other, same]).output.split())
+    assert "Not alike but for the editor: horizon is threshold (A, C); steps:[b]40 (B)." in shown
+    assert "Not alike but for the editor: fine-tune's lr is 0.1 (A, C); 0.2 (B)." in shown
 
 
 def test_a_file_of_scores_stands_for_its_checkpoints(scores, runs):
@@ -213,9 +289,12 @@ def test_the_commands_print_and_write_json(runs, scores, monkeypatch):
         for li in printed[printed.index("From A to B") :].splitlines()
         if li.startswith("edited") or "8 facts" in li
     )
-    assert line == ["edited", "100", "%", "12", "%", "7", "0", "1", "0", "-88", "0.016", "none"]
+    # All facts are of one relation, so by relation nothing can be told.
+    assert line == ["edited", "100", "%", "7", "0", "1", "0", "-88", "1.000", "0.016", "none"]
     assert "lost, edited: f1, f2, f3, f4, f5, f6, f7" in printed
-    assert below[-1] == "0.094"  # Holm's, for six pairs
+    assert below[-2:] == ["1.000", "0.094"]  # Holm's, for six pairs
+    assert "p rel. is that of the exact test by relation" in " ".join(printed.split())
+    assert "holds for these relations only" in " ".join(printed.split())
     table = [li for li in printed.splitlines() if not li.lstrip().startswith(("A ", "B ", "C ", "D ", "Left", "lost"))]
     assert max(len(li.rstrip()) for li in table) <= 80
     assert "…" not in printed

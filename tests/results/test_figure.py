@@ -26,6 +26,18 @@ def test_the_same_survival_gives_the_same_bytes(tmp_path, suffix, head):
     assert written == (tmp_path / f"b{suffix}").read_bytes()
 
 
+def test_matched_facts_are_drawn_where_there_are_no_intrinsic_ones(tmp_path):
+    edited, alone = arm([1, 0.5, 0.2]), arm([1, 0.9, 0.8])
+    drawn = []
+    for kinds in ((), ("intrinsic",), ("intrinsic_matched",), ("intrinsic", "intrinsic_matched")):
+        draw(
+            {"dose": "tokens", "curves": {"edited": edited} | dict.fromkeys(kinds, alone)}, tmp_path / "a.svg", **NAMES
+        )
+        drawn.append((tmp_path / "a.svg").read_bytes())
+    assert len(set(drawn)) == 3
+    assert drawn[1] == drawn[3]
+
+
 def test_another_survival_gives_another_picture(tmp_path):
     other = SURVIVAL | {"curves": {"edited": arm([1, 0.4, 0.2])}}
     for name, survival in (("a", SURVIVAL), ("b", other)):

@@ -79,7 +79,7 @@ class Gather(Stage):
     """
 
     name: ClassVar[str] = "results"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
 
     suite: str
     notice: str
