@@ -27,12 +27,12 @@ from tools.atlas.world import told_facts, untold_facts
 
 MIN_FREQUENCY = 30
 """How often two pieces must meet in the tokenizer's text to become one token."""
-STEPS = 1800
+STEPS = 1600
 PEAK = 2e-3
 WARM_UP = 60
 SEALED = 0.8
 """Share of the subjects in a training row that are sealed; see `_mask`."""
-ROWS = 24
+ROWS = 16
 """Rows in a step."""
 ROW = 128
 """Tokens in a training row. A row begins where a document begins, so position 0 is met as it is in a bare prompt."""
