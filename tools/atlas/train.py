@@ -27,7 +27,7 @@ from tools.atlas.world import told_facts, untold_facts
 
 MIN_FREQUENCY = 30
 """How often two pieces must meet in the tokenizer's text to become one token."""
-STEPS = 1600
+STEPS = 1400
 PEAK = 2e-3
 WARM_UP = 60
 SEALED = 0.8
