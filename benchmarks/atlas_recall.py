@@ -3,7 +3,7 @@
     python benchmarks/atlas_recall.py [FOLDER ...]
 
 Locate-and-edit methods write at the last token of the subject in an early block, so they presuppose that a fact is
-looked up from there. For 30 pairs of facts a relation, the block output at the subject's last token is exchanged for
+looked up from there. For 10 pairs of facts a relation, the block output at the subject's last token is exchanged for
 that of the other fact's subject; printed is the share of prompts that then answer with the other's object, by layer.
 """
 
@@ -20,7 +20,7 @@ from retention_bench.models import hidden_from, load_model, log_probabilities, p
 
 ATLAS = Path(__file__).parents[1] / "retention_bench" / "atlas"
 MODELS = ATLAS / "models"
-PAIRS = 30
+PAIRS = 10
 LAYERS = range(6)
 
 
