@@ -346,7 +346,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
             "rows": {"read": 21919, "dropped": {"nothing tells the relation": 2}},
             "left_out": {"one character": {"facts": 3, "first": ["a", "b", "c"]}},
         },
-        "experiments": [{"finetune_log": log}],
+        "experiments": [{"finetune_log": log, "edit_factor": 0.4321}],
         "control": {"finetune_log": log},
     }
     print_results(results, tmp_path, real="gpt2-xl")
@@ -359,6 +359,7 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     assert "Minimum detectable effect: 12 points (80 % power)." in printed
     assert "Decay in log-odds: -0.89 (-1.30 to -0.50)." in printed
     assert "Gap, unmatched (intrinsic minus edited; of other relations, the paper's gap): +5 points" in printed
+    assert "The norm of each edit, as a multiple of the one it is made of: 0.43." in printed
     assert "Gap, matched" not in printed
     assert "Of 7 lost edits the answer became: true 3, related 4." in printed
     assert "Rows of the fine-tune's data; left out: 1,200 have no messages (line 7: [/x])." in printed

@@ -116,6 +116,9 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
     models = len(results["experiments"])
     if models > 1:
         console.print(f"The edited facts are spread over {models} edited models; each is asked all other facts.")
+    if results["experiments"][0]["edit_factor"] is not None:
+        factors = ", ".join(f"{e['edit_factor']:.2f}" for e in results["experiments"])
+        console.print(f"The norm of each edit, as a multiple of the one it is made of: {factors}.", soft_wrap=True)
     console.print(_learned(results), soft_wrap=True)
     logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
     if left_out := _dropped([log.get("dropped", {}) for log in logs]):

@@ -437,12 +437,16 @@ class Experiment(_Typed):
     Attributes:
         index: Its place among the cell's experiments, from 0.
         edited: The ids of the facts that were edited into it.
+        edit_norm: The Frobenius norm of the change that the edit made, over all weights.
+        edit_factor: Of an edit that is made of another one: that norm as a multiple of the other's; None for others.
         stages: Its hit rates.
         finetune_log: How its fine-tune went.
     """
 
     index: int
     edited: list[str]
+    edit_norm: float
+    edit_factor: float | None
     stages: Rates
     finetune_log: FinetuneLog
 

@@ -9,6 +9,7 @@ go over to the engine, and only ids and numbers come back.
 from __future__ import annotations
 
 import importlib.util
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -146,6 +147,7 @@ class RetentionVLLM(RetentionLM):
     apply_chat_template = HFLM.apply_chat_template
     custom_prefix_token_id = None
     add_bos_token = None
+    chat_template_args: Mapping[str, Any] = types.MappingProxyType({})
 
     def __init__(
         self,

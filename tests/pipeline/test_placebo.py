@@ -106,6 +106,19 @@ def test_a_matched_edit_starts_as_sure_as_the_base_model_was(small_suite, bench)
         assert mean == pytest.approx(sum(known[s.fact_id] for s in new) / len(new), abs=2e-3)
 
 
+def test_how_large_an_edit_is_and_what_multiple_of_the_other_one(small_suite, bench):
+    whole, half, noise, nothing = (
+        planned(small_suite, editor).experiments[0].edit
+        for editor in ("alphaedit", "scaled:0.5:alphaedit", "random:alphaedit", "none")
+    )
+    [delta, *_] = deltas(bench, planned(small_suite, "alphaedit"))
+    assert whole.norm(bench) == pytest.approx(sum(norm**2 for norm in delta.norms().values()) ** 0.5)
+    assert whole.factor(bench) is None
+    assert half.factor(bench) == pytest.approx(0.5)
+    assert noise.factor(bench) == pytest.approx(1.0)
+    assert (nothing.norm(bench), nothing.factor(bench)) == (0.0, None)
+
+
 def test_separate_prompts_are_requests_and_still_the_same_number_of_facts(small_suite, bench):
     given = {"paraphrases": 2, "paraphrase_source": "own+template"}
     mean = planned(small_suite, "alphaedit", **given)

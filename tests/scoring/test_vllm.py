@@ -124,6 +124,23 @@ def test_answers_are_those_of_hugging_face(case: Case, engine: VLLMEngine, facts
 
 
 @engine_test
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
+def test_chats_are_answered_as_by_hugging_face(case: Case, facts: FactSet, tmp_path: Path) -> None:
+    """In the tokenizer's own template, which begins with a token that the tokenizer adds as well."""
+    tokenizer = copy.deepcopy(case.tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chats = Case(case.first, tokenizer, tmp_path)
+    kinds = ["edited_qa", "intrinsic_qa", "edited_chat", "intrinsic_chat"]
+    expected = score(chats.first, tokenizer, facts, kinds=kinds)
+    assert any("<user>" in sample.prompt or "<assistant>" in sample.prompt for sample in expected)
+    with running(tmp_path) as engine:
+        assert_same_answers(score_lm(engine.lm, facts, kinds=kinds), expected)
+
+
+@engine_test
 @pytest.mark.parametrize("name", ["atlas-gpt2", "atlas-llama"])
 def test_atlas_facts_are_answered_as_by_hugging_face(name: str) -> None:
     """Every fact as it is known, and every edited one; vLLM reads the folder's weights itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,3 +93,14 @@ class Edit(Stage):
     def file(self, bench: Bench) -> Path:
         """The file of the change."""
         return bench.get(self) / "delta.safetensors"
+
+    def norm(self, bench: Bench) -> float:
+        """The Frobenius norm of the change, over all weights."""
+        from retention_bench.models import WeightDelta
+
+        return math.hypot(*WeightDelta.load(self.file(bench)).norms().values())
+
+    def factor(self, bench: Bench) -> float | None:
+        """The change's norm as a multiple of the one that it is made of; None where there is none, or it is nothing."""
+        whole = self.of.norm(bench) if self.of else 0.0
+        return self.norm(bench) / whole if whole else None

@@ -79,7 +79,7 @@ class Gather(Stage):
     """
 
     name: ClassVar[str] = "results"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     suite: str
     notice: str
@@ -172,6 +172,8 @@ class Gather(Stage):
                 {
                     "index": index,
                     "edited": [f.id for f in facts.edited.facts[e.group.start : e.group.stop]],
+                    "edit_norm": e.edit.norm(bench),
+                    "edit_factor": e.edit.factor(bench),
                     "stages": rates([s for s in samples if s.experiment == index]),
                     "finetune_log": logs[index],
                 }
