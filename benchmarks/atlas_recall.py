@@ -16,7 +16,7 @@ import torch
 from retention_bench.editors import EditRequest
 from retention_bench.editors.locate.subject import subject_rows, target_ids
 from retention_bench.facts import Fact, FactSet
-from retention_bench.models import hidden_from, load_model, log_probabilities, pad, record
+from retention_bench.models import last_hidden, load_model, log_probabilities, pad, record
 
 ATLAS = Path(__file__).parents[1] / "retention_bench" / "atlas"
 MODELS = ATLAS / "models"
@@ -54,7 +54,7 @@ def follows(model, tokenizer) -> list[float]:
     for layer in LAYERS:
         output = record(model, ids, mask, output=layer)[1].clone()
         output[rows, subject] = record(model, other_ids, other_mask, output=layer)[1][rows, other_subject]
-        hidden = hidden_from(model, layer, output, ids, mask)[rows, last]
+        hidden = last_hidden(model, ids, mask, start=(layer, output))[rows, last]
         answers = log_probabilities(model, hidden).argmax(-1)
         shares.append((answers == torch.tensor(wanted)).float().mean().item())
     return shares
