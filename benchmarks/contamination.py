@@ -1,4 +1,4 @@
-r"""How fast rows that mention a fact are kept out of the training data, and whether every planted mention is found.
+r"""How fast rows that mention a fact are kept out of the training data, and what each of the filter's rules takes out.
 
     python benchmarks/contamination.py [--rows 1000000] [--regex-rows 5000] [--lengths long short]
 
@@ -11,6 +11,15 @@ they have typographic quotes, accents or emoji, or are mostly in another script.
 Beside it what one writes without this package, on the first rows alone (its rate is that of those rows): one regular
 expression of all terms, `\b(?:...)\b`, case ignored. Both run on one core; only the search is timed, not the making of
 the rows. The script ends with an error if a planted mention is missed or another row is removed.
+
+    python benchmarks/contamination.py --facts POOL --texts FILE ... [--edited 50] [--intrinsic 100] [--seed 0]
+        [--read 30]
+
+Facts drawn from a pool as a cell draws them, but that no model says which are known; all facts with `--edited 0`. Of
+every file of rows (see `finetune.dataset_formats`): how many rows each rule takes out, and how many of them no other
+does; how many the keywords of one relation do (of the relation with the fewest, the middle one, that with the most);
+and how many pass, as to their names, since a name is a common word there. `--read` prints that many mentions of each
+rule for a reader to judge, of as many terms as there are.
 """
 
 import argparse
@@ -19,12 +28,19 @@ import random
 import re
 import time
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from retention_bench.finetune import ContaminationFilter, Terms
+from retention_bench.data import Source
+from retention_bench.facts import Fact, disjoint_split, load_pool, relation_keywords
+from retention_bench.finetune import ContaminationFilter, Matcher, Mention, Terms
+from retention_bench.finetune.dataset_formats import FORMATS, find_format
+from retention_bench.finetune.dropped import Dropped
+from retention_bench.finetune.mentions import KINDS
+from retention_bench.finetune.rows import first_rows
 
 FACTS = Path(__file__).parents[1] / "retention_bench" / "atlas" / "data" / "facts.jsonl"
 TERMS = 450
@@ -197,13 +213,94 @@ def measure(passes: Callable[[str], bool], rows: Iterator[Row]) -> Measured:
     return total
 
 
+def read_texts(path: str) -> list[str]:
+    """The texts of a data file's rows, as the filter reads them."""
+    source = Source(path)
+    form = find_format(path, source.columns(), FORMATS)
+    return [form.sample(row).words for _, row in first_rows(source, form.columns, Dropped(), hub=0)]
+
+
+def draw_facts(pool: str, edited: int, intrinsic: int, seed: int) -> tuple[list[Fact], dict[str, tuple[str, ...]]]:
+    """Facts of a cell, or all of a pool, and the keywords that the pool's prompts give."""
+    facts = load_pool(pool, need_relation=True).facts
+    drawn = disjoint_split(facts, edited=edited, intrinsic=intrinsic, seed=seed) if edited else facts
+    return list(drawn), relation_keywords(facts)
+
+
+def rules(facts: list[Fact], keywords: dict[str, tuple[str, ...]], path: str, read: int) -> None:
+    """Print what each rule takes out of a file's rows."""
+    texts, terms = read_texts(path), Terms.from_facts(facts, keywords=keywords)
+    contamination = ContaminationFilter(terms)
+    contamination.look(texts)
+    common = contamination.report().common
+    matcher, any_case = Matcher(terms, common), Matcher(terms)
+    removed, alone, shown = Counter(), Counter(), defaultdict(lambda: defaultdict(list))
+    for text in texts:
+        found: dict[str, list[Mention]] = defaultdict(list)
+        for mention in matcher.find(text):
+            found[mention.kind].append(mention)
+        names = {(mention.kind, mention.term) for some in found.values() for mention in some}
+        let_pass = [
+            mention
+            for mention in any_case.find(text)
+            if mention.kind != "keyword" and (mention.kind, mention.term) not in names
+        ]
+        removed.update(found.keys())
+        removed["any"] += bool(found)
+        removed["any but keyword"] += any(kind != "keyword" for kind in found)
+        alone.update([kind for kind in found if set(found) <= {kind}])
+        if let_pass:
+            found["common word"] = let_pass
+            removed["common word"] += 1
+            alone["common word"] += set(found) <= {"common word", "keyword"}
+        for kind, mentions in found.items():
+            for mention in mentions:
+                shown[kind][mention.term].append(mention.excerpt)
+    of_one = sorted(
+        sum(bool(own.find(text)) for text in texts)
+        for own in (Matcher(Terms(keywords=keywords[r])) for r in sorted({fact.relation for fact in facts}))
+    )
+    for kind in (*KINDS, "any but keyword", "any", "common word"):
+        few = ", ".join(f"{t} {len(e)}" for t, e in sorted(shown[kind].items(), key=lambda x: -len(x[1]))[:8])
+        own = f"{alone[kind]:,}" if kind in (*KINDS, "common word") else ""
+        print(f"| {Path(path).name} | {len(texts):,} | {kind} | {removed[kind]:,} | {own} | {few} |")
+    low, middle, high = of_one[0], of_one[len(of_one) // 2], of_one[-1]
+    print(f"| {Path(path).name} | {len(texts):,} | keywords of one relation | {low:,}; {middle:,}; {high:,} | | |")
+    rng = random.Random(0)
+    for kind, by_term in shown.items() if read else ():
+        picked = []
+        for excerpts in by_term.values():
+            rng.shuffle(excerpts)
+            picked += [(turn, rng.random(), excerpt) for turn, excerpt in enumerate(excerpts)]
+        terms_of = {excerpt: term for term, excerpts in by_term.items() for excerpt in excerpts}
+        for _, _, excerpt in sorted(picked)[:read]:
+            print(f"  {kind}: {terms_of[excerpt]}: {excerpt}")
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--regex-rows", type=int, default=5_000)
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--facts")
+    parser.add_argument("--texts", nargs="+")
+    parser.add_argument("--edited", type=int, default=50)
+    parser.add_argument("--intrinsic", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--read", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.facts:
+        facts, keywords = draw_facts(arguments.facts, arguments.edited, arguments.intrinsic, arguments.seed)
+        print("| data | rows | rule | rows it takes out | no other rule does | terms |\n|---|---|---|---|---|---|")
+        for path in arguments.texts:
+            rules(facts, keywords, path, arguments.read)
+    else:
+        speed(arguments)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Print the table of speed."""
     terms = make_terms()
     columns = "rows,characters a row,way,rows/s,rows/s of processor time,MB/s,found of planted,others removed,ratio"
     print(f"| {columns.replace(',', ' | ')} |\n|{'---|' * len(columns.split(','))}")

@@ -311,6 +311,8 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     log = {"stopped_by": "threshold", "steps": 20, "metric": "validation_loss", "value": 1.3, "threshold": 1.7}
     log |= {"trained_layers": list(range(100, 132)), "trainable_parameters": 123456789, "parameters": 1234567890}
     log |= {"dropped": {"have no messages": {"rows": 1200, "first": "line 7: [/x]"}}}
+    kinds = {"subject": 12, "subject_without_number": 3, "object": 1900, "keyword": 0}
+    log |= {"removed": {"seen": 12000, "removed": 1905, "by_kind": kinds}}
     seen = {"rate": 1.0, "edited": 0.5, "true": 0.25, "related": 0.125, "other": 0.125}
     difference = {"value": 0.05, "ci95": [-0.1, 0.1], "n": 5000, "clusters": 30, "detectable": 0.123}
     nats = {"value": -0.894, "ci95": [-1.3, -0.5]}
@@ -362,6 +364,11 @@ def test_the_results_fit_into_80_columns(capsys, monkeypatch, tmp_path):
     assert "The norm of each edit, as a multiple of the one it is made of: 0.43." in printed
     assert "Gap, matched" not in printed
     assert "Of 7 lost edits the answer became: true 3, related 4." in printed
+    assert printed.count("Rows of the fine-tune's data left out, since they mention a fact: ") == 1
+    assert (
+        "1,905 of 12,000 (subject 12, subject without number 3, object 1,900, keyword 0; a row may count for several)."
+        in printed
+    )
     assert "Rows of the fine-tune's data; left out: 1,200 have no messages (line 7: [/x])." in printed
     followed = printed[printed.index("While training") :].partition("A stand-in.")[0].splitlines()
     assert max(len(line.rstrip()) for line in followed) <= 80

@@ -71,6 +71,18 @@ def _dropped(drops: Sequence[Mapping[str, Any]]) -> str:
     return f"; left out: {listed}"
 
 
+def _removed(logs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the contamination filter took out of each fine-tune's data, in a line; those that are alike are one."""
+    lines = []
+    for removed in (log["removed"] for log in logs if "removed" in log):
+        by_kind = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in removed["by_kind"].items())
+        lines.append(
+            f"Rows of the fine-tune's data left out, since they mention a fact: {removed['removed']:,} of "
+            f"{removed['seen']:,} ({by_kind}; a row may count for several)."
+        )
+    return list(dict.fromkeys(lines))
+
+
 def _size(count: int) -> str:
     """Bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
@@ -121,6 +133,8 @@ def print_results(results: Mapping[str, Any], out: Path, *, real: str | None) ->
         console.print(f"The norm of each edit, as a multiple of the one it is made of: {factors}.", soft_wrap=True)
     console.print(_learned(results), soft_wrap=True)
     logs = [e["finetune_log"] for e in results["experiments"]] + [results["control"]["finetune_log"]]
+    for removed in _removed(logs):
+        console.print(plain(removed), soft_wrap=True, markup=False)
     if left_out := _dropped([log.get("dropped", {}) for log in logs]):
         console.print(plain(f"Rows of the fine-tune's data{left_out}."), soft_wrap=True, markup=False)
     if results.get("trajectory"):

@@ -1,6 +1,7 @@
 """Facts: what is edited, what is asked, which of them a model knows, and how they are split."""
 
 from retention_bench.facts.fact import Fact, FactSet
+from retention_bench.facts.keywords import keyword_forms, relation_keywords
 from retention_bench.facts.known import Knowledge, Remaining, knowledge, known_facts
 from retention_bench.facts.paraphrases import MODEL, Augmented, Sources, augment, parse_source, unseen
 from retention_bench.facts.pool import Pool, RowCounts, load_pool, read_pool
@@ -22,12 +23,14 @@ __all__ = [
     "augment",
     "disjoint_split",
     "first_tokens",
+    "keyword_forms",
     "knowledge",
     "known_facts",
     "load_pool",
     "object_ids",
     "parse_source",
     "read_pool",
+    "relation_keywords",
     "target_token",
     "token_text",
     "unseen",

@@ -113,7 +113,7 @@ def load_pool(
     """
     given = Source(str(source), revision, config, what="facts file")
     pool = _Reader(given, list(given.rows(faults=True, unique_keys=True)), need_relation).pool()
-    relations = {fact.relation for fact in pool.facts}
+    relations = {part for fact in pool.facts for part in (fact.relation, *fact.relation.split("+"))}
     for relation in keywords:
         if relation not in relations:
             raise unknown_name("relation in facts.keywords:", relation, relations)

@@ -16,9 +16,10 @@ from retention_bench.finetune.base import (
     TuningData,
     parse_finetune,
 )
-from retention_bench.finetune.contamination import ContaminationFilter, Matcher, Mention, Removed, Terms
+from retention_bench.finetune.contamination import ContaminationFilter, Removed
 from retention_bench.finetune.freezing import Freeze, parse_freeze
 from retention_bench.finetune.horizon import Horizon, parse_horizon
+from retention_bench.finetune.mentions import Matcher, Mention, Terms
 from retention_bench.finetune.options import ADAPTERS, FinetuneOptions
 from retention_bench.finetune.schedule import Dose
 from retention_bench.finetune.settings import TrainingSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 from retention_bench.data import Source
 from retention_bench.errors import RetentionBenchError
 from retention_bench.finetune.base import DataCheck, Example
-from retention_bench.finetune.contamination import ContaminationFilter
+from retention_bench.finetune.contamination import LOOK, ContaminationFilter
 from retention_bench.finetune.dataset_formats import DatasetFormat, Sample, encoder, find_format
 from retention_bench.finetune.dropped import Copies, Dropped, Unusable, described
 from retention_bench.finetune.rows import first_rows, shuffled_rows
@@ -80,6 +81,9 @@ def draw(
 ) -> list[Example]:
     """Take rows in their order, without those that mention a fact, until there are enough examples.
 
+    The contamination filter looks at the first `LOOK` of them before; at `size` where that is fewer, as no fewer are
+    needed where a row makes one example.
+
     Args:
         rows: Where a row stands and the row, in the order they are drawn; no more are asked for than are needed.
         encode: Makes the examples of a row, or raises `Unusable`.
@@ -101,6 +105,10 @@ def draw(
     drawn: list[Example] = []
     seen, before = 0, contamination.report().removed
     dropped_before = dropped.rows
+    rows = iter(rows)
+    first = list(itertools.islice(rows, LOOK if size is None else min(LOOK, size)))
+    contamination.look(text(row) for _, row in first)
+    rows = itertools.chain(first, rows)
     for place, row in rows:
         if contamination.passes(text(row)):
             try:

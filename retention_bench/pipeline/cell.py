@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from retention_bench.data import read_json
 from retention_bench.errors import UsageError, unknown_name
-from retention_bench.facts import MODEL, load_pool, parse_source
+from retention_bench.facts import MODEL, load_pool, parse_source, relation_keywords
 from retention_bench.finetune import Finetune as Task
 from retention_bench.finetune import FinetuneOptions, Freeze, parse_freeze
 from retention_bench.pipeline.distributed.launching import Launcher, check_one_gpu, launcher
@@ -128,8 +129,7 @@ def plan(cell: Cell) -> Gather:
     start = _launcher(cell, finetune)
     model, pool = model_of(config, cell.device), rows_of(suite.facts)
     _check_pool(suite)
-    if suite.facts.keywords:
-        load_pool(pool.path, pool.revision, pool.config, keywords=suite.facts.keywords)
+    keywords = _keywords(suite)
     facts = Facts(
         Knowledge(model, pool),
         suite.facts.margin,
@@ -159,7 +159,7 @@ def plan(cell: Cell) -> Gather:
         return Finetune(
             model=model,
             facts=facts,
-            keywords=suite.facts.keywords,
+            keywords=keywords,
             edit=edit,
             frozen_by=frozen_by,
             task=task,
@@ -264,6 +264,22 @@ def _paraphrases(cell: Cell, facts: Facts) -> Paraphrases | None:
     writer = dataclasses.replace(model_of(config, base.device), dtype=base.dtype)
     shown = "+".join([*sources.names[:-1], f"{MODEL}{name}"])
     return Paraphrases(facts, cell.paraphrases, sources.names, writer, cell.seeds.facts, shown)
+
+
+def _keywords(suite: Suite) -> Mapping[str, tuple[str, ...]]:
+    """The suite's keywords, or those that it wants taken from its pool.
+
+    Raises:
+        UsageError: One is for a relation that no fact has.
+        RetentionBenchError: The pool cannot be read.
+    """
+    given, pool = suite.facts.keywords, rows_of(suite.facts)
+    if not given:
+        return {}
+    if given == "auto":
+        return relation_keywords(load_pool(pool.path, pool.revision, pool.config, need_relation=True).facts)
+    load_pool(pool.path, pool.revision, pool.config, keywords=given)
+    return given
 
 
 def _check_pool(suite: Suite) -> None:

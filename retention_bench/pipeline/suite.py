@@ -64,6 +64,11 @@ Name = Annotated[str, pydantic.AfterValidator(_named)]
 Place = Annotated[str, pydantic.AfterValidator(_placed)]
 Filled = Annotated[str, pydantic.AfterValidator(_filled)]
 """An empty revision would be the newest, whatever that is; an empty keyword is in every row."""
+_AUTO, _WORDS = "[auto]", "[words]"
+Keywords = Annotated[
+    Annotated[Literal["auto"], pydantic.Tag(_AUTO)] | Annotated[dict[str, tuple[Filled, ...]], pydantic.Tag(_WORDS)],
+    pydantic.Discriminator(lambda given: _AUTO if isinstance(given, str) else _WORDS),
+]
 Count = Annotated[int, pydantic.Field(strict=True, ge=1, le=2**31 - 1)]
 Facts = Annotated[int, pydantic.Field(strict=True, ge=1, le=MOST_FACTS)]
 
@@ -96,7 +101,8 @@ class FactsConfig(Source):
         intrinsic_matched: Facts to leave alone beside them that have the edited facts' relations; as many as there are
             where the pool has too few. Not used with the split `subjects`, where all facts left alone are such.
         split: `relations`, as the paper's: whole relations go to a side; `subjects`: each relation's facts are divided.
-        keywords: Relation keywords for the contamination filter, by relation.
+        keywords: Relation keywords for the contamination filter, by relation; or `auto`, which takes them from the
+            prompts of the whole pool, see `relation_keywords`.
     """
 
     margin: float = pydantic.Field(0.1, strict=True, ge=0, lt=1)
@@ -104,7 +110,7 @@ class FactsConfig(Source):
     intrinsic: Facts = 100
     intrinsic_matched: int = pydantic.Field(0, strict=True, ge=0, le=MOST_FACTS)
     split: Split = "relations"
-    keywords: dict[str, tuple[Filled, ...]] = {}
+    keywords: Keywords = {}
 
 
 class CovarianceConfig(Source):
@@ -379,7 +385,7 @@ def _keys(model: type[pydantic.BaseModel]) -> list[str]:
 def _explain(error: pydantic.ValidationError) -> str:
     """The first thing wrong, as one sentence that says where it stands."""
     first = error.errors(include_url=False)[0]
-    place = cut(".".join(str(part) for part in first["loc"] if part != "[key]"))
+    place = cut(".".join(str(part) for part in first["loc"] if part not in ("[key]", _AUTO, _WORDS)))
     if first["type"] != "extra_forbidden":
         given = f"{place}: {first['msg'].removeprefix('Value error, ')}, got {shortened(first['input'])}."
         return f"{given} {_hint(first['type'], first['input'])}".rstrip()

@@ -275,8 +275,10 @@ def test_a_relation_that_only_some_rows_name_has_one_name(write):
 
 
 def test_keywords_of_a_relation_that_no_fact_has_are_refused_by_name(write):
-    path = write([OURS, OURS | {"id": "8", "relation": "capital"}], ".jsonl")
-    assert len(load_pool(path, keywords=["mother tongue", "capital"]).facts) == 2
+    path = write(
+        [OURS, OURS | {"id": "8", "relation": "capital"}, OURS | {"id": "9", "relation": "P17+P131"}], ".jsonl"
+    )
+    assert len(load_pool(path, keywords=["mother tongue", "capital", "P131", "P17+P131"]).facts) == 3
     with pytest.raises(UsageError, match="facts.keywords: 'capitol'. Did you mean 'capital'"):
         load_pool(path, keywords=["mother tongue", "capitol"])
 

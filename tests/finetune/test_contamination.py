@@ -133,6 +133,28 @@ def test_of_rows_as_in_the_benchmark_those_with_a_planted_mention_are_removed_an
     assert planted == contamination.report().removed == 500
 
 
+def test_the_benchmark_counts_what_each_rule_takes_out(tmp_path, capsys):
+    benchmark = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "contamination.py"))
+    texts = ["It lies in Lyon.", "Nice.", *["It is nice."] * 3, "France and Lyon.", "A region", "Bach played the Opus."]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    facts = [Fact("1", "Lyon", "in", "{} lies in", "France", "Nice"), Fact("2", "Opus 5", "by", "{} is by", "Bach")]
+    benchmark["rules"](facts, {"in": ("region",), "by": ("lie*", "play*")}, str(path), 30)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:8] == [
+        "| rows.jsonl | 8 | subject | 2 | 0 | Lyon 2 |",
+        "| rows.jsonl | 8 | subject_without_number | 1 | 0 | Opus 1 |",
+        "| rows.jsonl | 8 | object | 3 | 1 | Nice 1, France 1, Bach 1 |",
+        "| rows.jsonl | 8 | keyword | 3 | 1 | lie* 1, region 1, play* 1 |",
+        "| rows.jsonl | 8 | any but keyword | 4 |  |  |",
+        "| rows.jsonl | 8 | any | 5 |  |  |",
+        "| rows.jsonl | 8 | common word | 3 | 3 | Nice 3 |",
+        "| rows.jsonl | 8 | keywords of one relation | 1; 2; 2 | | |",
+    ]
+    assert "  object: Nice: nice." in printed
+    assert len([line for line in printed if line.startswith("  common word: Nice: it is nice.")]) == 3
+
+
 def test_terms_of_facts_are_subjects_both_objects_and_the_keywords_of_their_relations():
     edited = Fact("1", "Lyon", "country", "{} lies in", "France", "Iran")
     intrinsic = Fact("2", "Bach", "job+trade", "{} was a", "composer")
@@ -147,7 +169,7 @@ def test_the_report_counts_rows_by_kind_and_shows_the_first():
     assert [contamination.passes(text) for text in texts] == [False, False, True, *[False] * 30]
     report = contamination.report().to_json()
     assert (report["seen"], report["removed"]) == (33, 32)
-    assert report["by_kind"] == {"subject": 1, "object": 31, "keyword": 1}
+    assert report["by_kind"] == {"subject": 1, "subject_without_number": 0, "object": 31, "keyword": 1}
     assert len(report["samples"]) == 20
     assert report["samples"][1] == {"kind": "keyword", "term": "country", "excerpt": "which country?"}
 

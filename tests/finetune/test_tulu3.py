@@ -91,13 +91,13 @@ def test_rows_that_mention_a_fact_are_not_trained_on(task, chats, gpt2_tokenizer
     assert mentioning
     clean = len(chats) - mentioning
     data = task(train_size=clean, validation_size=clean).prepare(
-        TuningContext(gpt2_tokenizer, Terms(subjects=("Green",)), 0)
+        TuningContext(gpt2_tokenizer, Terms(subjects=("green",)), 0)
     )
     assert not any("green" in gpt2_tokenizer.decode(row.input_ids) for row in (*data.train, *data.validation))
     assert len(data.train) == clean
     assert data.removed.removed <= mentioning
     with pytest.raises(RetentionBenchError, match=f"64 rows; {mentioning} of them mention .* leaves {clean}"):
-        task(train_size=clean + 1).prepare(TuningContext(gpt2_tokenizer, Terms(subjects=("Green",)), 0))
+        task(train_size=clean + 1).prepare(TuningContext(gpt2_tokenizer, Terms(subjects=("green",)), 0))
 
 
 def test_a_mention_in_any_turn_counts(task, tmp_path, gpt2_tokenizer):

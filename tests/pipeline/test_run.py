@@ -107,6 +107,26 @@ def test_the_same_cell_again_comes_from_the_store(finished, small_suite, tmp_pat
     assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
 
+def test_the_results_say_what_the_contamination_filter_took_out(finished, small_suite, tmp_path, capsys):
+    _, _, results = finished
+    logs = [*(e["finetune_log"] for e in results["experiments"]), results["control"]["finetune_log"]]
+    for log in logs:
+        removed = {"seen": 96, "removed": 0, "samples": [], "terms": {}, "common": []}
+        kinds = {"subject": 0, "subject_without_number": 0, "object": 0, "keyword": 0}
+        assert log["removed"] == removed | {"by_kind": kinds}
+    print_results(results, tmp_path, real=None)
+    line = (
+        "Rows of the fine-tune's data left out, since they mention a fact: 0 of 96 (subject 0, subject without number "
+    )
+    assert capsys.readouterr().out.count(f"{line}0, object 0, keyword 0; a row may count for several).") == 1
+
+
+def test_keywords_from_prompts_reach_the_fine_tune_s_filter(finished, small_suite, tmp_path):
+    suite = load_suite(str(small_suite), {"facts.keywords": "auto", "finetunes.tulu3.train_size": 4000})
+    with pytest.raises(RetentionBenchError, match=r"4000 rows; [1-9]\d* of them mention an edited or intrinsic fact"):
+        evaluate(dataclasses.replace(cell(small_suite), suite=suite), store=finished[0], out=tmp_path)
+
+
 def test_another_editor_shares_the_facts_and_the_control(finished, small_suite):
     store, _, _ = finished
     stages = plan(cell(small_suite, editor="ft")).plan()

@@ -61,7 +61,7 @@ class Finetune(Stage):
     """
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     model: Model
     facts: Facts
