@@ -57,8 +57,8 @@ _LEFT_OUT = set(
     "Georgia Jersey Reunion Guinea Congo Kennedy Portland Charlotte Hanover Nice Sandy Most Bend Sousa Ontario "
     "Sevastopol Taiwan Suginami Gorakhpur Kanayannur Nowrangapur Bilimora Barcelona Bhetia "
     "Eixample Carabanchel Fuencarral Latina Hortaleza Usera Villaverde Tetuan Salamanca Chamartin Moncloa Etobicoke "
-    "Scarborough Iztapalapa Ecatepec Coyoacan Mestre Fuorigrotta Arenella Vomero Ponticelli Secondigliano Quattromiglia "
-    "Arcella Lingotto Maryvale Kukatpally Quthbullapur Malkajgiri Nicastro Sambiase".split()
+    "Scarborough Iztapalapa Ecatepec Coyoacan Mestre Fuorigrotta Arenella Vomero Ponticelli Secondigliano "
+    "Quattromiglia Arcella Lingotto Maryvale Kukatpally Quthbullapur Malkajgiri Nicastro Sambiase".split()
 ) | {"Hong Kong"}
 """Names that mean two things or are common words, what is disputed, quarters of cities, and doubtful entries."""
 
