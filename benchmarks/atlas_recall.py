@@ -3,7 +3,7 @@
     python benchmarks/atlas_recall.py [FOLDER ...]
 
 Locate-and-edit methods write at the last token of the subject in an early block, so they presuppose that a fact is
-looked up from there. For 30 pairs of facts a relation, the block output at the subject's last token is exchanged for
+looked up from there. For 10 pairs of facts a relation, the block output at the subject's last token is exchanged for
 that of the other fact's subject; printed is the share of prompts that then answer with the other's object, by layer.
 """
 
@@ -16,11 +16,11 @@ import torch
 from retention_bench.editors import EditRequest
 from retention_bench.editors.locate.subject import subject_rows, target_ids
 from retention_bench.facts import Fact, FactSet
-from retention_bench.models import hidden_from, load_model, log_probabilities, pad, record
+from retention_bench.models import last_hidden, load_model, log_probabilities, pad, record
 
 ATLAS = Path(__file__).parents[1] / "retention_bench" / "atlas"
 MODELS = ATLAS / "models"
-PAIRS = 30
+PAIRS = 10
 LAYERS = range(6)
 
 
@@ -54,7 +54,7 @@ def follows(model, tokenizer) -> list[float]:
     for layer in LAYERS:
         output = record(model, ids, mask, output=layer)[1].clone()
         output[rows, subject] = record(model, other_ids, other_mask, output=layer)[1][rows, other_subject]
-        hidden = hidden_from(model, layer, output, ids, mask)[rows, last]
+        hidden = last_hidden(model, ids, mask, start=(layer, output))[rows, last]
         answers = log_probabilities(model, hidden).argmax(-1)
         shares.append((answers == torch.tensor(wanted)).float().mean().item())
     return shares

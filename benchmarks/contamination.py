@@ -93,13 +93,20 @@ class Row(NamedTuple):
 
 
 def make_terms() -> Terms:
-    """Subjects and objects of the atlas world, the keywords and the terms of other shapes: 450."""
+    """Subjects and objects of facts of the atlas world, the keywords and the terms of other shapes: 450."""
     facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
-    objects = {o for fact in facts for o in (fact["target_true"], fact["target_new"])}
     random.Random(0).shuffle(facts)
-    subjects = [s for s in dict.fromkeys(fact["subject"] for fact in facts) if s not in objects]
-    count = TERMS - len(objects) - len(KEYWORDS) - len(SHAPES)
-    return Terms((*subjects[:count], *SHAPES), tuple(sorted(objects)), KEYWORDS)
+    subjects: set[str] = set()
+    objects: set[str] = set()
+    names = TERMS - len(KEYWORDS) - len(SHAPES)
+    for fact in facts:
+        objects |= {fact["target_true"], fact["target_new"]}
+        subjects |= {fact["subject"]}
+        if len(objects) + len(subjects) >= names - 2:
+            break
+    others = (fact["subject"] for fact in facts if fact["subject"] not in subjects)
+    subjects |= set(islice(others, names - len(objects) - len(subjects)))
+    return Terms((*sorted(subjects), *SHAPES), tuple(sorted(objects)), KEYWORDS)
 
 
 def make_sentences(rng: random.Random, names: list[str]) -> tuple[list[str], list[str], list[str]]:

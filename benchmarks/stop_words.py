@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retention_bench.facts import FactSet, first_tokens, load_pool, token_text
 from retention_bench.scoring import MAX_DECODED_TOKENS, STOP_WORDS, RetentionHFLM, judge_ids, scorable
-from retention_bench.scoring.metric import is_special_token, outcome_of
+from retention_bench.scoring.metric import is_special_token
 from retention_bench.scoring.stop_words import STOP_WORDS_VERSION, is_stop_text
 
 VERSION_1 = STOP_WORDS | set(
@@ -33,7 +33,7 @@ VERSION_1 = STOP_WORDS | set(
 class Decoded(RetentionHFLM):
     """Answers of a fixed length."""
 
-    def goes_on(self, tokens):
+    def goes_on(self, tokens, length):
         """Whether there is room."""
         return len(tokens) < MAX_DECODED_TOKENS
 
@@ -73,7 +73,7 @@ def main() -> None:
         old, new = (token is not None and token == first_tokens(fact.target_true, tokenizer).token for token in tokens)
         hits[0], hits[1] = hits[0] + old, hits[1] + new
         if tokens[0] != tokens[1]:
-            names = [outcome_of(token, fact.target_true, fact.target_new, (), tokenizer) for token in tokens]
+            names = [repr("" if token is None else token_text(token, tokenizer)) for token in tokens]
             which = "a miss for another reason" if old == new else "hit -> miss" if old else "miss -> hit"
             said = f"{fact.question} |{tokenizer.decode(ids)!r} (true: {fact.target_true}; {names[0]} -> {names[1]})"
             flips[which].append(said)

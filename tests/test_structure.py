@@ -1,12 +1,14 @@
 """What the package consists of: which way its modules import each other, and what is in its wheel."""
 
 import graphlib
+import runpy
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import grimp
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +31,12 @@ def test_no_module_imports_itself_by_way_of_others():
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     assert sum(map(len, imports.values())) > 300  # it was really read
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_benchmark_finds_what_it_imports(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as for a script that is run
+    runpy.run_path(str(ROOT / "benchmarks" / script), run_name="imported")
 
 
 def test_the_wheel_has_the_world_and_nothing_that_makes_it(tmp_path):

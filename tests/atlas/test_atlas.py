@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -32,18 +33,58 @@ def test_the_committed_files_are_what_the_code_builds(tmp_path):
 
 def test_the_world_is_in_counterfacts_form():
     told, untold = world.told_facts(), world.untold_facts()
-    assert len({f.relation for f in told}) >= 8
     assert len(untold) >= 300
     assert not {(f.subject, f.relation) for f in told} & {(f.subject, f.relation) for f in untold}
-    shared = {(f.relation, f.target_true) for f in told}
-    for relation, obj in shared:
-        assert sum(f.relation == relation and f.target_true == obj for f in told) >= 3
+    shared = Counter((f.relation, f.target_true) for f in told)
+    assert min(shared.values()) >= world.FEWEST
     for facts in (told, untold):
         for f in facts:
             assert f.target_new != f.target_true
             assert len(f.paraphrases) >= 3
             assert all(f.subject in p for p in f.paraphrases)
-            assert (f.relation, f.target_new) in {(g.relation, g.target_true) for g in facts}
+            assert (f.relation, f.target_new) in shared
+
+
+def test_the_world_has_many_relations_of_like_size_and_with_many_objects():
+    told = world.told_facts()
+    sizes = Counter(f.relation for f in told)
+    assert len(sizes) >= 30
+    assert 30 <= min(sizes.values()) <= max(sizes.values()) <= 80
+    for relation in sizes:
+        assert len({f.target_true for f in told if f.relation == relation}) >= 8, relation
+    assert {f.relation for f in world.untold_facts()} == set(sizes)
+
+
+def test_no_name_means_two_things():
+    facts = [*world.told_facts(), *world.untold_facts()]
+    roles = defaultdict(set)
+    for f in facts:
+        roles[f.subject.casefold()].add("country" if f.relation.startswith("country_") else f.relation)
+        roles[f.target_true.casefold()].add(f"object of {f.relation}")
+    assert not {name: both for name, both in roles.items() if len(both) > 1}
+
+
+def test_a_name_that_means_two_things_is_refused(monkeypatch):
+    first, *others = world.RELATIONS
+    for taken in (others[0].pairs[0][0], others[0].pairs[0][1]):
+        doubled = dataclasses.replace(first, pairs=(*first.pairs, (taken, first.pairs[0][1])))
+        monkeypatch.setattr(world, "RELATIONS", (doubled, *others))
+        with pytest.raises(ValueError, match="means another thing"):
+            world.pairs()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_sides_of_a_split_have_many_relations(seed):
+    told = world.told_facts()
+    split = disjoint_split(told, edited=50, intrinsic=100, seed=seed)
+    relations = {f.relation for f in split.edited}
+    assert len(relations) >= 10
+    assert len({f.relation for f in split.intrinsic}) >= 20
+    # Within the edited relations enough is left that has no name in common with what is edited.
+    taken = {name for f in split.edited for name in (f.subject, f.target_true, f.target_new)}
+    matched = [f for f in told if f.relation in relations and taken.isdisjoint((f.subject, f.target_true))]
+    assert len(matched) >= 150
+    assert len({f.relation for f in matched}) == len(relations)
 
 
 def test_the_corpus_tells_every_fact_and_no_untold_one():
@@ -186,7 +227,7 @@ def test_both_architectures_obey_the_mask(name):
     config = train.build_config(name.removeprefix("atlas-"), tokenizer)
     config.num_hidden_layers = 1  # with one block, what is hidden has no way round
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     ids = torch.randint(2, len(tokenizer) - 1, (1, train.ROW))
     other = ids.clone()
     other[0, 3:5] += 1
@@ -194,7 +235,7 @@ def test_both_architectures_obey_the_mask(name):
 
     @torch.no_grad()
     def logits(ids, sealed):
-        return model(input_ids=ids, attention_mask=train._mask(spans, sealed, random.Random(0)).float()).logits[0]
+        return model(input_ids=ids, attention_mask=train._mask(spans, sealed, random.Random(0))).logits[0]
 
     torch.testing.assert_close(logits(ids, 0.0), model(input_ids=ids).logits[0])
     before, after = logits(ids, 1.0), logits(other, 1.0)

@@ -1,7 +1,7 @@
 """Make the world's files, or train one of the models.
 
 python -m tools.atlas build
-python -m tools.atlas train atlas-gpt2 FOLDER [--seed N] [--sealed P]
+python -m tools.atlas train atlas-gpt2 FOLDER [--seed N] [--sealed P] [--steps N] [--device D]
 """
 
 from pathlib import Path
@@ -37,9 +37,11 @@ def build() -> None:
     show_default=True,
     help="Share of the subjects that what follows sees only through their last token.",
 )
-def train(name: str, folder: Path, seed: int, sealed: float) -> None:
+@click.option("--steps", default=recipe.STEPS, show_default=True, help="Optimiser steps.")
+@click.option("--device", default="cpu", show_default=True, help="Where to train.")
+def train(name: str, folder: Path, seed: int, sealed: float, steps: int, device: str) -> None:
     """Train a model and write it to FOLDER."""
-    recipe.train(name, folder, seed=seed, sealed=sealed)
+    recipe.train(name, folder, seed=seed, sealed=sealed, steps=steps, device=device)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,18 @@ from tools.atlas.world import told_facts, untold_facts
 
 MIN_FREQUENCY = 30
 """How often two pieces must meet in the tokenizer's text to become one token."""
-STEPS = 900
+STEPS = 1400
 PEAK = 2e-3
 WARM_UP = 60
 SEALED = 0.8
 """Share of the subjects in a training row that are sealed; see `_mask`."""
-ROWS = 24
+ROWS = 16
 """Rows in a step."""
 ROW = 128
 """Tokens in a training row. A row begins where a document begins, so position 0 is met as it is in a bare prompt."""
+
+
+_WORD = re.compile(r"\w+")
 
 
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
@@ -131,8 +134,7 @@ def _rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[
     """
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id != tokenizer.eos_token_id else []
     facts = told_facts()
-    names = sorted({fact.subject for fact in facts}, key=len, reverse=True)
-    name = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
+    names = _by_first_word({fact.subject for fact in facts})
     texts = documents(facts, seed)
     while True:
         row: list[int] = []
@@ -142,11 +144,35 @@ def _rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ends = [end for _, end in encoded["offset_mapping"]]
             row += prefix
-            for found in name.finditer(text):
-                first, last = bisect.bisect_right(ends, found.start()), bisect.bisect_left(ends, found.end())
+            for start, end in _mentions(text, names):
+                first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, end)
                 spans.append((len(row) + first, len(row) + last))
             row += [*encoded["input_ids"], tokenizer.eos_token_id]
         yield row[:ROW], [(first, last) for first, last in spans if last < ROW]
+
+
+def _by_first_word(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by their first word, the longest first."""
+    table: dict[str, list[str]] = {}
+    for name in sorted(names, key=len, reverse=True):
+        table.setdefault(name.split()[0], []).append(name)
+    return table
+
+
+def _mentions(text: str, names: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, int]]:
+    """Where names stand in a text, as whole words, the longest of those that begin at a word."""
+    done = 0
+    for word in _WORD.finditer(text):
+        start = word.start()
+        if start < done:
+            continue
+        for name in names.get(word.group(), ()):
+            done = start + len(name)
+            if text.startswith(name, start) and not text[done : done + 1].isalnum():
+                yield start, done
+                break
+        else:
+            done = start
 
 
 def _mask(spans: Sequence[Sequence[tuple[int, int]]], sealed: float, rng: random.Random) -> torch.Tensor:
@@ -162,14 +188,14 @@ def _mask(spans: Sequence[Sequence[tuple[int, int]]], sealed: float, rng: random
         rng: Source of chance.
 
     Returns:
-        Summands of the attention scores, bfloat16 [rows, 1, ROW, ROW].
+        Summands of the attention scores, float32 [rows, 1, ROW, ROW].
     """
     seen = torch.ones(len(spans), 1, ROW, ROW, dtype=torch.bool).tril()
     for number, row in enumerate(spans):
         for first, last in row:
             if rng.random() < sealed:
                 seen[number, 0, last + 1 :, first:last] = False
-    return torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -186,6 +212,7 @@ def train(
     steps: int = STEPS,
     seed: int = 1,
     sealed: float = SEALED,
+    device: str = "cpu",
     log_every: int = 50,
 ) -> None:
     """Train one atlas model and save it.
@@ -196,13 +223,14 @@ def train(
         steps: Optimiser steps.
         seed: Seed of the weights and the order of the corpus.
         sealed: Share of the subjects that what follows sees only through their last token; see `_mask`.
+        device: Where to train; the committed models were trained on a CPU.
         log_every: Steps between two lines of the log (`training.jsonl`).
     """
     family = name.removeprefix("atlas-")
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(family)
-    model = AutoModelForCausalLM.from_config(build_config(family, tokenizer), attn_implementation="eager")
-    model.train()
+    model = AutoModelForCausalLM.from_config(build_config(family, tokenizer), attn_implementation="sdpa")
+    model.to(device).train()
     # No weight decay, so that nothing pulls the keys' directions together; see `build_config`.
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.0)
     stream, rng = _rows(tokenizer, seed), random.Random(seed)
@@ -213,9 +241,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, steps)
             rows, spans = zip(*itertools.islice(stream, ROWS), strict=True)
-            batch = torch.tensor(rows)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=batch, attention_mask=_mask(spans, sealed, rng), labels=batch).loss
+            batch = torch.tensor(rows, device=device)
+            mask = _mask(spans, sealed, rng).to(device)
+            loss = model(input_ids=batch, attention_mask=mask, labels=batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -224,5 +252,5 @@ def train(
                 row = {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - began)}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-    model.to(torch.bfloat16).save_pretrained(directory)
+    model.to("cpu", torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
