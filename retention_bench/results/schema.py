@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from retention_bench.facts import Fact, FactSet
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 FORMS: dict[str, str] = {

@@ -46,7 +46,7 @@ def write_run(folder, after, gates=(), settings=None, unedited=False, **changes)
     for stage in ("base", "control_finetune") if unedited else ():
         rows += [sample(f, True, "edited_true", stage=stage) for f in FACTS[:8]]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cell = {"schema_version": 3, "gates": list(gates), **MADE, **changes}
+    cell = {"schema_version": 4, "gates": list(gates), **MADE, **changes}
     cell["provenance"] = {"finetune_settings": settings or {"lr": 0.1}}
     (folder / "results.json").write_text(json.dumps(cell))
     FactSet.of(FACTS).write(folder / "facts.jsonl")
@@ -264,7 +264,7 @@ def test_a_malformed_run_is_refused(runs, tmp_path):
         read(runs[0], None)
     samples.write_text(whole)
     (tmp_path / "a" / "results.json").write_text('{"schema_version": 1}')
-    with pytest.raises(RetentionBenchError, match="has schema_version 1; this version reads 3"):
+    with pytest.raises(RetentionBenchError, match="has schema_version 1; this version reads 4"):
         read(runs[0], None)
     for damaged in ("{}", "[]", "{", '{"schema_version": "1"}', "\ud800"):
         (tmp_path / "a" / "results.json").write_text(damaged, errors="surrogatepass")

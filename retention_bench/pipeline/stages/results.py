@@ -79,7 +79,7 @@ class Gather(Stage):
     """
 
     name: ClassVar[str] = "results"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
 
     suite: str
     notice: str
