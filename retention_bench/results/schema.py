@@ -521,7 +521,7 @@ class Results(_Typed):
         timing: Seconds that each stage took when it was computed, and the highest peak memory among them.
     """
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     suite: str
     notice: str
     model: str
