@@ -13,8 +13,9 @@ from pathlib import Path
 import retention_bench as rb
 
 COLUMNS = (
-    "model | fine-tune | editor | seed | edits that took | intrinsic after the edit | edits retained | "
-    "intrinsic retained | gap in points (95 %) | control, intrinsic | fine-tunes stopped by (steps) | seconds"
+    "model | fine-tune | editor | seed | edits that took | intrinsic after the edit | edits retained | same facts "
+    "in the control | paired difference, points | decay, paired | gap unmatched, points | intrinsic retained | control, "
+    "intrinsic | stopped by (steps) | seconds"
 )
 
 
@@ -27,12 +28,16 @@ def row(editor: str, finetune: str, model: str, seed: int) -> str:
     def count(rate: dict) -> str:
         return f"{rate['hits']}/{rate['total']}"
 
-    edited, kept, gap = results["stages"]["post_edit"], results["retention"], results["gap"]["unmatched"]
+    edited, kept, paired = results["stages"]["post_edit"], results["retention"], results["paired"]
     logs = [e["finetune_log"] for e in [*results["experiments"], results["control"]]]
-    points = "-"  # where no edit took
-    if gap["value"] is not None:
-        low, high = (100 * bound for bound in gap["ci95"])
-        points = f"{100 * gap['value']:+.0f} ({low:+.0f} to {high:+.0f})"
+
+    def estimate(found: dict, scale: float, form: str) -> str:
+        if found["value"] is None:
+            return "-"
+        ends = [scale * end for end in found["ci95"] or ()]
+        around = f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else ""
+        return f"{scale * found['value']:{form}}{around}"
+
     return " | ".join(
         [
             model,
@@ -42,8 +47,11 @@ def row(editor: str, finetune: str, model: str, seed: int) -> str:
             count(edited["edited"]),
             count(edited["intrinsic"]),
             count(kept["edited"]),
+            count(paired["control"]),
+            estimate(paired["difference"], 100, "+.0f"),
+            estimate(results["decay"]["paired"], 1, "+.2f"),
+            estimate(results["gap"]["unmatched"], 100, "+.0f"),
             count(kept["intrinsic"]),
-            points,
             count(results["stages"]["control_finetune"]["intrinsic"]),
             ", ".join(f"{log['stopped_by']} ({log['steps']})" for log in logs),
             f"{sum(results['timing']['seconds'].values()):.0f}",

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import pydantic
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from retention_bench.facts import Fact, FactSet
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION: Final = 4
 
 
 FORMS: dict[str, str] = {

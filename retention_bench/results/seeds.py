@@ -14,6 +14,7 @@ from retention_bench.data.durable import write_text
 from retention_bench.results.aggregate import Row, Run, aggregate
 from retention_bench.results.gates import MIN_EFFICACY
 from retention_bench.results.schema import (
+    SCHEMA_VERSION,
     Bin,
     Collateral,
     Decay,
@@ -72,7 +73,7 @@ class SeedsResults(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     suite: str
     model: str
     editor: str
@@ -142,7 +143,7 @@ def over_seeds(
         min_efficacy=min_efficacy,
     )
     return SeedsResults(
-        schema_version=3,
+        schema_version=SCHEMA_VERSION,
         suite=first.suite,
         model=first.model,
         editor=first.editor,
