@@ -14,8 +14,8 @@ import retention_bench as rb
 
 COLUMNS = (
     "model | fine-tune | editor | seed | edits that took | intrinsic after the edit | edits retained | same facts "
-    "in the control | paired difference, points | decay, paired | gap unmatched, points | intrinsic retained | control, "
-    "intrinsic | stopped by (steps) | seconds"
+    "in the control | paired difference, points | decay, paired | gap unmatched, points | intrinsic retained | "
+    "control, intrinsic | stopped by (steps) | seconds"
 )
 
 
