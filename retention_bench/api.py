@@ -20,7 +20,8 @@ from retention_bench.pipeline.suite import Suite, load_suite, suite_names
 from retention_bench.registry import EDITORS, FINETUNES
 from retention_bench.results import MIN_EFFICACY
 from retention_bench.results.compare import compared
-from retention_bench.results.schema import KINDS, Results
+from retention_bench.results.kinds import KINDS
+from retention_bench.results.schema import Results
 from retention_bench.results.seeds import SeedsResults
 from retention_bench.store import Store, default_root
 

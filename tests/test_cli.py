@@ -202,7 +202,7 @@ def test_a_dry_run_counts_what_is_trained(tmp_path, options, trained):
 
 
 def test_a_facts_tokens_are_printed_step_by_step(capsys, monkeypatch):
-    from retention_bench.display.results import print_tokens
+    from retention_bench.display.trajectory import print_tokens
 
     monkeypatch.setenv("COLUMNS", "80")
     rows = [

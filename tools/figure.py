@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 from retention_bench.results import KINDS, Rate, Results
-from retention_bench.results.schema import GROUPS
+from retention_bench.results.kinds import GROUPS
 
 STAGES = {
     "post_edit": ("after the edit", "#8a8f98"),

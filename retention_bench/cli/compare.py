@@ -34,7 +34,7 @@ def compare(sides: tuple[str, ...], stage: str, kinds: tuple[str, ...], as_json:
     from retention_bench.display import tables
     from retention_bench.errors import unknown_name
     from retention_bench.results.compare import compared
-    from retention_bench.results.schema import KINDS
+    from retention_bench.results.kinds import KINDS
 
     for kind in kinds:
         if kind not in KINDS:

@@ -170,8 +170,10 @@ def evaluate(
     What was computed before is taken from the store ($RETENTION_BENCH_STORE, or retention-bench in your cache folder),
     so an interrupted run goes on with the stage it was in.
     """
+    from retention_bench.display.plan import print_plan
     from retention_bench.display.progress import show_progress
-    from retention_bench.display.results import print_plan, print_results, print_tokens
+    from retention_bench.display.results import print_results
+    from retention_bench.display.trajectory import print_tokens
     from retention_bench.pipeline import Cell, load_suite, plan
     from retention_bench.pipeline.folder import default_folder
     from retention_bench.pipeline.plan_file import write_plan
@@ -229,8 +231,9 @@ def _evaluate_seeds(
     cell: Cell, seeds: str, store: Store, out: Path, as_json: bool, dry_run: bool, given: Mapping[str, object]
 ) -> None:
     """Run the cell with several seeds, and print what they have together."""
+    from retention_bench.display.plan import print_plan
     from retention_bench.display.progress import show_progress
-    from retention_bench.display.results import print_plan, print_seeds
+    from retention_bench.display.results import print_seeds
     from retention_bench.pipeline import plan
     from retention_bench.pipeline.run import preview
     from retention_bench.pipeline.seeds import announced, evaluate_seeds, parse_seeds

@@ -76,7 +76,7 @@ def score(checkpoints: tuple[str, ...], facts: Path, manifest: Path | None, out:
     from retention_bench.display.progress import show_progress
     from retention_bench.facts import load_pool
     from retention_bench.models import read_manifest, read_references
-    from retention_bench.results.schema import GROUPS, KINDS
+    from retention_bench.results.kinds import GROUPS, KINDS
     from retention_bench.scoring.checkpoints import Options, score_checkpoints
 
     tasks = options.pop("tasks")

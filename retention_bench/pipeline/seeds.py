@@ -13,7 +13,7 @@ from retention_bench.errors import UsageError
 from retention_bench.pipeline.cell import Cell, plan
 from retention_bench.pipeline.run import evaluate
 from retention_bench.pipeline.stage import Announce, Bench
-from retention_bench.results.schema import Sample
+from retention_bench.results.samples import Sample
 from retention_bench.results.seeds import SeedsResults, over_seeds
 from retention_bench.store import Store
 from retention_bench.store.output import check_output, exclusive

@@ -14,23 +14,22 @@ from retention_bench import analysis
 from retention_bench.analysis import Answer
 from retention_bench.results import measures
 from retention_bench.results.gates import MIN_EFFICACY, gates
-from retention_bench.results.measures import Answers, Pair
-from retention_bench.results.schema import (
-    KINDS,
-    STAGES,
+from retention_bench.results.kinds import KINDS, STAGES
+from retention_bench.results.measure_types import (
     Bin,
     Change,
     Collateral,
     Decay,
     Estimate,
     Gaps,
-    Gate,
     Paired,
     Rate,
     Rates,
     Retention,
-    Sample,
 )
+from retention_bench.results.measures import Answers, Pair
+from retention_bench.results.samples import Sample
+from retention_bench.results.schema import Gate
 
 Row = Mapping[str, Any]
 

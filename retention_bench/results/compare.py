@@ -15,8 +15,10 @@ from retention_bench.data import checked, locate, read_json, read_jsonl
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet
 from retention_bench.results.gates import counted, strictest
+from retention_bench.results.kinds import KINDS, STAGES
 from retention_bench.results.measures import Answers, Pair, paired_difference, pairs
-from retention_bench.results.schema import KINDS, STAGES, Gate, Sample, check_version
+from retention_bench.results.samples import Sample
+from retention_bench.results.schema import Gate, check_version
 from retention_bench.results.score_file import read_scores
 
 _SETTING = "fine-tune's "

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from retention_bench.analysis import Answer
-from retention_bench.results.schema import Sample
+from retention_bench.results.samples import Sample
 
 Key = tuple[str, str, int | None]
 """A fact's id, the prompt it was asked with, and the model that was asked: None for the base model and the control."""

@@ -1,412 +1,36 @@
-"""The one schema of what is measured: kinds of question, stages of a model, samples, rates and a cell's results.
-
-Whoever asks, counts, prints or reads results takes names and labels from here. A kind of question is one entry in
-`KINDS` and a task file in `tasks/`.
-"""
+"""The schema of `results.json`: a cell's results, written and read back."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import pydantic
 
 from retention_bench.data import find_file, read_json
 from retention_bench.data.durable import write_text
-from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
+from retention_bench.errors import RetentionBenchError, UsageError
+from retention_bench.results.kinds import KindName
+from retention_bench.results.measure_types import (
+    Bin,
+    Collateral,
+    Decay,
+    Gaps,
+    Paired,
+    Rates,
+    Retention,
+    Survival,
+    Typed,
+)
 
 if TYPE_CHECKING:
     import pandas
 
-    from retention_bench.facts import Fact, FactSet
-
 SCHEMA_VERSION: Final = 4
 
 
-FORMS: dict[str, str] = {
-    "cloze": "{}",
-    "qa": "Question: {} what?\nAnswer:",
-    "chat": "Complete the sentence with the missing words only: {} ...",
-}
-"""The forms of a question, with what is put around a prompt. That of a chat is what the user says."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of question.
-
-    Attributes:
-        name: Its name in samples, in rates and, behind `retention_`, in lm-eval.
-        label: What tables call it.
-        about: Which facts are asked: `"edited"`, those with a `target_new`, `"intrinsic"`, those without, or
-            `"intrinsic_matched"`, those without whose relations edited facts have too.
-        prompts: The attribute of a `Fact` that holds its prompt or prompts.
-        target: The attribute of a `Fact` that holds the object to be answered.
-        form: One of `FORMS`: how the prompt is put.
-    """
-
-    name: str
-    label: str
-    about: Literal["edited", "intrinsic", "intrinsic_matched"]
-    prompts: Literal["question", "paraphrases", "neighborhood"]
-    target: Literal["target_true", "target_new"]
-    form: Literal["cloze", "qa", "chat"] = "cloze"
-
-    @property
-    def task(self) -> str:
-        """The lm-eval task that asks it."""
-        return f"retention_{self.name}"
-
-    def questions(self, facts: FactSet) -> list[tuple[Fact, str, str]]:
-        """Its questions: the fact, what is asked and the object to be answered, in the order of the facts."""
-        found = []
-        for fact in getattr(facts, self.about):
-            prompts = getattr(fact, self.prompts)
-            for prompt in (prompts,) if isinstance(prompts, str) else prompts:
-                found.append((fact, FORMS[self.form].replace("{}", prompt), getattr(fact, self.target)))
-        return found
-
-
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind("edited", "edited", "edited", "question", "target_new"),
-        Kind("edited_true", "edited, true object", "edited", "question", "target_true"),
-        Kind("intrinsic", "intrinsic", "intrinsic", "question", "target_true"),
-        Kind("intrinsic_matched", "intrinsic, matched", "intrinsic_matched", "question", "target_true"),
-        Kind("paraphrase", "paraphrase", "edited", "paraphrases", "target_new"),
-        Kind("locality", "locality", "edited", "neighborhood", "target_true"),
-        Kind("edited_qa", "edited, as a question", "edited", "question", "target_new", "qa"),
-        Kind("intrinsic_qa", "intrinsic, as a question", "intrinsic", "question", "target_true", "qa"),
-        Kind("edited_chat", "edited, in a chat", "edited", "question", "target_new", "chat"),
-        Kind("intrinsic_chat", "intrinsic, in a chat", "intrinsic", "question", "target_true", "chat"),
-    )
-}
-"""All kinds of question, in the order in which they are asked."""
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    f"retention{end}": tuple(name for name, kind in KINDS.items() if kind.form == form)
-    for end, form in (("", "cloze"), ("_qa", "qa"), ("_chat", "chat"))
-}
-"""The groups of lm-eval tasks, with the kinds in each."""
-
-STAGES: dict[str, str] = {
-    "base": "base model",
-    "post_edit": "after the edit",
-    "post_finetune": "after the fine-tune",
-    "control_finetune": "unedited, after the fine-tune",
-}
-"""The stages at which models are scored, each with its label."""
-
-
-def _known(what: str, allowed: Mapping[str, Any]) -> Any:
-    def check(name: str) -> str:
-        if name not in allowed:
-            raise ValueError(str(unknown_name(what, name, allowed)).removesuffix("."))
-        return name
-
-    return pydantic.AfterValidator(check)
-
-
-KindName = Annotated[str, _known("kind of question", KINDS)]
-StageName = Annotated[str, _known("stage", STAGES)]
-Interval = Annotated[tuple[float, float], pydantic.Field(strict=False)]
-"""Lower and upper end; of 95 % where nothing else is said."""
-
-
-class _Typed(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class Sample(_Typed):
-    """One question put to one model, and its answer.
-
-    Attributes:
-        experiment: Which edited model of a cell was asked, from 0; None for the base model, the control, and a
-            checkpoint that `score` was given.
-        stage: At which stage of a cell it was asked; None for a checkpoint that `score` was given.
-        kind: The kind of question.
-        fact_id: The fact it belongs to.
-        relation: The fact's relation.
-        prompt: The text the model was given.
-        target: The object it should answer with, without leading space.
-        hit: Whether the first content token it decoded equals the target's first content token; in a chat the first
-            content word.
-        strict: Whether the very first token it decoded is the target's first, in a chat the very first word.
-        whole: Whether it decoded all of the target, from the first content token on.
-        outcome: What the first content token is: of the fact's new object, of its true one, of another object of the
-            relation, or another; none where decoding ended before there was one.
-        token_ids: The ids it decoded, up to the target's length from the first content token on, or the end.
-        text: The same, decoded, without special tokens.
-        logprob: Natural logarithm of the probability of the whole target after the prompt (teacher forced);
-            None where the model puts out no number, as one that diverged in training.
-    """
-
-    experiment: Annotated[int, pydantic.Field(ge=0)] | None = None
-    stage: StageName | None = None
-    kind: KindName
-    fact_id: str
-    relation: str
-    prompt: str
-    target: str
-    hit: bool
-    strict: bool
-    whole: bool
-    outcome: Literal["new", "true", "related", "other", "none"]
-    token_ids: Annotated[tuple[int, ...], pydantic.Field(strict=False)]
-    text: str
-    logprob: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The sample as plain JSON values; without `experiment` and `stage` where it is of no cell."""
-        row = self.model_dump(mode="json")
-        return row if self.stage is not None else {k: v for k, v in row.items() if k not in ("experiment", "stage")}
-
-    def at(self, stage: str, experiment: int | None) -> Sample:
-        """The same sample as one of a cell's."""
-        return self.model_copy(update={"stage": stage, "experiment": experiment})
-
-
-class Rate(_Typed):
-    """A share of hits with its 95 % interval; see `analysis.Rate`.
-
-    Attributes:
-        hits: Number of hits.
-        total: Number of trials.
-        rate: hits / total, over several seeds the mean of the seeds' own; None if there were no trials.
-        ci95: The interval, within [0, 1]; None if there were no trials.
-        clustered_by: What trials belong to that are not independent; None where all are.
-        clusters: How many of those there are.
-        effective: How many independent trials would give an interval as wide.
-    """
-
-    hits: int
-    total: int
-    rate: float | None
-    ci95: Interval | None
-    clustered_by: str | None = None
-    clusters: int | None = None
-    effective: float | None = None
-
-    @pydantic.model_serializer(mode="wrap")
-    def _without_clusters(self, plain: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        row: dict[str, Any] = plain(self)
-        return row if self.clusters is not None else {k: row[k] for k in ("hits", "total", "rate", "ci95")}
-
-    def __str__(self) -> str:
-        if self.rate is None or self.ci95 is None:
-            return "none of none"
-        low, high = (100 * end for end in self.ci95)
-        return f"{self.hits} of {self.total}, {100 * self.rate:.0f} % (95 % interval {low:.0f}-{high:.0f})"
-
-
-class Estimate(_Typed):
-    """A difference of rates with its 95 % interval, clustered by relation; see `analysis.Estimate`.
-
-    Attributes:
-        value: The estimate; None where a side has no fact.
-        ci95: The interval; None where `value` is, and where there is a value whose spread nothing is known of.
-        n: Number of facts, of the smaller side.
-        clusters: Number of relations.
-        df: Degrees of freedom of the interval.
-        detectable: The minimum detectable effect; None where no possible difference is large enough.
-    """
-
-    value: float | None
-    ci95: Interval | None
-    n: int
-    clusters: int
-    df: float | None
-    detectable: float | None
-
-    def __str__(self) -> str:
-        """A difference of rates in words, in points."""
-        return self._worded("points", lambda share: f"{round(100 * share) or 0:+d}")
-
-    def _worded(self, unit: str, number: Callable[[float], str]) -> str:
-        if self.value is None:
-            return "none: a side has no fact"
-        if self.ci95 is None:
-            return f"{number(self.value)} {unit}, with no interval"
-        low, high = map(number, self.ci95)
-        return f"{number(self.value)} {unit} (95 % interval {low} to {high})"
-
-
-class Change(Estimate):
-    """A mean change of log-odds, or a difference of two, in nats; else as `Estimate`."""
-
-    def __str__(self) -> str:
-        """The change in words, in nats."""
-        return self._worded("nats", lambda change: f"{round(change, 2) or 0:+.2f}")
-
-
-class Paired(_Typed):
-    """The headline: edited facts against themselves in the control (MEASURES, 1).
-
-    Counted are the edited facts whose true object the base model gives, and whose edit took.
-
-    Attributes:
-        difference: The share whose true object the control still gives, minus the share whose new object the edited
-            model still gives. Positive where edited facts are lost more easily.
-        control: The first share.
-        edited: The second.
-    """
-
-    difference: Estimate
-    control: Rate
-    edited: Rate
-
-
-class Decay(_Typed):
-    """Mean changes of logit P(target) over the fine-tune, in nats; negative where facts became less sure (MEASURES, 2).
-
-    Attributes:
-        paired: The edited facts of the headline: change in the edited model minus change in the control.
-        edited: Their new objects, in the edited models.
-        control: Their true objects, in the control.
-        intrinsic: Intrinsic facts that the base model knows, in the edited models; also those that the edit lost.
-        control_intrinsic: The same, in the control.
-        before: Mean probability of the target before the fine-tune: `edited`, `control`, `intrinsic`.
-        clipped: How many of the headline's facts have a probability beyond the limits of `analysis.logit`, in one arm
-            at least, before the fine-tune or after; a fact of several seeds counts in each.
-        no_number: How many are left out, since a model that diverged gives no number; counted alike.
-    """
-
-    paired: Change
-    edited: Change
-    control: Change
-    intrinsic: Change
-    control_intrinsic: Change
-    before: dict[str, float | None]
-    clipped: int
-    no_number: int
-
-
-class HalfLife(_Typed):
-    """The dose at which half of the facts are lost; see `analysis.survival.HalfLife`."""
-
-    dose: float | None
-    low: float | None
-    high: float | None
-    between: Interval | None
-
-
-class Curve(_Typed):
-    """The share of facts that survive, over the dose; see `analysis.survival.Curve`."""
-
-    doses: list[float]
-    survival: list[float]
-    low: list[float] | None
-    high: list[float] | None
-    at_risk: list[int]
-    facts: int
-    courses: int
-    relations: int
-    lost: int
-    half_life: HalfLife
-
-
-class Contrast(_Typed):
-    """Edited facts against the same facts in the control, along the fine-tune; see `analysis.hazards.Contrast`."""
-
-    pairs: int
-    relations: int
-    lost: list[int]
-    log_rank_p: float | None
-    hazard_ratio: float | None
-    ci95: Interval | None
-    reason: str | None
-
-
-class Survival(_Typed):
-    """Facts followed along the fine-tunes of a cell (MEASURES, 3); see `analysis.survival.Survival`.
-
-    Attributes:
-        dose: What doses are counted in: tokens.
-        curves: By arm: `edited`, `control` (the same facts), `intrinsic` and `intrinsic_matched`.
-        left_out: How many are not followed, as they were not there before the first step.
-        contrast: `edited` against `control`; None where no pair has been looked at twice.
-    """
-
-    dose: str
-    curves: dict[str, Curve]
-    left_out: dict[str, int]
-    contrast: Contrast | None
-
-
-class Retention(_Typed):
-    """Of what was answered before the fine-tune, the share that is answered after it (MEASURES, 4).
-
-    Attributes:
-        edited: Edited facts, in the edited models.
-        paraphrase: The same facts, asked by their paraphrases.
-        locality: Questions about other subjects with an edited fact's true object.
-        intrinsic: Intrinsic facts, in the edited models.
-        intrinsic_matched: Intrinsic facts of the relations of the edited ones, in the edited models.
-        control_edited_true: The edited facts' true objects, in the unedited control.
-        control_intrinsic: Intrinsic facts, in the control.
-        control_intrinsic_matched: Matched facts, in the control.
-    """
-
-    edited: Rate
-    paraphrase: Rate
-    locality: Rate
-    intrinsic: Rate
-    intrinsic_matched: Rate
-    control_edited_true: Rate
-    control_intrinsic: Rate
-    control_intrinsic_matched: Rate
-
-
-class Gaps(_Typed):
-    """Retention of intrinsic facts minus that of edited facts, in the edited models (MEASURES, 6).
-
-    Attributes:
-        unmatched: Against intrinsic facts: the paper's gap, of different relations on the two sides.
-        matched: Against matched intrinsic facts, of the same relations.
-    """
-
-    unmatched: Estimate
-    matched: Estimate
-
-
-class Bin(_Typed):
-    """Retention of the facts whose target had a probability in one bin before the fine-tune (MEASURES, 8).
-
-    Each arm is binned by its own probability, so `edited` and `control` hold the same facts over all bins together, and
-    in one bin what began as sure: mostly other facts, as edits begin surer.
-
-    Attributes:
-        low: The bin's lower edge, which it does not hold but for 0.
-        high: Its upper edge, which it holds.
-        edited: The edited facts of the headline, in the edited models.
-        control: The same facts' true objects, in the control.
-        intrinsic: Intrinsic facts, in the edited models.
-    """
-
-    low: float
-    high: float
-    edited: Rate
-    control: Rate
-    intrinsic: Rate
-
-
-class Collateral(_Typed):
-    """What edits did to a kind of fact that they were not about, of those the base model answers (MEASURES, 9).
-
-    Attributes:
-        post_edit: Share answered after the edit, minus the base model's.
-        post_finetune: Share answered after the fine-tune, minus the control's.
-    """
-
-    post_edit: Estimate
-    post_finetune: Estimate
-
-
-class Gate(_Typed):
+class Gate(Typed):
     """One condition that a cell must meet to be compared and ranked.
 
     Attributes:
@@ -424,7 +48,7 @@ class Gate(_Typed):
     text: str
 
 
-class Seeds(_Typed):
+class Seeds(Typed):
     """The seeds of a cell's parts."""
 
     facts: int
@@ -432,7 +56,7 @@ class Seeds(_Typed):
     finetune: int
 
 
-class FinetuneLog(_Typed):
+class FinetuneLog(Typed):
     """How a fine-tune went; see `finetune.FinetuneLog`, whose every field is here or among the extra ones."""
 
     model_config = pydantic.ConfigDict(extra="allow")
@@ -446,11 +70,7 @@ class FinetuneLog(_Typed):
     threshold: float
 
 
-Rates = dict[StageName, dict[KindName, Rate]]
-"""Hit rates by stage and kind; only what was asked."""
-
-
-class Experiment(_Typed):
+class Experiment(Typed):
     """One edited model of a cell.
 
     Attributes:
@@ -470,13 +90,13 @@ class Experiment(_Typed):
     finetune_log: FinetuneLog
 
 
-class Control(_Typed):
+class Control(Typed):
     """The unedited control: how its fine-tune went."""
 
     finetune_log: FinetuneLog
 
 
-class Results(_Typed):
+class Results(Typed):
     """A cell's results: what `results.json` holds. All rates can be computed again from `samples.jsonl`.
 
     Attributes:
@@ -534,7 +154,7 @@ class Results(_Typed):
     paraphrases: int
     paraphrase_source: str | None
     paraphrase_mode: str | None = None
-    paraphrase_counts: dict[str, int] = {}
+    paraphrase_counts: dict[str, int] = pydantic.Field({})
     horizon: str
     paraphrase_questions: dict[str, int]
     defaults: list[str]

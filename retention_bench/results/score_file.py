@@ -15,7 +15,8 @@ import pydantic
 from retention_bench.data import checked, find_file, locate, parse_json
 from retention_bench.data.durable import canonical
 from retention_bench.errors import RetentionBenchError, unknown_name
-from retention_bench.results.schema import KINDS, Sample
+from retention_bench.results.kinds import KINDS
+from retention_bench.results.samples import Sample
 
 _FIRST = re.compile(rb'\{"checkpoint": "(\\.|[^"\\])*", "(key|task|error)": ')
 

@@ -13,21 +13,10 @@ from retention_bench.data import read_json
 from retention_bench.data.durable import write_text
 from retention_bench.results.aggregate import Row, Run, aggregate
 from retention_bench.results.gates import MIN_EFFICACY
-from retention_bench.results.schema import (
-    SCHEMA_VERSION,
-    Bin,
-    Collateral,
-    Decay,
-    Gaps,
-    Gate,
-    KindName,
-    Paired,
-    Rates,
-    Results,
-    Retention,
-    Sample,
-    Seeds,
-)
+from retention_bench.results.kinds import KindName
+from retention_bench.results.measure_types import Bin, Collateral, Decay, Gaps, Paired, Rates, Retention
+from retention_bench.results.samples import Sample
+from retention_bench.results.schema import SCHEMA_VERSION, Gate, Results, Seeds
 
 
 class SeedRun(pydantic.BaseModel):

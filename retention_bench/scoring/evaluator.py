@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retention_bench.display.progress import Progress, silent
 from retention_bench.errors import unknown_name
 from retention_bench.facts import FactSet
-from retention_bench.results.schema import KINDS, Sample
+from retention_bench.results.kinds import KINDS
+from retention_bench.results.samples import Sample
 from retention_bench.scoring.forms import chat, has_template
 from retention_bench.scoring.hf import RetentionHFLM
 from retention_bench.scoring.judge import Judge, Objects, objects_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from retention_bench.facts import FactSet, target_token
-from retention_bench.results.schema import KINDS
+from retention_bench.results.kinds import KINDS
 from retention_bench.scoring.metric import DecodedText, Outcome, content_word, judge_ids, judge_text
 
 Objects = Mapping[str, Iterable[str]]

@@ -12,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import GenerationConfig
 
 from retention_bench.errors import RetentionBenchError
-from retention_bench.results.schema import KINDS
+from retention_bench.results.kinds import KINDS
 from retention_bench.scoring.metric import MAX_ANSWER_TOKENS, MAX_TARGET_TOKENS, DecodedText, is_answered, target_ids
 from retention_bench.scoring.prefixes import Prompt
 

@@ -12,7 +12,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from retention_bench.errors import RetentionBenchError, UsageError, unknown_name
 from retention_bench.facts import FactSet, load_pool
-from retention_bench.results.schema import KINDS
+from retention_bench.results.kinds import KINDS
 from retention_bench.scoring.forms import plain_chat
 from retention_bench.scoring.judge import OUTCOMES, Judge, objects_of
 from retention_bench.scoring.metric import describe_left_out, scorable_as_text

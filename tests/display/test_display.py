@@ -149,7 +149,7 @@ def test_nothing_prints_past_the_screen():
     ],
 )
 def test_a_hazard_ratio_says_why_it_or_its_interval_is_not_there(capsys, ratio, ci95, reason, said):
-    from retention_bench.display.results import _print_survival
+    from retention_bench.display.measures import print_survival
 
     contrast = {
         "pairs": 50,
@@ -159,5 +159,5 @@ def test_a_hazard_ratio_says_why_it_or_its_interval_is_not_there(capsys, ratio, 
         "ci95": ci95,
         "reason": reason,
     }
-    _print_survival({"dose": "tokens", "curves": {}, "contrast": contrast})
+    print_survival({"dose": "tokens", "curves": {}, "contrast": contrast})
     assert f"log-rank p 0.008, {said}" in capsys.readouterr().out

@@ -2,8 +2,9 @@
 
 import pytest
 
-from retention_bench.display.results import _print_headline, _print_rest, _trajectory
+from retention_bench.display.measures import print_headline, print_rest
 from retention_bench.display.streams import screen
+from retention_bench.display.trajectory import trajectory_table
 
 RATE = {"hits": 3, "total": 4, "rate": 0.75, "ci95": [0.3, 0.95]}
 NONE = {"hits": 0, "total": 0, "rate": None, "ci95": None}
@@ -29,7 +30,7 @@ def printed(capsys, monkeypatch):
 
 
 def test_answers_of_seeds_are_no_facts(printed):
-    one, several = printed(_print_headline, HEADLINE), printed(_print_headline, HEADLINE | {"runs": [{}] * 5})
+    one, several = printed(print_headline, HEADLINE), printed(print_headline, HEADLINE | {"runs": [{}] * 5})
     assert "Of 30 facts in 6 relations that" in one
     assert "the edited model the new one for 112 (75 %, 30-95)" in one
     assert "Of 150 answers of 5 seeds about 30 facts in 6 relations that" in several
@@ -46,7 +47,7 @@ def test_answers_of_seeds_are_no_facts(printed):
     ],
 )
 def test_what_decay_clips_and_leaves_out_is_said(printed, counts, says):
-    found = printed(_print_headline, HEADLINE | {"decay": DECAY | counts})
+    found = printed(print_headline, HEADLINE | {"decay": DECAY | counts})
     assert all(text in found for text in says)
     assert ("clipped" in found, "no log-odds" in found) == ("clipped" in counts, "no_number" in counts)
 
@@ -57,7 +58,7 @@ def test_by_confidence_each_arm_has_its_own_number(printed):
         {"low": 0.95, "high": 1.0, "edited": RATE | {"total": 9}, "control": RATE},
         {"low": 0.0, "high": 0.2, "edited": NONE, "control": NONE},
     ]
-    found = printed(_print_rest, REST | {"confidence": bins})
+    found = printed(print_rest, REST | {"confidence": bins})
     assert "the same facts" not in found
     assert "0.2-0.4: no new objects, 75 % (30-95) of 4 true objects; 0.95-1: 75 % (30-95) of 9 new objects" in found
     assert "0-0.2" not in found
@@ -77,7 +78,7 @@ SEEN = {"rate": 1.0, "edited": 0.5, "true": 0.25, "related": 0.125, "other": 0.1
 )
 def test_a_trajectory_shows_the_facts_that_are_there(printed, kinds, label, row):
     steps = [{"step": 12, "models": 2, "edited": SEEN, **dict.fromkeys(kinds, SEEN)}]
-    found = printed(lambda: screen().print(_trajectory(steps)))
+    found = printed(lambda: screen().print(trajectory_table(steps)))
     assert "12 2 100 % 0.50 0.25 0.12 0.12 " + row in found
     assert label.split()[0] in found
     assert ("matched" in found) == (label == "matched right")

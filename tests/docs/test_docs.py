@@ -28,7 +28,7 @@ from retention_bench.facts import Fact
 from retention_bench.models import read_manifest
 from retention_bench.pipeline.suite import PACKAGED, load_suite
 from retention_bench.results import Kind, Rate
-from retention_bench.results.schema import GROUPS
+from retention_bench.results.kinds import GROUPS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -455,14 +455,14 @@ def test_the_pages_kind_is_one():
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    """A copy of the package to which the page's kind was added: its entry in the schema, and its task file."""
+    """A copy of the package to which the page's kind was added: its entry in `KINDS`, and its task file."""
     root = tmp_path_factory.mktemp("checkout")
     unused = shutil.ignore_patterns("__pycache__", "atlas")
     shutil.copytree(ROOT / "retention_bench", root / "retention_bench", ignore=unused)
     shutil.copytree(ROOT / "tasks", root / "tasks", ignore=unused)
-    schema = root / "retention_bench" / "results" / "schema.py"
-    last = re.search(r"^        Kind\(\"locality\".*\n", schema.read_text(), re.MULTILINE)[0]
-    schema.write_text(schema.read_text().replace(last, f"{last}        {one('python', 'kind').text.strip()},\n"))
+    kinds = root / "retention_bench" / "results" / "kinds.py"
+    last = re.search(r"^        Kind\(\"locality\".*\n", kinds.read_text(), re.MULTILINE)[0]
+    kinds.write_text(kinds.read_text().replace(last, f"{last}        {one('python', 'kind').text.strip()},\n"))
     (root / "tasks" / "retention_reverted.yaml").write_text(one("yaml", "task").text)
     return root
 

@@ -63,7 +63,7 @@ def test_a_users_file_is_checked_against_our_types(tmp_path):
     revealed = [text.split('"')[1] for _, _, text in found if "Revealed type" in text]
     assert [kind.removeprefix("builtins.").replace("builtins.", "") for kind in revealed] == [
         "tuple[float, float] | None",
-        "retention_bench.results.schema.Gaps",
+        "retention_bench.results.measure_types.Gaps",
         "list[str]",
     ]
 

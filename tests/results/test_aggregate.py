@@ -11,7 +11,7 @@ from retention_bench.analysis import logit
 from retention_bench.analysis.logodds import LARGEST_PROBABILITY, LEAST_PROBABILITY, is_clipped
 from retention_bench.results import Run, Sample, aggregate
 from retention_bench.results.gates import MIN_FACTS, MIN_RELATIONS
-from retention_bench.results.schema import Change, Estimate
+from retention_bench.results.measure_types import Change, Estimate
 
 DOCS = Path(__file__).parents[2] / "docs" / "statistics.md"
 LEARNED = {"learned": True, "why_not": None}

@@ -26,7 +26,7 @@ from retention_bench import scoring
 from retention_bench.errors import RetentionBenchError, UsageError
 from retention_bench.facts import Fact, FactSet
 from retention_bench.results import KINDS, Sample
-from retention_bench.results.schema import GROUPS
+from retention_bench.results.kinds import GROUPS
 from retention_bench.scoring import (
     MAX_ANSWER_TOKENS,
     RetentionHFLM,

@@ -20,7 +20,8 @@ from retention_bench.pipeline.stages.score import Score
 from retention_bench.pipeline.stages.step_matched import step_matched
 from retention_bench.results.aggregate import Run, aggregate, rates
 from retention_bench.results.figure import draw
-from retention_bench.results.schema import SCHEMA_VERSION, Results, Sample
+from retention_bench.results.samples import Sample
+from retention_bench.results.schema import SCHEMA_VERSION, Results
 from retention_bench.results.trajectory import summarise
 from retention_bench.store import OUTSIDE
 from retention_bench.store.store import Store, manifest, versions

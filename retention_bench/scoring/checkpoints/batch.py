@@ -20,7 +20,7 @@ from retention_bench.facts import FactSet
 from retention_bench.models.explain import explained, reason, without_bars
 from retention_bench.models.loading import load_config, local_folder, read_settings
 from retention_bench.models.reference import Reference, fetch
-from retention_bench.results.schema import KINDS
+from retention_bench.results.kinds import KINDS
 from retention_bench.results.score_file import ScoreFile
 from retention_bench.scoring.checkpoints.parity import check_parity
 from retention_bench.scoring.engine_process import EngineError, EngineProcess
