@@ -33,13 +33,11 @@ def build() -> None:
 @click.option(
     "--sealed",
     type=click.FloatRange(0, 1),
-    default=recipe.SEALED,
-    show_default=True,
-    help="Share of the subjects that what follows sees only through their last token.",
+    help="Share of the subjects that what follows sees only through their last token; the model's own by default.",
 )
 @click.option("--steps", default=recipe.STEPS, show_default=True, help="Optimiser steps.")
 @click.option("--device", default="cpu", show_default=True, help="Where to train.")
-def train(name: str, folder: Path, seed: int, sealed: float, steps: int, device: str) -> None:
+def train(name: str, folder: Path, seed: int, sealed: float | None, steps: int, device: str) -> None:
     """Train a model and write it to FOLDER."""
     recipe.train(name, folder, seed=seed, sealed=sealed, steps=steps, device=device)
 
