@@ -79,7 +79,7 @@ def _bars(console: Console, stages: int) -> Iterator[tuple[Announce, Progress]]:
         def announce(title: str, cached: bool) -> None:
             nonlocal inner, count
             count += 1
-            bars.update(whole, completed=count - 1)
+            bars.update(whole, completed=count - 1, total=max(count, stages))
             if inner is not None:
                 bars.remove_task(inner)
                 inner = None
@@ -104,7 +104,8 @@ def _lines(stages: int) -> Iterator[tuple[Announce, Progress]]:
     def announce(title: str, cached: bool) -> None:
         nonlocal count, last
         count, last = count + 1, time.monotonic()
-        say_error(f"[{count}/{stages}] {line(title)}{' (from the store)' if cached else ''}")
+        # A stage may ask for one more, which no plan can know: the control up to a step at which an edited model stopped.
+        say_error(f"[{count}/{max(count, stages)}] {line(title)}{' (from the store)' if cached else ''}")
 
     def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
         nonlocal last

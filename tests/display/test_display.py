@@ -126,6 +126,17 @@ def test_progress_shows_texts_as_texts(monkeypatch, terminal):
     assert "\\nsecond" in printed
 
 
+def test_a_stage_that_no_plan_knew_is_counted_too(monkeypatch):
+    from retention_bench.display import progress
+
+    raw = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", raw)
+    with progress.show_progress(1) as (announce, _):
+        announce("planned", False)
+        announce("not planned", False)
+    assert raw.getvalue() == "[1/1] planned\n[2/2] not planned\n"
+
+
 def test_nothing_prints_past_the_screen():
     import retention_bench
 
