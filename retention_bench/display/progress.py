@@ -104,7 +104,7 @@ def _lines(stages: int) -> Iterator[tuple[Announce, Progress]]:
     def announce(title: str, cached: bool) -> None:
         nonlocal count, last
         count, last = count + 1, time.monotonic()
-        # A stage may ask for one more, which no plan can know: the control up to a step at which an edited model stopped.
+        # A stage may ask for one that no plan can know: the control up to a step at which an edited model stopped.
         say_error(f"[{count}/{max(count, stages)}] {line(title)}{' (from the store)' if cached else ''}")
 
     def report(stage: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:

@@ -184,6 +184,8 @@ def _noise(entry: Tensor | LowRank, norm: float, generator: torch.Generator) -> 
 def _matched(reached: Callable[[float], float], wanted: float, editor: str) -> float:
     """The factor at which a mean probability is the wanted one, by bisection.
 
+    Above the whole edit the factor rises by tenths: far beyond it an edit spoils the model, its own objects too.
+
     Args:
         reached: Computes the mean probability of the new objects at a factor.
         wanted: That of the true objects before the edit.
@@ -193,13 +195,15 @@ def _matched(reached: Callable[[float], float], wanted: float, editor: str) -> f
         RetentionBenchError: The probability is below the wanted one up to `LARGEST_FACTOR`.
     """
     low, high = 0.0, 1.0
+    surest = (0.0, 0.0)
     while (found := reached(high)) < wanted - TOLERANCE:
-        low, high = high, 2 * high
+        surest = max(surest, (found, high))
+        low, high = high, high + 0.1
         if high > LARGEST_FACTOR:
             raise RetentionBenchError(
-                f"scaled:matched:{editor}: the new objects have a mean probability of {found:.3f} at {low:g} times "
-                f"the edit, and the true ones had {wanted:.3f} before it. The edit is too weak to be matched; give it "
-                "more steps, or give a factor."
+                f"scaled:matched:{editor}: the new objects have a mean probability of {surest[0]:.3f} at most, at "
+                f"{surest[1]:.1f} times the edit, and the true ones had {wanted:.3f} before it. The edit is too weak "
+                "to be matched; give it more steps, or give a factor."
             )
     factor = high
     while abs(found - wanted) > TOLERANCE and high - low > 1e-6:

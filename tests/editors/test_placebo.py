@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -195,3 +196,13 @@ def test_a_request_keeps_the_true_object_and_separates_its_prompts():
     assert {(r.fact_id, r.subject, r.target_new, r.target_true, r.paraphrases) for r in request.separate} == {
         ("f", "Mira", "zither", "violin", ())
     }
+
+
+def test_an_edit_is_matched_also_where_more_of_it_would_spoil_the_model():
+    def curve(factor):  # 0.7 with the whole edit, at its surest with 1.3 times it, and 0.01 with twice it
+        return 0.9 * math.exp(-((factor - 1.3) ** 2) / 0.1 * (0.25 if factor < 1.3 else 1))
+
+    assert curve(2) < 0.01 < 0.7 < curve(1) < 0.85
+    assert curve(_matched(curve, 0.85, "ft")) == pytest.approx(0.85, abs=TOLERANCE)
+    with pytest.raises(RetentionBenchError, match=r"probability of 0.900 at most, at 1.3 times the edit, .* 0.950"):
+        _matched(curve, 0.95, "ft")
