@@ -198,7 +198,7 @@ def _matched(reached: Callable[[float], float], wanted: float, editor: str) -> f
     surest = (0.0, 0.0)
     while (found := reached(high)) < wanted - TOLERANCE:
         surest = max(surest, (found, high))
-        low, high = high, high + 0.1
+        low, high = high, round(high + 0.1, 1)  # so that the largest is tried too
         if high > LARGEST_FACTOR:
             raise RetentionBenchError(
                 f"scaled:matched:{editor}: the new objects have a mean probability of {surest[0]:.3f} at most, at "
