@@ -98,7 +98,7 @@ class Edit(Stage):
         """The Frobenius norm of the change, over all weights."""
         from retention_bench.models import WeightDelta
 
-        return math.hypot(*WeightDelta.load(self.file(bench)).norms().values())
+        return bench.once(("norm", self.key), lambda: math.hypot(*WeightDelta.load(self.file(bench)).norms().values()))
 
     def factor(self, bench: Bench) -> float | None:
         """The change's norm as a multiple of the one that it is made of; None where there is none, or it is nothing."""
